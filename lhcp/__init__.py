@@ -1,0 +1,28 @@
+"""lhcp: the context-parallel runtime for Lighthouse attention (arXiv 2605.06554).
+
+Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains the method.
+"""
+
+from lhcp.attention import lighthouse_attention, select
+from lhcp.config import LighthouseConfig
+from lhcp.lighthouse.select import Selection
+from lhcp.module import LighthouseAttention
+from lhcp.ring.function import ring_attention
+from lhcp.sharding import pad_to_multiple, positions, shard, unshard
+from lhcp.timing import Timers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LighthouseAttention",
+    "LighthouseConfig",
+    "Selection",
+    "Timers",
+    "lighthouse_attention",
+    "pad_to_multiple",
+    "positions",
+    "ring_attention",
+    "select",
+    "shard",
+    "unshard",
+]

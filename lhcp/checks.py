@@ -1,0 +1,65 @@
+"""Checks of what callers pass in: the value, the rule and what would fit, before anything is sent."""
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def shape_of(x: Tensor) -> str:
+    return f"{list(x.shape)} {x.dtype} on {x.device}"
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
+    """Check that q [B, n, H, D], k and v [B, n, Hk, D] belong together.
+
+    Args:
+        v: None where there is none.
+
+    Raises:
+        TypeError: something is not a tensor, or dtypes differ or are not floating point.
+        ValueError: ranks, shapes, devices or head counts do not fit.
+    """
+    named = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} is {shape_of(x)}: must be [batch, seqlen, heads, head_dim]")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {x.dtype}: must be one of {', '.join(map(str, _FLOATS))}")
+    listing = ", ".join(f"{name} {shape_of(x)}" for name, x in named.items())
+    if len({x.dtype for x in named.values()}) > 1:
+        raise TypeError(f"{listing}: must have one dtype; cast them to the same")
+    if len({x.device for x in named.values()}) > 1:
+        raise ValueError(f"{listing}: must be on one device")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"{listing}: no axis may be empty")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"{listing}: k and v must have the same shape")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{listing}: q and k must agree in all axes but the heads")
+    if q.shape[2] % k.shape[2]:
+        fits = [n for n in range(1, q.shape[2] + 1) if q.shape[2] % n == 0]
+        raise ValueError(
+            f"{listing}: the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv "
+            f"heads; kv heads that fit: {', '.join(map(str, fits))}"
+        )
+
+
+def check_scores(
+    score_q: Tensor | None, score_k: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Check score_q [B, n, H, E] and score_k [B, n, Hk, E] against q and k; None means q or k."""
+    score_q = q if score_q is None else score_q
+    score_k = k if score_k is None else score_k
+    for name, score, x in (("score_q", score_q, q), ("score_k", score_k, k)):
+        if not isinstance(score, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(score).__name__}")
+        if score.ndim != 4 or score.shape[:3] != x.shape[:3] or score.shape[3] < 1:
+            raise ValueError(
+                f"{name} is {shape_of(score)}: must be {[*x.shape[:3], 'E']}, like what it replaces"
+            )
+        if score.dtype not in _FLOATS or score.device != x.device:
+            raise TypeError(f"{name} is {shape_of(score)}: must be floating point on {x.device}")
+    return score_q, score_k

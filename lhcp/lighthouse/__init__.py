@@ -1,0 +1,1 @@
+"""The local stages: pool, score, select, gather, scatter. No communication."""

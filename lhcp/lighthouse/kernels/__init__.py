@@ -1,0 +1,1 @@
+"""Triton kernels of the local stages. Each launcher allocates, builds a grid and launches."""

@@ -1,0 +1,168 @@
+"""Device helpers shared by the kernels, and the sizes of their tiles.
+
+Rows are [R, DP] tiles: R heads (or entries) of head_dim D, padded to a power of two and masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def row_tile(head_dim: int, elements: int) -> tuple[int, int]:
+    """Rows and padded head_dim of a tile of about `elements` elements."""
+    padded = triton.next_power_of_2(head_dim)
+    return max(1, elements // padded), padded
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return `x` with a contiguous last dim, copied only if it has another stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_like_rows(x: Tensor, length: int) -> Tensor:
+    """Allocate [B, length, heads, D] for `x` of [B, n, heads, D], contiguous."""
+    shape = (x.shape[0], length, x.shape[2], x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+@triton.jit
+def level_offset(n, LEVEL: tl.constexpr, P: tl.constexpr):
+    """Id of entry 0 of LEVEL in the pyramid of n tokens: n + n / P + ...; Geometry.offset."""
+    offset = 0
+    for i in tl.static_range(LEVEL):
+        offset += n // (P**i)
+    return offset
+
+
+@triton.jit
+def row_mask(m_row, D: tl.constexpr, DP: tl.constexpr):
+    """Spread the mask [R] of rows over the tile [R, DP], without columns from D on."""
+    m_tile = m_row[:, None]
+    if D != DP:
+        m_tile = m_tile & (tl.arange(0, DP) < D)[None, :]
+    return m_tile
+
+
+@triton.jit
+def rows_at(p_sub, b_place, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Load rows of the sub-sequence as fp32, zeros where the place is -1.
+
+    p_sub: [R, DP] pointers to the rows of place 0. b_place: [R].
+    """
+    mask = row_mask(b_place >= 0, D, DP)
+    return tl.load(p_sub + (b_place.to(tl.int64) * stride)[:, None], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def load_places(p_place, m_row, i_entry, size, offset):
+    """Places of entries i_entry [R] of one level of a chunk, -1 outside [0, size)."""
+    mask = m_row & (i_entry >= 0) & (i_entry < size)
+    return tl.load(p_place + offset + i_entry, mask=mask, other=-1)
+
+
+@triton.jit
+def any_child(p_place, m_row, i_child, size, offset, SHIFT: tl.constexpr):
+    """Whether any row's window has a child entry in the sub-sequence; i_child [R] is its first.
+
+    Siblings are in or out together. With SHIFT the first child belongs to the entry before.
+    """
+    b_place = load_places(p_place, m_row, i_child, size, offset)
+    if SHIFT > 0:
+        b_place = tl.maximum(b_place, load_places(p_place, m_row, i_child + 1, size, offset))
+    return tl.max(b_place, 0) >= 0
+
+
+@triton.jit
+def fold(rows, COUNT: tl.constexpr):
+    """Sum a tuple of tiles in order."""
+    b_sum = rows[0]
+    for i in tl.static_range(1, COUNT):
+        b_sum += rows[i]
+    return b_sum
+
+
+@triton.jit
+def spread(
+    p_out,
+    p_sub,
+    p_place,
+    m_row,
+    i_window,
+    i_start,
+    rows,
+    n,
+    chunk_size,
+    out_stride,
+    sub_stride,
+    LEVEL: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Write the positions of window i_window of LEVEL: each the sum of its entries' rows.
+
+    Token t of a chunk reads, from level 0 upwards, entry (t + SHIFT) // P**l - SHIFT of each level
+    l. With u = t + SHIFT the windows of all levels nest, so `rows`, the tiles of the levels from
+    LEVEL up, are loaded once for all P**LEVEL positions; where no child is in the sub-sequence, one
+    sum is stored to all of them.
+
+    Example: P = 2, L = 3, SHIFT = 1. Window 1 of level 2 is u = 4..7, tokens 3..6: all read entry 0
+    of level 2; tokens 3, 4 entry 1 and tokens 5, 6 entry 2 of level 1; token t entry t of level 0.
+
+    p_out, p_sub: [R, DP] pointers to token 0 of the row's chunk and to place 0. p_place: [R],
+    to the row's pyramid. i_start: [R], first token of the chunk. With MEAN, rows of level l are
+    divided by P**l.
+    """
+    size = chunk_size // (P ** (LEVEL - 1))
+    offset = level_offset(n, LEVEL - 1, P) + i_start // (P ** (LEVEL - 1))
+    i_child = i_window * P - SHIFT
+    if any_child(p_place, m_row, i_child, size, offset, SHIFT):
+        if LEVEL == 1:
+            for c in tl.static_range(P):
+                i_token = i_child + c
+                b_place = load_places(p_place, m_row, i_token, size, offset)
+                b_row = rows_at(p_sub, b_place, sub_stride, D, DP)
+                b_out = fold((b_row,) + rows, L)  # noqa: RUF005
+                mask = row_mask(m_row & (i_token >= 0) & (i_token < size), D, DP)
+                p_token = p_out + (i_token.to(tl.int64) * out_stride)[:, None]
+                tl.store(p_token, b_out.to(p_out.dtype.element_ty), mask=mask)
+        else:
+            for c in range(P):
+                b_place = load_places(p_place, m_row, i_child + c, size, offset)
+                b_row = rows_at(p_sub, b_place, sub_stride, D, DP)
+                if MEAN:
+                    b_row *= 1.0 / (P ** (LEVEL - 1))
+                spread(
+                    p_out,
+                    p_sub,
+                    p_place,
+                    m_row,
+                    i_window * P + c,
+                    i_start,
+                    (b_row,) + rows,  # noqa: RUF005
+                    n,
+                    chunk_size,
+                    out_stride,
+                    sub_stride,
+                    LEVEL - 1,
+                    L,
+                    P,
+                    D,
+                    DP,
+                    SHIFT,
+                    MEAN,
+                )
+    else:
+        b_out = fold(rows, L - LEVEL).to(p_out.dtype.element_ty)
+        i_first = i_window * (P**LEVEL) - SHIFT
+        for c in tl.range(P**LEVEL, loop_unroll_factor=P):
+            i_token = i_first + c
+            mask = row_mask(m_row & (i_token >= 0) & (i_token < chunk_size), D, DP)
+            p_token = p_out + (i_token.to(tl.int64) * out_stride)[:, None]
+            tl.store(p_token, b_out, mask=mask)

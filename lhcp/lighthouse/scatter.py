@@ -1,0 +1,139 @@
+"""Scatter the sub-sequence's outputs back to the tokens, and its gradient.
+
+Entry (l, i) serves positions i p**l + p**l - 1 to i p**l + 2 p**l - 2 of its chunk: from the last
+token that it covers on. Position t therefore reads entry (t + 1) // p**l - 1 of each level; index
+-1 is the last entry of the chunk before, whose row arrives as a *halo* (`lhcp/boundary.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from lhcp.geometry import Geometry
+from lhcp.lighthouse.gather import heads_of, rows_at
+from lhcp.lighthouse.pool import accumulate_dtype
+
+
+def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+    """Sum, for each position, the rows of its entries in the same chunk, from level 0 upwards.
+
+    Args:
+        o: [B, S, H, D]. places: [B, Hk, pyramid_size].
+
+    Returns:
+        [B, n, H, D] in the dtype of `o`, rounded once. What chunks owe each other is missing:
+        `scatter_edges` completes the first p**(L-1) - 1 positions of each chunk.
+    """
+    total = rows_at(o, places[..., : geom.num_tokens]).to(accumulate_dtype(o.dtype))
+    chunked = total.unflatten(1, (geom.num_chunks, -1))
+    for level in range(1, geom.num_levels):
+        window = geom.window(level)
+        served = chunked[:, :, window - 1 :]
+        columns = slice(geom.offset(level), geom.offset(level + 1))
+        rows = rows_at(o, places[..., columns]).unflatten(1, (geom.num_chunks, -1))
+        served += rows.to(total.dtype).repeat_interleave(window, dim=2)[:, :, : served.shape[2]]
+    return total.to(o.dtype)
+
+
+def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Geometry) -> None:
+    """Complete, in place, the positions that the last entries of the chunk before also serve.
+
+    They are summed anew from level 0 upwards, so that the order of the sum and its one rounding do
+    not depend on where chunks end.
+
+    Args:
+        out: [B, n, H, D] from `scatter`; overwritten at p**(L-1) - 1 positions a chunk.
+        halo: [B, num_chunks, L-1, H, D], rows of the last entry of levels 1 to L-1 of the chunk
+            before, zero where that entry is not in the sub-sequence.
+    """
+    edge = min(geom.window(geom.num_levels - 1) - 1, geom.chunk_size)
+    chunked = out.unflatten(1, (geom.num_chunks, -1))
+    position = torch.arange(edge, device=out.device)
+    wide = accumulate_dtype(o.dtype)
+    for chunk in range(geom.num_chunks):
+        total: Tensor | None = None
+        for level in range(geom.num_levels):
+            index = (position + 1) // geom.window(level) - 1
+            start = geom.offset(level) + chunk * geom.chunk_size // geom.window(level)
+            rows = rows_at(o, places[..., start + index.clamp(min=0)]).to(wide)
+            if level > 0:
+                owed = halo[:, chunk, level - 1][:, None].to(wide)
+                rows = torch.where((index < 0)[None, :, None, None], owed, rows)
+            total = rows if total is None else total + rows
+        assert total is not None
+        chunked[:, chunk, :edge] = total.to(out.dtype)
+
+
+def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
+    """Gradient of `scatter`: each entry sums the rows of `dout` that it serves in its chunk.
+
+    Args:
+        dout: [B, n, H, D]. entries: [B, Hk, S].
+
+    Returns:
+        [B, S, H, D] in the dtype of `dout`, rounded once.
+    """
+    wide = dout.to(accumulate_dtype(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
+    pyramid = [wide.flatten(1, 2)]
+    sums = wide
+    for level in range(1, geom.num_levels):
+        # sums[j] serves from the end of entry j of the level below: p of them, from the last child.
+        p = geom.pool_factor
+        missing = sums.new_zeros(*sums.shape[:2], p - 1, *sums.shape[3:])
+        rows = torch.cat([sums[:, :, p - 1 :], missing], 2).unflatten(2, (-1, p)).unbind(3)
+        sums = rows[0]
+        for row in rows[1:]:
+            sums = sums + row
+        pyramid.append(sums.flatten(1, 2))
+    index = heads_of(entries, dout.shape[2]).expand(-1, -1, -1, dout.shape[3])
+    return torch.cat(pyramid, 1).gather(1, index).to(dout.dtype)
+
+
+def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
+    """Gradient of the halo: per chunk and level, the sum of the first p**level - 1 rows of `dout`.
+
+    Returns:
+        [B, num_chunks, L-1, H, D], float32 (float64 for float64).
+    """
+    wide = dout.to(accumulate_dtype(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
+    sums = [wide[:, :, : geom.window(level) - 1].sum(2) for level in range(1, geom.num_levels)]
+    return torch.stack(sums, 2)
+
+
+def last_places(places: Tensor, geom: Geometry) -> Tensor:
+    """Places of the last entry of levels 1 to L-1 of each chunk: [B, Hk, num_chunks, L-1]."""
+    columns = [
+        [
+            geom.offset(level) + (chunk + 1) * (geom.chunk_size // geom.window(level)) - 1
+            for level in range(1, geom.num_levels)
+        ]
+        for chunk in range(geom.num_chunks)
+    ]
+    return places[..., torch.tensor(columns, device=places.device)]
+
+
+def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+    """What each chunk owes the next: [B, num_chunks, L-1, H, D] rows of `o`, zero where absent."""
+    last = last_places(places, geom)
+    rows = rows_at(o, last.flatten(2))
+    return rows.unflatten(1, last.shape[2:])
+
+
+def add_last_grads(
+    do: Tensor, dout: Tensor, received: Tensor, places: Tensor, geom: Geometry
+) -> None:
+    """Complete, in place, the gradient of the rows that chunks owed each other.
+
+    In its own chunk such an entry serves one position only, the chunk's last; the rest of its sum
+    is `received`, so the whole is summed wide here and rounded once.
+
+    Args:
+        do: [B, S, H, D] from `scatter_backward`; overwritten at the places of `last_rows`.
+        dout: [B, n, H, D]. received: [B, num_chunks, L-1, H, D], wide, zero where nothing was owed.
+    """
+    last = last_places(places, geom).flatten(2)
+    own = dout.unflatten(1, (geom.num_chunks, -1))[:, :, -1][:, :, None].to(received.dtype)
+    grads = (own + received).flatten(1, 2).to(do.dtype)
+    index = heads_of(last, do.shape[2])
+    # An absent entry writes place 0's own row back: same bits, whatever the order of the writes.
+    safe = index.clamp(min=0).expand_as(grads)
+    do.scatter_(1, safe, torch.where(index >= 0, grads, do.gather(1, safe)))

@@ -1,0 +1,1 @@
+"""Exact attention across ranks; no word of lighthouse."""

@@ -1,0 +1,161 @@
+"""Exact attention across ranks: one loop forward, one backward, over any rotation and backend."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lhcp.layout import Layout
+from lhcp.mesh import Ranks
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.merge import merge
+from lhcp.ring.rotation import ROTATIONS
+from lhcp.ring.rotation.base import Grads, Trip, wide
+from lhcp.ring.schedule import Call, Step
+from lhcp.timing import Spans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one attention is carried out; every choice made, nothing "auto"."""
+
+    ranks: Ranks
+    layout: Layout
+    rotation: str
+    backend: str
+    causal: bool
+    scale: float
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[Tensor, Tensor]:
+    """Attend to all ranks' keys and values.
+
+    Args:
+        q: [B, n, H, D]; k, v: [B, n, Hk, D], this rank's tokens.
+
+    Returns:
+        out [B, n, H, D] in the dtype of q; lse [B, H, n], float32 (float64 for float64).
+    """
+    block = BLOCKS[plan.backend]
+    if plan.ranks.world_size == 1:
+        with spans.span("ring_forward", "compute", 0, q.device):
+            out, lse = block.forward(q, k, v, plan.causal, plan.scale)
+        return out.contiguous(), lse.contiguous()
+    trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_forward", spans)
+    views = _Views(plan.layout, q, k)
+    out = torch.empty(q.shape, dtype=wide(q.dtype), device=q.device)
+    lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]))
+    for i, (step, k_i, v_i) in enumerate(ROTATIONS[plan.rotation](trip, k).deliver(k, v)):
+        with spans.span("ring_forward", "compute", i, q.device):
+            for call in step.calls:
+                block_out, block_lse = block.forward(
+                    views.queries(q, call, step),
+                    views.keys(k_i, call),
+                    views.keys(v_i, call),
+                    call.causal,
+                    plan.scale,
+                )
+                at, lse_at = views.rows(call, step)
+                block_out = views.unfold(block_out, call)
+                block_lse = views.unfold_lse(block_lse, call)
+                if step.first:
+                    out[at], lse[lse_at] = block_out.to(out.dtype), block_lse
+                else:
+                    merge(out[at], lse[lse_at], block_out, block_lse)
+    return out.to(q.dtype), lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    spans: Spans,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend` with respect to q, k and v of this rank's tokens.
+
+    Sums over steps and ranks are wide (float32, float64 for float64) and rounded once.
+
+    Args:
+        dout: [B, n, H, D]. out, lse: what `attend` returned.
+
+    Returns:
+        dq, dk, dv in the shapes and dtypes of q, k, v.
+    """
+    block = BLOCKS[plan.backend]
+    dout = dout.contiguous()
+    if plan.ranks.world_size == 1:
+        with spans.span("ring_backward", "compute", 0, q.device):
+            return block.backward(dout, q, k, v, out, lse, plan.causal, plan.scale)
+    trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_backward", spans)
+    rotation = ROTATIONS[plan.rotation](trip, k)
+    views = _Views(plan.layout, q, k)
+    dq = torch.empty(q.shape, dtype=wide(q.dtype), device=q.device)
+    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
+        with spans.span("ring_backward", "compute", i, q.device):
+            grads = []
+            for call in step.calls:
+                dq_part, dk_part, dv_part = block.backward(
+                    views.queries(dout, call, step),
+                    views.queries(q, call, step),
+                    views.keys(k_i, call),
+                    views.keys(v_i, call),
+                    views.queries(out, call, step),
+                    views.lse(lse, call, step),
+                    call.causal,
+                    plan.scale,
+                )
+                at, _ = views.rows(call, step)
+                if step.first:
+                    dq[at] = views.unfold(dq_part, call).to(dq.dtype)
+                else:
+                    dq[at] += views.unfold(dq_part, call)
+                grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
+        rotation.collect(i, grads)
+    dk, dv = rotation.home()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+class _Views:
+    """The rows and heads that a call reads and writes, as views of this rank's tensors."""
+
+    def __init__(self, layout: Layout, q: Tensor, k: Tensor) -> None:
+        self._chunk = q.shape[1] // layout.chunks_per_rank
+        self._groups = q.shape[2] // k.shape[2]
+
+    def rows(self, call: Call, step: Step) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Indices of the call's queries in a [B, n, H, D] tensor and in a [B, H, n] one."""
+        rows = slice(call.q[0] * self._chunk, call.q[1] * self._chunk)
+        heads = slice(step.heads[0] * self._groups, step.heads[1] * self._groups)
+        return (slice(None), rows, heads), (slice(None), heads, rows)
+
+    def queries(self, x: Tensor, call: Call, step: Step) -> Tensor:
+        return self._fold(x[self.rows(call, step)[0]], call)
+
+    def keys(self, x: Tensor, call: Call) -> Tensor:
+        return self._fold(x[:, call.kv[0] * self._chunk : call.kv[1] * self._chunk], call)
+
+    def lse(self, lse: Tensor, call: Call, step: Step) -> Tensor:
+        part = lse[self.rows(call, step)[1]]
+        if not call.per_chunk:
+            return part.contiguous()
+        return part.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)
+
+    def _fold(self, x: Tensor, call: Call) -> Tensor:
+        """Put the chunks of a per-chunk call into the batch axis: [B, c n, ...] -> [B c, n, ...]."""
+        if not call.per_chunk:
+            return x
+        return x.unflatten(1, (call.q[1] - call.q[0], -1)).flatten(0, 1)
+
+    def unfold(self, x: Tensor, call: Call) -> Tensor:
+        if not call.per_chunk:
+            return x
+        return x.unflatten(0, (-1, call.q[1] - call.q[0])).flatten(1, 2)
+
+    def unfold_lse(self, lse: Tensor, call: Call) -> Tensor:
+        if not call.per_chunk:
+            return lse
+        return lse.unflatten(0, (-1, call.q[1] - call.q[0])).transpose(1, 2).flatten(2)

@@ -1,0 +1,209 @@
+"""`ring_attention`: the public function, its autograd and its opaque operators for torch.compile."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from lhcp.checks import check_qkv
+from lhcp.layout import LayoutName, make_layout
+from lhcp.mesh import Group, Ranks, as_ranks
+from lhcp.ring.attention import Plan, attend, attend_backward
+from lhcp.ring.block import choose_block
+from lhcp.ring.rotation import choose_rotation
+from lhcp.timing import UNTIMED, Spans
+
+# A plan as an operator's arguments: group names, layout, rotation, backend a line; causal; scale.
+_PlanArguments = tuple[str, bool, float]
+
+
+def _to_arguments(plan: Plan) -> _PlanArguments:
+    words = [*plan.ranks.names, plan.layout.name, plan.rotation, plan.backend]
+    return "\n".join(words), plan.causal, plan.scale
+
+
+def _from_arguments(words: str, causal: bool, scale: float) -> Plan:
+    flat, outer, inner, layout, rotation, backend = words.split("\n")
+    ranks = Ranks.from_names((flat, outer, inner))
+    return Plan(ranks, make_layout(layout, ranks.world_size), rotation, backend, causal, scale)
+
+
+@torch.library.custom_op("lhcp::ring_forward", mutates_args=())
+def _ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, _from_arguments(words, causal, scale), UNTIMED)
+
+
+@_ring_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, tokens, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((batch, heads, tokens), dtype=dtype)
+
+
+@torch.library.custom_op("lhcp::ring_backward", mutates_args=())
+def _ring_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _from_arguments(words, causal, scale)
+    dq, dk, dv = attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_ring_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+class RingAttention(torch.autograd.Function):
+    """Autograd of `attend`: (out, lse) forward; lse carries no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans
+    ) -> tuple[Tensor, Tensor]:
+        if spans is UNTIMED or torch.compiler.is_compiling():
+            out, lse = _ring_forward(q, k, v, *_to_arguments(plan))
+        else:
+            out, lse = attend(q, k, v, plan, spans)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.plan, ctx.spans = plan, spans
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        saved = (grads[0], *ctx.saved_tensors)
+        if ctx.spans is UNTIMED or torch.compiler.is_compiling():
+            dq, dk, dv = _ring_backward(*saved, *_to_arguments(ctx.plan))
+        else:
+            dq, dk, dv = attend_backward(*saved, ctx.plan, ctx.spans)
+        return dq, dk, dv, None, None
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    ranks: Ranks,
+    layout: LayoutName,
+    rotation: str,
+    backend: str,
+    causal: bool,
+    scale: float | None,
+) -> Plan:
+    """Resolve every "auto" and check every name; no communication.
+
+    Raises:
+        ValueError, ImportError: see `ring_attention`.
+    """
+    return Plan(
+        ranks,
+        make_layout(layout, ranks.world_size),
+        choose_rotation(rotation),
+        choose_block(backend, q.dtype, q.shape[3], q.device).name,
+        causal,
+        q.shape[3] ** -0.5 if scale is None else scale,
+    )
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    timers: Spans = UNTIMED,
+) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    timers: Spans = UNTIMED,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    timers: Spans = UNTIMED,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact dense attention over a sequence that is sharded over ranks (arXiv 2310.01889).
+
+    Args:
+        q: [B, N / W, H, D], this rank's queries in layout order.
+        k, v: [B, N / W, Hk, D], the dtype of q; H a multiple of Hk. kv heads travel unrepeated.
+        group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
+            rank. Every rank must call with equal shapes and choices.
+        layout: "zigzag" or "contiguous": how `shard` cut the sequence.
+        rotation: "p2p", "allgather", or "auto".
+        backend: "cpu", "cudnn", "flash" (torch's operators), "math", or "auto".
+        causal: mask keys after the query's global position.
+        scale: of the logits; D ** -0.5 by default.
+        return_lse: return the log-sum-exp as well.
+        timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
+
+    Returns:
+        out [B, N / W, H, D] in the dtype of q; with return_lse also lse [B, H, N / W], natural log,
+        float32 (float64 for float64 inputs), which carries no gradient.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before anything
+            is sent.
+        ImportError: an explicit backend's package is missing.
+    """
+    check_qkv(q, k, v)
+    ranks = as_ranks(group)
+    plan = make_plan(q, k, ranks, layout, rotation, backend, causal, scale)
+    plan.layout.check_seqlen(q.shape[1] * ranks.world_size)
+    out, lse = RingAttention.apply(q, k, v, plan, timers)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,63 @@
+"""What a rotation is: it brings keys and values round and their gradients home.
+
+One object serves one forward or one backward. Every rank opens the same collectives, with the same
+sizes, in the same order, whatever its calls are: a step with nothing to compute still sends.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lhcp.layout import Layout
+from lhcp.mesh import Ranks
+from lhcp.ring.schedule import Call, Step
+from lhcp.timing import Spans
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What every rotation is made from."""
+
+    ranks: Ranks
+    layout: Layout
+    causal: bool
+    stage: str
+    """"ring_forward" or "ring_backward": the name in the profile."""
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Gradients of one call's run of keys and values: [B, run, heads, D]."""
+
+    call: Call
+    dk: Tensor
+    dv: Tensor
+
+
+class Rotation(Protocol):
+    """Deliver kv step by step; in the backward, collect each step's gradients and bring them home."""
+
+    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        """Yield (step, k, v) in order, with the next exchange already under way.
+
+        k, v: [B, tokens, heads of the step, D], valid until the next is asked for. The calls of the
+        first step cover every query.
+        """
+        ...
+
+    def collect(self, step: int, grads: Sequence[Grads]) -> None:
+        """Take the gradients of step number `step`, right after it was delivered."""
+        ...
+
+    def home(self) -> tuple[Tensor, Tensor]:
+        """Return dk and dv of this rank's own tokens, wide, once all ranks' parts have arrived."""
+        ...
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over steps: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,102 @@
+"""Who attends to what: pure functions from (rank, layout, causal) to steps. Integers only.
+
+Everything follows from one rule. Under a causal mask a chunk of queries c attends to the chunks of
+keys before it in full and to chunk c by the triangle. What a rotation delivers at a step is a run of
+key chunks; `attend` turns it into as few block calls as the layout allows:
+
+    zigzag, p2p, rank 1 of 4: queries are chunks (1, 6)
+    step 0, own keys (1, 6): one square causal call, since both runs ascend
+    step 1, keys (0, 7) of rank 0: both query chunks attend to chunk 0 in full, none to 7
+    step 2, keys (3, 4) of rank 3: query chunk 6 attends to both in full, 1 to none
+"""
+
+from dataclasses import dataclass
+
+from lhcp.layout import Layout
+
+
+@dataclass(frozen=True)
+class Call:
+    """One block attention: runs of chunks, as [start, stop) in the rank's and the step's order."""
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+    causal: bool
+    """The triangle: the runs hold the same chunks (else every query attends to every key)."""
+    per_chunk: bool = False
+    """Each chunk of the run attends within itself alone: chunks go into the batch axis."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one delivery of keys and values is used for."""
+
+    calls: tuple[Call, ...]
+    heads: tuple[int, int]
+    """kv heads [start, stop) that this step covers."""
+    first: bool
+    """The first step of its heads: it covers every query, so results are written, then merged."""
+
+
+def attend(
+    q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool
+) -> tuple[Call, ...]:
+    """Return the calls that let each query chunk see what it may of `kv_chunks`.
+
+    The keys before a query chunk must be a contiguous run of `kv_chunks` (in any order: a full block
+    does not care), which holds for every delivery of every rotation; a diagonal is one call for all
+    query chunks if both runs are the same and ascend, else it must be handled by `diagonal`.
+    """
+    if not causal:
+        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), False),)
+    if q_chunks == kv_chunks:
+        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), True),)
+    calls: list[Call] = []
+    for slot, chunk in enumerate(q_chunks):
+        seen = [i for i, other in enumerate(kv_chunks) if other < chunk]
+        if not seen:
+            continue
+        assert seen == list(range(seen[0], seen[-1] + 1)), (q_chunks, kv_chunks)
+        run = (seen[0], seen[-1] + 1)
+        if calls and calls[-1].kv == run and calls[-1].q[1] == slot:
+            calls[-1] = Call((calls[-1].q[0], slot + 1), run, False)
+        else:
+            calls.append(Call((slot, slot + 1), run, False))
+    return tuple(calls)
+
+
+def p2p_steps(rank: int, layout: Layout, causal: bool, num_kv_heads: int) -> tuple[Step, ...]:
+    """Steps of the ring: at step i this rank holds the keys of rank - i (mod W)."""
+    mine = layout.chunks(rank)
+    heads = (0, num_kv_heads)
+    return tuple(
+        Step(attend(mine, layout.chunks((rank - i) % layout.world_size), causal), heads, i == 0)
+        for i in range(layout.world_size)
+    )
+
+
+def gathered_order(layout: Layout) -> tuple[int, ...]:
+    """Chunks in the order in which `allgather` stores them: slot by slot, the last slot first.
+
+    Each slot of all ranks is one collective, straight into its place. With zigzag this puts chunks
+    2W-1, ..., W, 0, ..., W-1: the chunks before any chunk are a contiguous run, with no copy.
+    """
+    return tuple(
+        layout.chunks(rank)[slot]
+        for slot in reversed(range(layout.chunks_per_rank))
+        for rank in range(layout.world_size)
+    )
+
+
+def allgather_steps(
+    rank: int, layout: Layout, causal: bool, head_groups: tuple[tuple[int, int], ...]
+) -> tuple[Step, ...]:
+    """Steps of the gather: the local diagonal first, then the prefixes, a group of heads a step."""
+    mine = layout.chunks(rank)
+    everything = gathered_order(layout)
+    if not causal:
+        return tuple(Step(attend(mine, everything, False), heads, True) for heads in head_groups)
+    diagonal = Call((0, len(mine)), (0, len(mine)), True, per_chunk=len(mine) > 1)
+    first = Step((diagonal,), (head_groups[0][0], head_groups[-1][1]), True)
+    prefixes = attend(mine, everything, True)
+    return (first, *(Step(prefixes, heads, False) for heads in head_groups))

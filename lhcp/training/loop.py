@@ -1,0 +1,241 @@
+"""The training loop: one function a step, one for held-out text, one for the stages in order."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lhcp.training import checkpoint
+from lhcp.training.data import Sequences
+from lhcp.training.model import Mode, set_mode
+from lhcp.training.parallel import Placement, Trainee
+from lhcp.training.run import Run
+from lhcp.training.stages import Stage, stage_at, total_steps
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step."""
+
+    step: int
+    """From 1."""
+    stage: str
+    loss: float
+    """Mean over all tokens of the global batch, nats per byte, before the step."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    lr: float
+    seconds: float
+    tokens_per_second: float
+    rotation_share: float
+    """Share of the step that a rank waited in rotations, mean over ranks."""
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation on the held-out text."""
+
+    step: int
+    """Steps done."""
+    stage: str
+    """The stage of the last step done."""
+    mode: Mode
+    """How the layers attended in this evaluation."""
+    loss: float
+    """Mean over the held-out tokens, nats per byte."""
+
+
+@dataclass
+class History:
+    """All records of a run, in order; resuming restores it."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evals: list[EvalRecord] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "History":
+        """Return the history that `asdict` made `record` of."""
+        return cls(
+            [StepRecord(**item) for item in record["steps"]],
+            [EvalRecord(**item) for item in record["evals"]],
+        )
+
+
+class Watcher(Protocol):
+    """Told of a run as it happens, on every rank."""
+
+    def on_start(self, done: int, folder: Path) -> None:
+        """Called once, `done` steps having been restored from `folder`."""
+
+    def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
+        """Called after each step."""
+
+    def on_eval(self, record: EvalRecord) -> None:
+        """Called after each evaluation."""
+
+
+def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Return each value summed over all ranks, in float64 on the way."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def mine(whole: Tensor, placement: Placement) -> Tensor:
+    """Return this rank's tokens of whole sequences [B, N] in layout order, on its device."""
+    return whole.to(placement.device)[:, placement.positions]
+
+
+def loss_sum(trainee: Trainee, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross-entropy of this rank's part of whole sequences [B, N], in fp32."""
+    logits = trainee.model(mine(tokens, trainee.placement), trainee.placement.positions)
+    target = mine(labels, trainee.placement)
+    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
+
+
+def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
+    """Add the gradients of step `step` and return this rank's share of its loss, a scalar.
+
+    The shares of all ranks add up to the mean over all tokens of the global batch, and so do the
+    gradients, because FSDP sums them: whatever the mesh, it is the same step.
+    """
+    placement = trainee.placement
+    tokens, labels = data.batch(step, placement.dp_rank, placement.dp_size, run.global_batch)
+    loss = torch.zeros((), device=placement.device)
+    parts = zip(tokens.chunk(run.accumulate), labels.chunk(run.accumulate), strict=True)
+    for index, (part, target) in enumerate(parts):
+        trainee.sharded.set_requires_gradient_sync(index == run.accumulate - 1)
+        share = loss_sum(trainee, part, target) / (run.global_batch * run.seqlen)
+        share.backward()
+        loss += share.detach()
+    return loss
+
+
+def clip(trainee: Trainee, limit: float) -> float:
+    """Shorten the gradient of all ranks to norm `limit`; return its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def train_step(
+    run: Run, trainee: Trainee, data: Sequences, stages: Sequence[Stage], step: int
+) -> StepRecord:
+    """Do step `step` (from 0) and return its record.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite, on all ranks alike; the weights
+            are still those before the step.
+    """
+    begin = time.perf_counter()
+    trainee.timers.reset()
+    rate = run.optim.rate(step, total_steps(stages))
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = rate
+    trainee.optimizer.zero_grad()
+    share = backward(run, trainee, data, step)
+    waited = trainee.timers.rotation_share(1.0)
+    loss, waited = sum_over_ranks((share, waited), trainee.placement.device)
+    norm = clip(trainee, run.optim.clip)
+    stage = stage_at(stages, step).name
+    if not torch.tensor((loss, norm)).isfinite().all():
+        raise FloatingPointError(
+            f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; resume "
+            f"from the last checkpoint with a lower --optim.lr (now {rate:g}) or more warm-up"
+        )
+    trainee.optimizer.step()
+    seconds = time.perf_counter() - begin
+    tokens = run.global_batch * run.seqlen
+    waited_share = waited / dist.get_world_size() / seconds
+    return StepRecord(step + 1, stage, loss, norm, rate, seconds, tokens / seconds, waited_share)
+
+
+@torch.no_grad()
+def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> float:
+    """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte."""
+    set_mode(trainee.model, mode)
+    placement = trainee.placement
+    tokens, labels = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
+    rows = max(run.global_batch // placement.dp_size // run.accumulate, 1)
+    total = torch.zeros((), device=placement.device)
+    for part, target in zip(tokens.split(rows), labels.split(rows), strict=True):
+        total += loss_sum(trainee, part, target)
+    # FSDP leaves the root gathered for a backward that does not come here.
+    trainee.sharded.reshard()
+    (loss,) = sum_over_ranks((total,), placement.device)
+    return loss / (run.eval_sequences * run.seqlen)
+
+
+def resume(run: Run, trainee: Trainee, folder: Path) -> tuple[int, History]:
+    """Load the newest whole checkpoint of `folder`; return the steps done and their history.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run.
+    """
+    found = checkpoint.latest(folder)
+    if found is None:
+        return 0, History()
+    _, beside = checkpoint.read_beside(found)
+    differing = [k for k, v in run.identity.items() if beside["identity"].get(k) != v]
+    if differing:
+        raise ValueError(
+            f"{found} was written by a run that differs in {', '.join(differing)}: give those as "
+            "they were, or another folder with --out"
+        )
+    done = checkpoint.load(found, trainee.model, trainee.optimizer)
+    return done, History.from_json(beside["history"])
+
+
+def train(
+    run: Run,
+    trainee: Trainee,
+    data: Sequences,
+    heldout: Sequences,
+    stages: Sequence[Stage],
+    folder: Path,
+    watcher: Watcher,
+) -> History:
+    """Train through `stages` from the newest checkpoint in `folder` on, or from the start.
+
+    Every rank calls it. The held-out text is evaluated every `eval_every` steps and at the end of
+    each stage: densely, and after a lighthouse step in lighthouse mode too, on the same sequences.
+
+    Args:
+        run: The run.
+        trainee: From `build`; trained in place.
+        data: Training sequences.
+        heldout: Held-out sequences.
+        stages: In order; one optimiser and one order of data go through all of them.
+        folder: Holds the checkpoints.
+        watcher: Is told of everything as it happens.
+    """
+    done, history = resume(run, trainee, folder)
+    watcher.on_start(done, folder)
+    end = total_steps(stages)
+    while done < end:
+        stage = stage_at(stages, done)
+        set_mode(trainee.model, stage.mode)
+        record = train_step(run, trainee, data, stages, done)
+        history.steps.append(record)
+        watcher.on_step(record, stages)
+        done += 1
+        stage_ends = done == end or stage_at(stages, done) is not stage
+        if stage_ends or done % run.eval_every == 0:
+            modes: tuple[Mode, ...] = ("lighthouse", "dense")
+            for mode in modes if stage.mode == "lighthouse" else modes[1:]:
+                loss = evaluate(run, trainee, heldout, mode)
+                history.evals.append(EvalRecord(done, stage.name, mode, loss))
+                watcher.on_eval(history.evals[-1])
+        if done == end or done % run.checkpoint_every == 0:
+            beside = {"identity": run.identity, "history": asdict(history)}
+            keep = run.keep_checkpoints
+            checkpoint.save(
+                folder, done, trainee.model, trainee.optimizer, beside=beside, keep=keep
+            )
+    return history

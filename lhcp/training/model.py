@@ -1,0 +1,272 @@
+"""A byte-level Llama-style decoder whose attention is handed in: RMSNorm, RoPE, GQA, SwiGLU.
+
+Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lhcp.config import LighthouseConfig
+
+Mode = Literal["lighthouse", "dense"]
+
+AttentionFactory = Callable[[bool], nn.Module]
+"""Asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the decoder; the defaults are the paper's (arXiv 2605.06554), 268M parameters.
+
+    Raises:
+        ValueError: a size breaks a rule; the message names it and what fits.
+    """
+
+    dim: int = 1024
+    """Width of the residual stream."""
+    num_layers: int = 30
+    num_heads: int = 8
+    """H, query heads."""
+    num_kv_heads: int = 8
+    """Hk, key and value heads; divides num_heads."""
+    head_dim: int = 128
+    """D, width of one head; even, for RoPE."""
+    hidden_dim: int = 1536
+    """Width inside the SwiGLU."""
+    dense_layers: tuple[int, ...] = (0, 1, 28, 29)
+    """Layers that attend densely in both stages."""
+    vocab_size: int = 256
+    """V; 256 are the bytes."""
+    rope_theta: float = 10000.0
+    tied: bool = False
+    """Whether the output head is the embedding's weight."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim}: must be even, because RoPE turns pairs; for example 64"
+            )
+        if self.num_heads % self.num_kv_heads:
+            fits = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}, "
+                f"for example one of {fits}"
+            )
+        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
+        if outside:
+            raise ValueError(
+                f"dense_layers={self.dense_layers}: {outside} are not layers; "
+                f"num_layers={self.num_layers} has layers 0 to {self.num_layers - 1}"
+            )
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the RoPE angles (arXiv 2104.09864), fp32, each [n, 1, D / 2].
+
+    Args:
+        positions: Global positions of this rank's tokens, int64 [n].
+        head_dim: D.
+        theta: Base of the frequencies.
+    """
+    # At a million tokens an fp32 angle is wrong by 0.06 rad, so the angles are float64.
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angles = positions.to(torch.float64)[:, None] * theta**-exponent
+    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of x [B, n, heads, D] by the angles; keeps the dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections and RoPE around the attention of one layer."""
+
+    def __init__(self, config: ModelConfig, core: nn.Module) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, kv_width = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q = nn.Linear(config.dim, width, bias=False)
+        self.k = nn.Linear(config.dim, kv_width, bias=False)
+        self.v = nn.Linear(config.dim, kv_width, bias=False)
+        self.out = nn.Linear(width, config.dim, bias=False)
+        self.core = core
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return this layer's attention of x [B, n, dim], same shape."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
+        o = self.core(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.out(o.flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for x [..., dim], same shape."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer of the decoder."""
+
+    def __init__(self, config: ModelConfig, core: nn.Module, *, always_dense: bool) -> None:
+        super().__init__()
+        self.always_dense = always_dense
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config, core)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return x [B, n, dim] after this layer."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """The decoder on this rank's tokens; only the attention that is handed in sees other ranks.
+
+    Args:
+        config: Sizes.
+        attention: Makes the attention of a layer; see `AttentionFactory`.
+        recompute: Whether the backward recomputes each layer instead of keeping its activations.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: AttentionFactory, *, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(
+            Block(config, attention(dense), always_dense=dense)
+            for dense in (i in config.dense_layers for i in range(config.num_layers))
+        )
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return logits [B, n, V] of the byte after each token.
+
+        Args:
+            tokens: int64 [B, n], this rank's tokens in layout order.
+            positions: int64 [n], their places in the whole sequence.
+        """
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
+        return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw all weights from `seed`: normal of deviation 0.02, layer outputs by depth, norms 1.
+
+        The draw is over the whole model on one device, so it is the same on every mesh.
+        """
+        generator = torch.Generator(self.embedding.weight.device).manual_seed(seed)
+        by_depth = 0.02 / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                deviation = by_depth if name.endswith(("out.weight", "down.weight")) else 0.02
+                parameter.normal_(0.0, deviation, generator=generator)
+
+
+def set_mode(model: Decoder, mode: Mode) -> None:
+    """Switch every layer that is not always dense to `mode`."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if not block.always_dense:
+            core: Any = block.attention.core
+            core.mode = mode
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the parameters; a shared one counts once, a sharded one whole."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(
+    config: ModelConfig, seqlen: int, lighthouse: LighthouseConfig | None = None
+) -> float:
+    """Estimate the FLOPs of forward and backward for one token.
+
+    6 per weight of a matrix product, plus 6 * H * D * N per layer of causal attention over N
+    tokens: 12 * H * D * N of arXiv 2204.02311, appendix B, halved because half the products are
+    masked. A lighthouse layer attends over S entries instead: S * S / N in place of N.
+
+    Args:
+        config: Sizes.
+        seqlen: N, tokens of the whole sequence.
+        lighthouse: The lighthouse layers' config, or None where all layers are dense.
+    """
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    layer = config.dim * (2 * heads + 2 * kv_heads + 3 * config.hidden_dim)
+    weights = config.num_layers * layer + config.dim * config.vocab_size
+    sparse = 0 if lighthouse is None else config.num_layers - len(set(config.dense_layers))
+    attended = float((config.num_layers - sparse) * seqlen)
+    if lighthouse is not None:
+        attended += sparse * lighthouse.subsequence_length(seqlen) ** 2 / seqlen
+    return 6.0 * weights + 6.0 * heads * attended
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: bytes,
+    *,
+    num_bytes: int,
+    context: int,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> bytes:
+    """Continue `prompt` with a dense model on one rank, one byte at a time.
+
+    Args:
+        model: A decoder whose attention needs no other rank.
+        prompt: Non-empty start of the text.
+        num_bytes: How many bytes to add.
+        context: The last bytes that the model sees at each step, at most what it was trained on.
+        temperature: Divides the logits, > 0; small is greedy.
+        seed: Of the draw.
+    """
+    if not prompt:
+        raise ValueError("prompt=b'': must have at least one byte, for example b'\\n'")
+    set_mode(model, "dense")
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    text = list(prompt)
+    for _ in range(num_bytes):
+        seen = torch.tensor([text[-context:]], device=device)
+        logits = model(seen, torch.arange(seen.shape[1], device=device))[0, -1].float().cpu()
+        weights = (logits / temperature).softmax(-1)
+        text.append(int(torch.multinomial(weights, 1, generator=generator)))
+    return bytes(text)

@@ -1,0 +1,123 @@
+"""The model and its optimiser on the ranks of a run: dp x cp mesh, FSDP2 over all of it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+import lhcp
+from lhcp.training.model import AttentionFactory, Decoder
+from lhcp.training.run import Run
+from lhcp.training.stages import OptimConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which sequences, and which of their tokens, this rank holds."""
+
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    cp_group: dist.ProcessGroup | None
+    """The ranks that share a sequence; None where one rank holds it whole."""
+    positions: torch.Tensor
+    """int64 [n], global positions of this rank's tokens, on `device`."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What training changes, and where it lives."""
+
+    model: Decoder
+    sharded: FSDPModule
+    """`model`, as FSDP names it."""
+    optimizer: torch.optim.Optimizer
+    placement: Placement
+    timers: lhcp.Timers
+    """Seconds that this rank waits in rotations, over all layers."""
+
+
+def place(run: Run, device: torch.device) -> Placement:
+    """Lay the ranks of the process group out as dp x cp; neighbours share a sequence."""
+    dp_size = dist.get_world_size() // run.cp
+    mesh = init_device_mesh(device.type, (dp_size, run.cp), mesh_dim_names=("dp", "cp"))
+    group = mesh["cp"].get_group() if run.cp > 1 else None
+    positions = lhcp.positions(run.seqlen, group, layout=run.layout).to(device)
+    return Placement(device, mesh["dp"].get_local_rank(), dp_size, group, positions)
+
+
+def attention_factory(
+    run: Run, group: dist.ProcessGroup | None, timers: lhcp.Timers | None = None
+) -> AttentionFactory:
+    """Return what makes one layer's attention on `group`; see `AttentionFactory`."""
+
+    def make(always_dense: bool) -> nn.Module:
+        return lhcp.LighthouseAttention(
+            None if always_dense else run.lighthouse,
+            group=group,
+            layout=run.layout,
+            rotation=run.rotation,
+            backend=run.backend,
+            kernels=run.kernels,
+            timers=timers,
+        )
+
+    return make
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimiser; norms (one dimension) do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    if config.kind == "sgd":
+        return torch.optim.SGD([*matrices, *norms], lr=config.lr)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def build(run: Run, device: torch.device) -> Trainee:
+    """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser."""
+    placement = place(run, device)
+    timers = lhcp.Timers()
+    factory = attention_factory(run, placement.cp_group, timers)
+    model = Decoder(run.model, factory, recompute=run.recompute)
+    model.initialize(run.seed)
+    model.to(device)
+    bf16 = run.dtype == "bf16" or (run.dtype == "auto" and device.type == "cuda")
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        # The RoPE table goes into each block as fp32.
+        cast_forward_inputs=False,
+    )
+    sharded: list[FSDPModule] = []
+    everyone = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        if run.compile:
+            block.compile()
+        sharded.append(fully_shard(block, mesh=everyone, mp_policy=policy))
+    sharded.append(fully_shard(model, mesh=everyone, mp_policy=policy))
+    for module in sharded:
+        # The loss is already divided by the tokens of the global batch, so gradients are summed,
+        # over dp and cp alike. Plain SUM: gloo has no AVG and no PREMUL_SUM.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return Trainee(model, sharded[-1], make_optimizer(model, run.optim), placement, timers)
+
+
+def whole_model(run: Run, trainee: Trainee) -> Decoder | None:
+    """Return rank 0 a whole copy of the model that needs no other rank, and the others None."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainee.model, options=options)
+    if dist.get_rank() != 0:
+        return None
+    model = Decoder(run.model, attention_factory(run, None))
+    model.load_state_dict(state)
+    return model.to(trainee.placement.device)

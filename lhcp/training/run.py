@@ -1,0 +1,135 @@
+"""`Run`: everything that one training run is, in one frozen record."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lhcp.config import LighthouseConfig
+from lhcp.training.data import DataConfig
+from lhcp.training.model import ModelConfig
+from lhcp.training.stages import OptimConfig, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A two-stage run: lighthouse, then dense, with one optimiser and one order of data."""
+
+    name: str
+    """Of the recipe; the default output folder is called after it."""
+    model: ModelConfig
+    lighthouse: LighthouseConfig
+    optim: OptimConfig
+    data: DataConfig = field(default_factory=DataConfig)
+
+    seqlen: int
+    """N, tokens of one sequence over all its ranks."""
+    global_batch: int
+    """Sequences in one step over all ranks, whatever the mesh."""
+    lighthouse_steps: int
+    """Steps of stage 1."""
+    dense_steps: int
+    """Steps of stage 2."""
+    baseline: bool = False
+    """Whether to train dense from scratch on the same tokens too, after the two stages."""
+    seed: int = 0
+    """Of the weights and of the order of the data."""
+
+    cp: int = 1
+    """Ranks that share one sequence; the others of the run read other sequences."""
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    rotation: str = "auto"
+    """How kv travels between the ranks of a sequence; the names are lhcp.ring_attention's."""
+    backend: str = "auto"
+    """The block attention; the names are lhcp.ring_attention's."""
+    kernels: str = "auto"
+    """"triton" or "torch" for the stages around the attention."""
+
+    accumulate: int = 1
+    """Parts that a rank's sequences of one step are computed in, to save memory."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation (auto: bf16 on a GPU); weights, gradient sums and optimiser are fp32."""
+    compile: bool = False
+    """torch.compile for each block."""
+    recompute: bool = False
+    """Recompute each block in the backward instead of keeping its activations."""
+
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    eval_sequences: int = 8
+    """Sequences of one held-out evaluation."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step of a run writes one too."""
+    keep_checkpoints: int = 2
+    sample_bytes: int = 200
+    """Length of the generated sample at the end; 0 for none."""
+    out: str = ""
+    """Folder of checkpoints and report; empty: runs/<name>."""
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and the report go."""
+        return Path(self.out or f"runs/{self.name}")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The two stages, in order."""
+        return (
+            Stage(name="lighthouse", mode="lighthouse", steps=self.lighthouse_steps),
+            Stage(name="dense", mode="dense", steps=self.dense_steps),
+        )
+
+    @property
+    def baseline_stages(self) -> tuple[Stage, ...]:
+        """Dense from scratch, as many steps as both stages."""
+        steps = self.lighthouse_steps + self.dense_steps
+        return (Stage(name="baseline", mode="dense", steps=steps),)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it; mesh and length may differ."""
+        return {
+            "model": asdict(self.model) | {"dense_layers": list(self.model.dense_layers)},
+            "lighthouse": asdict(self.lighthouse),
+            "text": list(self.data.text),
+            "heldout": self.data.heldout,
+            "seqlen": self.seqlen,
+            "global_batch": self.global_batch,
+            "seed": self.seed,
+            "lighthouse_steps": self.lighthouse_steps,
+        }
+
+    def check(self, world_size: int) -> None:
+        """Check that the run fits on `world_size` ranks.
+
+        Raises:
+            ValueError: a size does not divide, or the sequence does not fit the lighthouse config.
+        """
+        if self.cp < 1 or world_size % self.cp:
+            fits = [d for d in range(1, world_size + 1) if world_size % d == 0]
+            raise ValueError(
+                f"cp={self.cp}: must divide the {world_size} ranks of the run, for example one of "
+                f"{fits}, or start a multiple of {self.cp} ranks (torchrun --nproc-per-node)"
+            )
+        dp = world_size // self.cp
+        if self.accumulate < 1 or self.global_batch % (dp * self.accumulate):
+            unit = dp * max(self.accumulate, 1)
+            raise ValueError(
+                f"global_batch={self.global_batch}: must be a multiple of (ranks / cp) * "
+                f"accumulate = {dp} * {self.accumulate}, for example "
+                f"{max(self.global_batch // unit, 1) * unit}"
+            )
+        if self.eval_sequences < 1 or self.eval_sequences % dp:
+            raise ValueError(
+                f"eval_sequences={self.eval_sequences}: must be a positive multiple of ranks / cp "
+                f"= {dp}, for example {max(self.eval_sequences // dp, 1) * dp}"
+            )
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        self.lighthouse.check_seqlen(self.seqlen)
+        chunks = 1 if self.cp == 1 else (2 if self.layout == "zigzag" else 1) * self.cp
+        if self.lighthouse.num_strata % chunks:
+            raise ValueError(
+                f"lighthouse.num_strata={self.lighthouse.num_strata}: must be a multiple of "
+                f"{chunks} for cp={self.cp} with layout {self.layout}"
+            )

@@ -1,0 +1,81 @@
+"""What a step is: its stage and its learning rate, as pure functions of the step's number."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lhcp.training.model import Mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`steps` training steps in one attention mode."""
+
+    name: str
+    mode: Mode
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} of stage {self.name!r}: must not be negative")
+
+
+def total_steps(stages: Sequence[Stage]) -> int:
+    """Return the steps of all stages."""
+    return sum(stage.steps for stage in stages)
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """Return the stage that step `step` (from 0) belongs to.
+
+    Raises:
+        ValueError: the stages end before `step`.
+    """
+    end = 0
+    for stage in stages:
+        end += stage.steps
+        if step < end:
+            return stage
+    raise ValueError(f"step={step}: the stages have steps 0 to {end - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule; the defaults are the paper's."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    """Rate after the warm-up."""
+    warmup_steps: int = 2000
+    """Steps over which the rate rises linearly to `lr`."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up. A decaying rate leaves the dense stage little to recover with."""
+    final_fraction: float = 0.1
+    """Share of `lr` left at the last step, where the rate decays."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """On matrices only, never on norms."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; longer ones are shortened to it."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: must be positive, for example 1e-3")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: must not be negative")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction={self.final_fraction}: must lie in 0 to 1")
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip}: must be positive; inf clips nothing")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of step `step` (from 0) of a run of `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.lr
+        done = (step - self.warmup_steps) / max(steps - 1 - self.warmup_steps, 1)
+        done = min(done, 1.0)
+        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr * (self.final_fraction + (1 - self.final_fraction) * left)
