@@ -27,9 +27,7 @@ def local_geometry(
         ValueError: the sequence, the strata or the layout do not fit each other.
     """
     cut = make_layout(layout, ranks.world_size)
-    return Geometry.local(
-        config, num_tokens, ranks.world_size, cut.chunks_per_rank, ranks.rank
-    )
+    return Geometry.local(config, num_tokens, ranks.world_size, cut.chunks_per_rank, ranks.rank)
 
 
 def _scores(
@@ -90,7 +88,13 @@ def select(
         raise ValueError('scorer="dilated" attends with the values: pass v=')
     with torch.no_grad():
         sq, sk = _scores(
-            score_q, score_k, v, config, geom, kernels, q.shape[3] ** -0.5 if scale is None else scale
+            score_q,
+            score_k,
+            v,
+            config,
+            geom,
+            kernels,
+            q.shape[3] ** -0.5 if scale is None else scale,
         )
         return Selection(*stages.select_entries(sq, sk, stages.to_list(geom), kernels))
 
@@ -156,7 +160,9 @@ def lighthouse_attention(
         )
     sizes = stages.to_list(geom)
     with torch.no_grad():
-        on_qk = selection is None and config.scorer == "norm" and score_q is None and score_k is None
+        on_qk = (
+            selection is None and config.scorer == "norm" and score_q is None and score_k is None
+        )
         with timers.span("pool", "compute", 0, q.device):
             pooled_q, pooled_k, pooled_v, sq, sk = stages.pool_and_score(
                 q, k, v, sizes, on_qk, kernels
@@ -170,9 +176,7 @@ def lighthouse_attention(
                 check_selection(selection, k, geom)
         del sq, sk
     with timers.span("gather", "compute", 0, q.device):
-        sub = stages.Gather.apply(
-            q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels
-        )
+        sub = stages.Gather.apply(q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels)
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
     del pooled_q, pooled_k, pooled_v
     out, _ = RingAttention.apply(*sub, plan, timers)

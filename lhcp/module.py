@@ -60,7 +60,7 @@ class LighthouseAttention(nn.Module):
 
     @property
     def mode(self) -> Mode:
-        """"lighthouse" or "dense"."""
+        """ "lighthouse" or "dense"."""
         return self._mode
 
     @mode.setter

@@ -94,9 +94,7 @@ def select(sq: Tensor, sk: Tensor, config: LighthouseConfig) -> ReferenceSelecti
         for h in range(heads):
             entries: list[tuple[int, int, int]] = []
             for stratum in range(config.num_strata):
-                candidates = list(
-                    range(stratum * size // p**top, (stratum + 1) * size // p**top)
-                )
+                candidates = list(range(stratum * size // p**top, (stratum + 1) * size // p**top))
                 for level in range(top, 0, -1):
                     entries += [last_token_first(level, i, p) for i in candidates]
                     level_q = sq[b, h].unflatten(0, (-1, p**level)).amax(1).tolist()
@@ -159,7 +157,9 @@ def scatter(
                 inside = positions < seqlen
                 rows = wide[b, at, h][:, None].expand(-1, window, -1)
                 # Windows of one level do not overlap: a plain indexed sum has one term a position.
-                update = torch.zeros_like(out[b, :, h]).index_put((positions[inside],), rows[inside])
+                update = torch.zeros_like(out[b, :, h]).index_put(
+                    (positions[inside],), rows[inside]
+                )
                 added = out[b, :, h] + update
                 out = out.clone()
                 out[b, :, h] = added

@@ -59,9 +59,7 @@ def scatter_back_backward(
 
 
 @torch.library.custom_op("lhcp::scatter_back", mutates_args=())
-def _scatter_back(
-    o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str
-) -> Tensor:
+def _scatter_back(o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str) -> Tensor:
     return scatter_back(o, places, geom, kernels, *_from_words(words), UNTIMED)
 
 

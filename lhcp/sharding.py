@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import all_gather, reduce_scatter
 from lhcp.layout import Layout, LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 
@@ -127,12 +127,12 @@ class _Unshard(torch.autograd.Function):
         ctx.ranks, ctx.dim, ctx.layout = ranks, dim, layout
         part = x.movedim(dim, 0).contiguous()
         world = part.new_empty((part.shape[0] * ranks.world_size, *part.shape[1:]))
-        dist.all_gather_into_tensor(world, part, group=ranks.flat)
+        all_gather(world, part, group=ranks.flat)
         return _by_position(world, layout).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         world = _by_rank(grads[0].movedim(ctx.dim, 0), ctx.layout).contiguous()
         part = world.new_empty((world.shape[0] // ctx.ranks.world_size, *world.shape[1:]))
-        dist.reduce_scatter_tensor(part, world, group=ctx.ranks.flat)
+        reduce_scatter(part, world, group=ctx.ranks.flat)
         return part.movedim(0, ctx.dim), None, None, None

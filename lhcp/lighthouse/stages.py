@@ -51,9 +51,7 @@ def _torch_pool_and_score(
     return pooled[0], pooled[1], pooled[2], scores[0], scores[1].clone()
 
 
-def _torch_score_tensors(
-    score_q: Tensor, score_k: Tensor, geom: Geometry
-) -> tuple[Tensor, Tensor]:
+def _torch_score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
     num_kv_heads = score_k.shape[2]
     sq, sk = (
         score.level_scores(score.token_scores(x, num_kv_heads), geom) for x in (score_q, score_k)
@@ -165,18 +163,14 @@ def score_tensors(
 
 
 @score_tensors.register_fake
-def _(
-    score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str
-) -> tuple[Tensor, Tensor]:
+def _(score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
     shape = (score_k.shape[0], score_k.shape[2], from_list(geom).pooled_size)
     sq, sk = (x.new_empty(shape, dtype=pool.accumulate_dtype(x.dtype)) for x in (score_q, score_k))
     return sq, sk
 
 
 @torch.library.custom_op("lhcp::select", mutates_args=())
-def select_entries(
-    sq: Tensor, sk: Tensor, geom: list[int], kernels: str
-) -> tuple[Tensor, Tensor]:
+def select_entries(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
     entries, places = stages(kernels).select(sq, sk, from_list(geom))
     return entries, places
 
@@ -200,9 +194,7 @@ def gather_subsequence(
     geom: list[int],
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return stages(kernels).gather(
-        q, k, v, pooled_q, pooled_k, pooled_v, entries, from_list(geom)
-    )
+    return stages(kernels).gather(q, k, v, pooled_q, pooled_k, pooled_v, entries, from_list(geom))
 
 
 @gather_subsequence.register_fake
@@ -217,9 +209,7 @@ def _(
     geom: list[int],
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    qs, ks, vs = (
-        x.new_empty((x.shape[0], entries.shape[2], *x.shape[2:])) for x in (q, k, v)
-    )
+    qs, ks, vs = (x.new_empty((x.shape[0], entries.shape[2], *x.shape[2:])) for x in (q, k, v))
     return qs, ks, vs
 
 
@@ -258,9 +248,7 @@ class Gather(torch.autograd.Function):
     ):
         ctx.save_for_backward(places)
         ctx.geom, ctx.kernels = geom, kernels
-        return gather_subsequence(
-            q, k, v, pooled_q, pooled_k, pooled_v, entries, geom, kernels
-        )
+        return gather_subsequence(q, k, v, pooled_q, pooled_k, pooled_v, entries, geom, kernels)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):  # type: ignore[no-untyped-def]

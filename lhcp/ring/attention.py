@@ -116,7 +116,8 @@ def attend_backward(
                 grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
         rotation.collect(i, grads)
     dk, dv = rotation.home()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    # Rotations keep dk and dv in one buffer: copies, so that the results do not share memory.
+    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
 class _Views:

@@ -38,9 +38,7 @@ class Step:
     """The first step of its heads: it covers every query, so results are written, then merged."""
 
 
-def attend(
-    q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool
-) -> tuple[Call, ...]:
+def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) -> tuple[Call, ...]:
     """Return the calls that let each query chunk see what it may of `kv_chunks`.
 
     The keys before a query chunk must be a contiguous run of `kv_chunks` (in any order: a full block

@@ -20,9 +20,7 @@ def _logits(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return logits
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     logits = _logits(q, k, causal, scale)
     lse = logits.logsumexp(-1)
     out = torch.einsum("bhgqk,bkhd->bqhgd", (logits - lse[..., None]).exp(), _wide(v))

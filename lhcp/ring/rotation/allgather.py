@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import all_gather, reduce_scatter
 from lhcp.ring.rotation.base import Grads, Trip, wide
 from lhcp.ring.schedule import Step, allgather_steps
 
@@ -76,8 +77,11 @@ class AllGather:
             for slot in range(self._slots):
                 source = total[kind, slot * world : (slot + 1) * world]
                 works.append(
-                    dist.reduce_scatter_tensor(
-                        own[kind, slot], source.flatten(0, 1), group=self._trip.ranks.flat, async_op=True
+                    reduce_scatter(
+                        own[kind, slot],
+                        source.flatten(0, 1),
+                        group=self._trip.ranks.flat,
+                        async_op=True,
                     )
                 )
         self._leaving.append((own, works, total))
@@ -107,9 +111,7 @@ class AllGather:
             for slot in range(self._slots):
                 into = buffer[kind, slot * world : (slot + 1) * world].flatten(0, 1)
                 works.append(
-                    dist.all_gather_into_tensor(
-                        into, packed[kind, slot], group=self._trip.ranks.flat, async_op=True
-                    )
+                    all_gather(into, packed[kind, slot], group=self._trip.ranks.flat, async_op=True)
                 )
         return buffer, works, packed
 

@@ -1,0 +1,1 @@
+"""For tests/ and bench/ alone: inputs, tolerance, and worker ranks that stay alive."""

@@ -1,0 +1,59 @@
+"""Fresh random inputs of a named seed, and configs that do real work at small sizes."""
+
+import torch
+from torch import Tensor
+
+from lhcp.config import LighthouseConfig
+
+
+def qkv(
+    seqlen: int,
+    *,
+    batch: int = 1,
+    num_heads: int = 4,
+    num_kv_heads: int | None = None,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v [batch, seqlen, heads, head_dim] and an output gradient like q.
+
+    Rows differ in size by an order of magnitude, so that scores do, and selection has work to do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+
+    def draw(heads: int) -> Tensor:
+        rows = torch.randn(batch, seqlen, heads, head_dim, generator=generator, dtype=torch.float64)
+        sizes = torch.rand(batch, seqlen, heads, 1, generator=generator, dtype=torch.float64)
+        return (rows * (0.2 + 1.8 * sizes)).to(dtype).to(device)
+
+    return draw(num_heads), draw(num_kv_heads), draw(num_kv_heads), draw(num_heads)
+
+
+def small_config(
+    num_levels: int = 3,
+    pool_factor: int = 2,
+    num_strata: int = 8,
+    picks: int = 2,
+    scorer: str = "norm",
+) -> tuple[LighthouseConfig, int]:
+    """Return a config and a whole seqlen with S <= N / 2 and coarsest entries >= 4 picks a stratum.
+
+    For every stratum: coarsest entries e, S / C = e + (L - 1) p m <= e p**(L-1) / 2.
+    """
+    coarsest = 4 * picks
+    while (
+        coarsest + (num_levels - 1) * pool_factor * picks
+        > coarsest * pool_factor ** (num_levels - 1) / 2
+    ):
+        coarsest += picks
+    config = LighthouseConfig(
+        num_levels=num_levels,
+        pool_factor=pool_factor,
+        topk=picks * num_strata,
+        num_strata=num_strata,
+        scorer=scorer,  # type: ignore[arg-type]
+    )
+    return config, coarsest * config.seqlen_multiple

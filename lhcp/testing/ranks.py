@@ -1,0 +1,122 @@
+"""A pool of gloo ranks that stays alive across tests.
+
+    pool = RankPool(4)
+    results = pool.run(check, 2, "zigzag")     # check(group, "zigzag") on ranks 0 and 1
+
+`check` is a function of an importable module. Results and arguments are pickled by value. If a rank
+raises, or nobody answers in time, every worker is ended and the next run starts new ones.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+_CTX = multiprocessing.get_context("spawn")
+
+
+class RankError(AssertionError):
+    """A rank raised or did not answer; the message holds every rank's traceback."""
+
+
+class RankPool:
+    """Worker processes, one a rank.
+
+    Args:
+        size: the largest world size that `run` may ask for.
+        timeout: seconds that one run may take.
+    """
+
+    def __init__(self, size: int, timeout: float = 240) -> None:
+        self.size, self.timeout = size, timeout
+        self._workers: list[Any] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
+
+    def run(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """Call fn(group, *args) on ranks 0 to world_size - 1; return their results by rank.
+
+        Raises:
+            ValueError: world_size is larger than the pool.
+            RankError: a rank raised, died, or took longer than the timeout.
+        """
+        if world_size > self.size:
+            raise ValueError(f"world_size={world_size}: this pool has {self.size} ranks")
+        if not self._workers:
+            self._start()
+        job = pickle.dumps((fn, world_size, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(job)
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(answers) < self.size and (left := deadline - time.monotonic()) > 0:
+            waiting = [p for rank, p in enumerate(self._pipes) if rank not in answers]
+            for pipe in multiprocessing.connection.wait(waiting, left):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
+                except EOFError:
+                    answers[rank] = (False, "the process died")
+                if not answers[rank][0]:
+                    # The others may wait for this rank's messages for ever.
+                    deadline = min(deadline, time.monotonic() + 5)
+        silent = {rank: (False, "no answer") for rank in range(self.size) if rank not in answers}
+        failed = {rank: text for rank, (ok, text) in (answers | silent).items() if not ok}
+        if failed:
+            self.close()
+            raise RankError(
+                "\n".join(f"rank {rank} of {world_size}: {text}" for rank, text in failed.items())
+            )
+        return [answers[rank][1] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._workers, self._pipes = [], []
+
+    def _start(self) -> None:
+        store = tempfile.mktemp(prefix="lhcp-ranks-")
+        for rank in range(self.size):
+            ours, theirs = _CTX.Pipe()
+            worker = _CTX.Process(target=_work, args=(theirs, rank, self.size, store), daemon=True)
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._pipes.append(ours)
+
+
+def _work(pipe: multiprocessing.connection.Connection, rank: int, size: int, store: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
+    groups: dict[int, dist.ProcessGroup] = {}
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            fn, world_size, args = pickle.loads(job)
+            if world_size not in groups:
+                # Every rank must take part, in the same order, also those outside the group.
+                groups[world_size] = dist.new_group(list(range(world_size)))
+            result = fn(groups[world_size], *args) if rank < world_size else None
+            answer = pickle.dumps((True, result))
+        except Exception:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)

@@ -1,0 +1,111 @@
+"""Shapes, inputs and verdicts shared by the kernel tests."""
+
+from dataclasses import dataclass
+
+import torch
+from lhcp.geometry import Geometry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A geometry and the shape of its tensors."""
+
+    num_levels: int
+    pool_factor: int
+    picks: int
+    stratum_coarsest: int
+    num_strata: int = 2
+    num_chunks: int = 1
+    has_first: bool = True
+    batch: int = 1
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def geom(self) -> Geometry:
+        window = self.pool_factor ** (self.num_levels - 1)
+        return Geometry(
+            num_tokens=self.num_strata * self.stratum_coarsest * window,
+            num_strata=self.num_strata,
+            num_chunks=self.num_chunks,
+            num_levels=self.num_levels,
+            pool_factor=self.pool_factor,
+            picks=self.picks,
+            has_first=self.has_first,
+        )
+
+    def rows(self, length: int, num_heads: int) -> torch.Tensor:
+        """Random [B, length, heads, D]."""
+        shape = (self.batch, length, num_heads, self.head_dim)
+        return torch.randn(shape, device=DEVICE).to(self.dtype)
+
+    def qkv(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kv = self.num_kv_heads
+        return self.rows(length, self.num_heads), self.rows(length, kv), self.rows(length, kv)
+
+    def scores(self, kind: str = "random") -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of levels 1 to L-1 with what breaks a selection: ties, inf, NaN."""
+        shape = (self.batch, self.num_kv_heads, self.geom.pooled_size)
+        sq, sk = torch.rand(shape, device=DEVICE), torch.rand(shape, device=DEVICE)
+        if kind == "equal":
+            sq, sk = torch.full_like(sq, 2.0), torch.full_like(sk, 2.0)
+        elif kind == "ties":
+            sq, sk = (sq * 4).round(), (sk * 4).round()
+        elif kind == "signed":
+            sq, sk = (sq * 4).round() - 2, -sk
+        elif kind == "special":
+            for score in (sq, sk):
+                score[torch.rand(shape, device=DEVICE) < 0.2] = torch.inf
+                score[torch.rand(shape, device=DEVICE) < 0.1] = torch.nan
+                score[torch.rand(shape, device=DEVICE) < 0.1] = -torch.inf
+        return sq, sk
+
+    def selection(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries and places of random scores, by the torch path."""
+        from lhcp.lighthouse.select import select
+
+        return tuple(select(*self.scores("ties"), self.geom))
+
+
+CASES = {
+    "p4": Case(3, 4, 4, 8, batch=2, num_heads=4, num_kv_heads=2),
+    "two_chunks": Case(3, 4, 2, 4, num_chunks=2, num_heads=4, num_kv_heads=1, head_dim=128),
+    "p2_deep": Case(4, 2, 6, 12, num_chunks=2, batch=3, head_dim=96, has_first=False),
+    "p8": Case(2, 8, 2, 3, num_strata=1, head_dim=128, dtype=torch.float16),
+    "all_taken": Case(3, 2, 10, 10, head_dim=64, num_heads=3, num_kv_heads=1),
+    "fp32": Case(3, 4, 2, 5, num_strata=4, num_chunks=2, head_dim=40, dtype=torch.float32),
+    "wide": Case(2, 2, 2, 6, head_dim=256, num_heads=1, num_kv_heads=1),
+    "p3": Case(3, 3, 2, 4, num_chunks=2, num_heads=6, num_kv_heads=2, head_dim=16),
+}
+
+
+def poisoned_empty(monkeypatch) -> None:
+    """Make torch.empty and torch.empty_like return NaN, or a large negative integer."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def filled(*args, _original=original, **kwargs):
+            x = _original(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else -(2**30) - 7)
+
+        monkeypatch.setattr(torch, name, filled)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values in a view of a wider buffer, as a slice of a fused projection is."""
+    wide = torch.full((*x.shape[:2], 3, *x.shape[2:]), torch.nan, dtype=x.dtype, device=x.device)
+    wide[:, :, 1] = x
+    return wide[:, :, 1]
+
+
+def assert_close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """Assert one rounding to `dtype` and fp32 sums: got against a float64 oracle."""
+    assert got.shape == exact.shape
+    assert torch.isfinite(got).all()
+    error = (got.double() - exact).abs()
+    band = torch.finfo(dtype).eps * exact.abs() * 0.51 + 2e-6 * exact.abs().max() + 1e-30
+    assert (error <= band).all(), f"largest error over its band: {(error / band).max():.3g}"

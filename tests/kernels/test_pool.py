@@ -1,0 +1,86 @@
+"""Pooling and scoring against float64, and the scores' independence of how tokens are held."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.kernels.cases import CASES, assert_close, strided
+
+from lhcp.lighthouse import pool as torch_pool
+from lhcp.lighthouse import score as torch_score
+from lhcp.lighthouse.kernels import pool as kernels
+
+
+def exact_scores(case, q, k):
+    return [
+        torch_score.level_scores(
+            torch_score.token_scores(x.double(), case.num_kv_heads), case.geom
+        )
+        for x in (q, k)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_means_and_scores(name):
+    case = CASES[name]
+    q, k, v = case.qkv(case.geom.num_tokens)
+    *means, sq, sk = kernels.pool_and_score(q, k, v, case.geom)
+    for x, mean in zip((q, k, v), means, strict=True):
+        assert mean.dtype == case.dtype
+        assert_close(mean, torch_pool.pool(x.double(), case.geom), case.dtype)
+    for got, exact in zip((sq, sk), exact_scores(case, q, k), strict=True):
+        assert_close(got, exact, torch.float32)
+
+
+def test_scores_of_other_tensors_are_the_same_scores():
+    case = CASES["p4"]
+    q, k, v = case.qkv(case.geom.num_tokens)
+    *_, sq, sk = kernels.pool_and_score(q, k, v, case.geom)
+    scored = kernels.score_tensors(q, k, case.geom)
+    assert torch.equal(sq, scored[0]) and torch.equal(sk, scored[1])
+    other = dataclasses.replace(case, head_dim=24)
+    q, k, _ = other.qkv(other.geom.num_tokens)
+    for got, exact in zip(
+        kernels.score_tensors(q, k, other.geom), exact_scores(other, q, k), strict=True
+    ):
+        assert_close(got, exact, torch.float32)
+
+
+def test_without_scores():
+    case = CASES["two_chunks"]
+    q, k, v = case.qkv(case.geom.num_tokens)
+    *means, _, _ = kernels.pool_and_score(q, k, v, case.geom, with_scores=False)
+    *want, _, _ = kernels.pool_and_score(q, k, v, case.geom)
+    assert all(torch.equal(a, b) for a, b in zip(means, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["p4", "p2_deep", "fp32"])
+def test_same_bits_for_any_shard_and_strides(name):
+    case = CASES[name]
+    q, k, v = case.qkv(case.geom.num_tokens)
+    whole = kernels.pool_and_score(q, k, v, case.geom)
+    viewed = kernels.pool_and_score(strided(q), strided(k), strided(v), case.geom)
+    assert all(torch.equal(a, b) for a, b in zip(whole, viewed, strict=True))
+
+    half = dataclasses.replace(case, num_strata=case.num_strata // 2, batch=1).geom
+    part = [x[:1, half.num_tokens :] for x in (q, k, v)]
+    sharded = kernels.pool_and_score(*part, half)
+    for level in range(1, half.num_levels):
+        here = slice(*(half.offset(i) - half.num_tokens for i in (level, level + 1)))
+        start = case.geom.offset(level) - case.geom.num_tokens + half.level_size(level)
+        there = slice(start, start + half.level_size(level))
+        for a, b in zip(sharded[:3], whole[:3], strict=True):
+            assert torch.equal(a[:, here], b[:1, there])
+        for a, b in zip(sharded[3:], whole[3:], strict=True):
+            assert torch.equal(a[..., here], b[:1, :, there])
+
+
+def test_nan_scores_as_infinite():
+    case = CASES["p4"]
+    q, k, v = case.qkv(case.geom.num_tokens)
+    q[0, 5, 1, 3] = torch.nan
+    k[1, 9, 0, 0] = torch.inf
+    *_, sq, sk = kernels.pool_and_score(q, k, v, case.geom)
+    assert not sq.isnan().any() and not sk.isnan().any()
+    assert sq[0, 0, 1] == torch.inf and sq.isinf().sum() == case.geom.num_levels - 1
+    assert sk[1, 0, 2] == torch.inf and sk.isinf().sum() == case.geom.num_levels - 1

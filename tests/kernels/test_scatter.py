@@ -1,0 +1,68 @@
+"""Scatter-back, its edges and its gradients against the torch path in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.kernels.cases import CASES, assert_close, strided
+
+from lhcp.lighthouse import scatter as torch_path
+from lhcp.lighthouse.kernels import scatter as kernels
+
+
+def exact_scatter(o, places, geom):
+    out = torch_path.scatter(o.double(), places, geom)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scatter_and_its_edges(name):
+    case = CASES[name]
+    geom = case.geom
+    _, places = case.selection()
+    o = case.rows(geom.subsequence, case.num_heads)
+    exact = exact_scatter(o, places, geom)
+    out = kernels.scatter(o, places, geom)
+    assert out.dtype == case.dtype
+    assert_close(out, exact, case.dtype)
+    assert torch.equal(out, kernels.scatter(strided(o), places, geom))
+
+    halo = case.rows(geom.num_chunks * (geom.num_levels - 1), case.num_heads)
+    halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
+    torch_path.scatter_edges(exact, o.double(), places, halo.double(), geom)
+    before = out.clone()
+    kernels.scatter_edges(out, o, places, halo, geom)
+    assert_close(out, exact, case.dtype)
+    edge = geom.window(geom.num_levels - 1) - 1
+    beyond = [x.unflatten(1, (geom.num_chunks, -1))[:, :, edge:] for x in (out, before)]
+    assert torch.equal(*beyond)
+
+
+@pytest.mark.parametrize("name", ["two_chunks", "p2_deep", "p3"])
+def test_edges_complete_a_cut_sequence_bit_for_bit(name):
+    case = CASES[name]
+    _, places = case.selection()
+    o = case.rows(case.geom.subsequence, case.num_heads)
+    whole = dataclasses.replace(case, num_chunks=1).geom
+    want = kernels.scatter(o, places, whole)
+    out = kernels.scatter(o, places, case.geom)
+    halo = torch_path.last_rows(o, places, case.geom).roll(1, 1)
+    halo[:, 0] = 0
+    kernels.scatter_edges(out, o, places, halo, case.geom)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient(name):
+    case = CASES[name]
+    geom = case.geom
+    entries, places = case.selection()
+    dout = case.rows(geom.num_tokens, case.num_heads)
+    do = kernels.scatter_backward(dout, places, geom)
+    assert do.dtype == case.dtype
+    assert_close(do, torch_path.scatter_backward(dout.double(), entries, geom), case.dtype)
+    assert torch.equal(do, kernels.scatter_backward(strided(dout), places, geom))
+
+    dhalo = kernels.edge_grads(dout, geom)
+    assert dhalo.dtype == torch.float32
+    assert_close(dhalo, torch_path.edge_grads(dout.double(), geom), torch.float32)

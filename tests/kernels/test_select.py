@@ -1,0 +1,52 @@
+"""The selection kernels against the torch path: equal integers, whatever the scores."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.kernels.cases import CASES, Case
+
+from lhcp.lighthouse import select as torch_path
+from lhcp.lighthouse.kernels import select as kernels
+
+KINDS = ["random", "equal", "ties", "signed", "special"]
+
+
+def check(case: Case, kind: str) -> None:
+    sq, sk = case.scores(kind)
+    entries, places = kernels.select(sq, sk, case.geom)
+    want = torch_path.select(sq, sk, case.geom)
+    assert torch.equal(entries, want.entries)
+    assert torch.equal(places, want.places)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_torch_path(name, kind):
+    check(CASES[name], kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_candidates_than_a_block(kind, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_BLOCK", 16)
+    check(Case(3, 4, 10, 53, num_strata=2), kind)
+    check(Case(4, 2, 20, 20, num_strata=1, has_first=False), kind)
+
+
+def test_first_entry_is_forced_only_in_the_first_stratum():
+    case = Case(3, 4, 2, 4, num_kv_heads=1)
+    scores = torch.arange(1.0, case.geom.pooled_size + 1).expand(1, 1, -1)
+    scores = scores.to(case.scores()[0].device)
+    with_first, _ = kernels.select(scores, scores, case.geom)
+    without = dataclasses.replace(case, has_first=False)
+    without_first, _ = kernels.select(scores, scores, without.geom)
+    half = case.geom.stratum_subsequence
+    assert 0 in with_first[0, 0, :half] and 0 not in without_first[0, 0, :half]
+    assert torch.equal(with_first[0, 0, half:], without_first[0, 0, half:])
+
+
+def test_same_bits_every_run():
+    sq, sk = CASES["p4"].scores("ties")
+    first = kernels.select(sq, sk, CASES["p4"].geom)
+    second = kernels.select(sq, sk, CASES["p4"].geom)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

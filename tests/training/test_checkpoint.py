@@ -1,0 +1,215 @@
+"""Checkpoints: bit-for-bit resume, torn ones passed over, no code run from a file."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lhcp.training import checkpoint
+from lhcp.training.data import Sequences, open_corpus
+from lhcp.training.loop import EvalRecord, History, StepRecord, train
+from lhcp.training.parallel import build, whole_model
+from lhcp.training.run import Run
+from tests.training.spawned import run_ranks
+
+
+class Silent:
+    """A watcher that can stop the run after a step, as a crash would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.started_at = -1
+
+    def on_start(self, done: int, folder: Path) -> None:
+        self.started_at = done
+
+    def on_step(self, record: StepRecord, stages: Any) -> None:
+        if record.step == self.stop_after:
+            raise InterruptedError
+
+    def on_eval(self, record: EvalRecord) -> None:
+        pass
+
+
+def do(run: Run, watcher: Silent) -> tuple[dict[str, Any], History]:
+    """Train `run` in its folder; return rank 0's whole weights and the history."""
+    text, rest = open_corpus(run.data)
+    data, heldout = (Sequences(part, run.seqlen, run.seed) for part in (text, rest))
+    trainee = build(run, torch.device("cpu"))
+    history = train(run, trainee, data, heldout, run.stages, run.folder, watcher)
+    whole = whole_model(run, trainee)
+    return {} if whole is None else dict(whole.state_dict()), history
+
+
+def numbers(history: History) -> list[tuple[float, ...]]:
+    """Return the history without its times."""
+    return [(r.step, r.loss, r.grad_norm, r.lr) for r in history.steps] + [
+        (r.step, r.loss) for r in history.evals
+    ]
+
+
+def stop_and_go_on(run: Run, stopped_at: int) -> list[bool]:
+    """Tell whether a run stopped during step `stopped_at` ends as an undisturbed one does."""
+    weights, history = do(replace(run, out=f"{run.out}/whole"), Silent())
+    stopped = replace(run, out=f"{run.out}/stopped")
+    with pytest.raises(InterruptedError):
+        do(stopped, Silent(stop_after=stopped_at))
+    watcher = Silent()
+    again, more = do(stopped, watcher)
+    same = all(torch.equal(weights[name], again[name]) for name in weights)
+    started = watcher.started_at == (stopped_at - 1) // run.checkpoint_every * run.checkpoint_every
+    return [same, weights.keys() == again.keys(), numbers(history) == numbers(more), started]
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3, 5], ids=["no checkpoint", "stage 1", "stage 2"])
+def test_resume_is_bit_for_bit(
+    one_rank: None, small_run: Run, tmp_path: Path, stopped_at: int
+) -> None:
+    assert stop_and_go_on(replace(small_run, out=str(tmp_path)), stopped_at) == [True] * 4
+
+
+def test_resume_is_bit_for_bit_on_two_ranks(small_run: Run, tmp_path: Path) -> None:
+    run = replace(small_run, cp=2, out=str(tmp_path / "out"))
+    assert run_ranks(tmp_path, 2, stop_and_go_on, run, 4) == [[True] * 4] * 2
+
+
+def go_on(run: Run) -> tuple[int, list[float]]:
+    """Return where a run in its folder starts, and the losses of all its steps."""
+    watcher = Silent()
+    _, history = do(run, watcher)
+    return watcher.started_at, [r.loss for r in history.steps]
+
+
+def test_a_run_goes_on_with_other_ranks(one_rank: None, small_run: Run, tmp_path: Path) -> None:
+    run = replace(small_run, out=str(tmp_path / "out"))
+    _, losses = go_on(replace(run, out=str(tmp_path / "whole")))
+    with pytest.raises(InterruptedError):
+        do(run, Silent(stop_after=3))
+    started, meshed = run_ranks(tmp_path, 2, go_on, replace(run, cp=2))[0]
+    assert started == 2
+    assert meshed == pytest.approx(losses, rel=1e-4)
+
+
+def test_another_run_is_refused(one_rank: None, small_run: Run, tmp_path: Path) -> None:
+    run = replace(small_run, out=str(tmp_path))
+    do(run, Silent())
+    with pytest.raises(ValueError, match=r"differs in global_batch, seed.*--out"):
+        do(replace(run, global_batch=2, seed=1), Silent())
+
+
+@pytest.fixture
+def saved(one_rank: None, small_run: Run, tmp_path: Path) -> Path:
+    """A folder with checkpoints after 2, 4 and 5 steps."""
+    do(replace(small_run, out=str(tmp_path)), Silent())
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000005",
+    ]
+    return tmp_path
+
+
+def cut_short(path: Path) -> None:
+    data = next(path.glob("*.distcp"))
+    os.truncate(data, data.stat().st_size // 2)
+
+
+def drop_data(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def drop_marker(path: Path) -> None:
+    (path / checkpoint.COMPLETE).unlink()
+
+
+def cut_marker(path: Path) -> None:
+    os.truncate(path / checkpoint.COMPLETE, 9)
+
+
+def leave_unfinished(path: Path) -> None:
+    path.rename(path.with_suffix(checkpoint.UNFINISHED))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, drop_data, drop_marker, cut_marker, leave_unfinished]
+)
+def test_torn_checkpoints_are_passed_over(saved: Path, damage: Callable[[Path], None]) -> None:
+    damage(saved / "step-00000005")
+    assert checkpoint.latest(saved) == saved / "step-00000004"
+    damage(saved / "step-00000004")
+    damage(saved / "step-00000002")
+    assert checkpoint.latest(saved) is None
+
+
+def test_only_the_last_are_kept(one_rank: None, small_run: Run, tmp_path: Path) -> None:
+    do(replace(small_run, out=str(tmp_path), checkpoint_every=1, keep_checkpoints=2), Silent())
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
+
+
+class Attack:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def mark_whole(path: Path) -> None:
+    """Make the list of files fit what is there."""
+    record = json.loads((path / checkpoint.COMPLETE).read_text())
+    record["files"] = {
+        p.name: p.stat().st_size for p in path.iterdir() if p.name != checkpoint.COMPLETE
+    }
+    (path / checkpoint.COMPLETE).write_text(json.dumps(record))
+
+
+def test_metadata_that_runs_code_is_refused(saved: Path, small_run: Run, tmp_path: Path) -> None:
+    path = saved / "step-00000005"
+    (path / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
+    mark_whole(path)
+    with pytest.raises(checkpoint.UnsafeCheckpointError, match="mkdir"):
+        do(replace(small_run, out=str(saved)), Silent())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("entry", ["rng", "model.norm.weight"])
+def test_data_that_runs_code_is_refused(
+    saved: Path, small_run: Run, tmp_path: Path, entry: str
+) -> None:
+    # torch unpickles an entry that the metadata calls bytes, whatever the program asked for.
+    path = saved / "step-00000005"
+    state = {entry: Attack(tmp_path / "ran")} if "." not in entry else {}
+    if not state:
+        state = {"model": {"norm.weight": Attack(tmp_path / "ran")}}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
+    mark_whole(path)
+    with pytest.raises(checkpoint.UnsafeCheckpointError):
+        do(replace(small_run, out=str(saved)), Silent())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_attack_works_on_torchs_own_reader(saved: Path, tmp_path: Path) -> None:
+    path = saved / "step-00000005"
+    (path / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
+    with pytest.raises(AttributeError):
+        dcp.FileSystemReader(path).read_metadata()
+    assert (tmp_path / "ran").exists()
+
+
+def test_metadata_cannot_point_outside(saved: Path) -> None:
+    path = saved / "step-00000005"
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = "../step-00000004/" + info.relative_path
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(checkpoint.UnsafeCheckpointError, match="outside its folder"):
+        checkpoint.TensorReader(path).read_metadata()
