@@ -134,16 +134,16 @@ def lighthouse_attention(
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.
         selection: what `select` returned for these sizes, in place of selecting here.
-        score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k: for models
-            that normalise q and k, whose norms say little.
+        score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k: for
+            models that normalise q and k, whose norms say little.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
 
     Returns:
         [B, N / W, H, D] in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before anything
-            is sent.
+        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before
+            anything is sent.
         ImportError: an explicit backend's package is missing.
     """
     check_qkv(q, k, v)
@@ -198,6 +198,6 @@ def check_selection(selection: Selection, k: Tensor, geom: Geometry) -> None:
         x: Tensor = getattr(selection, name)
         if tuple(x.shape) != shape or x.dtype != torch.int32 or x.device != k.device:
             raise ValueError(
-                f"selection.{name} is {shape_of(x)}: these inputs need {list(shape)} torch.int32 on "
-                f"{k.device}; make it with lhcp.select on inputs of the same sizes and ranks"
+                f"selection.{name} is {shape_of(x)}: these inputs need {list(shape)} torch.int32 "
+                f"on {k.device}; make it with lhcp.select on inputs of the same sizes and ranks"
             )

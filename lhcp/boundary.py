@@ -1,9 +1,9 @@
 """What chunks owe each other: the last entries of a chunk also serve the first tokens of the next.
 
-Each chunk's last entry of levels 1 to L-1 travels as a row, [L-1, H, D] a chunk, and the gradient of
-those rows travels back the same way. Every rank sends as many messages, in the same order: slot 0 to
-the next rank and, with zigzag, slot 1 to the previous one, round the circle. What arrives for the
-sequence's first chunk, or where a neighbour is this rank itself, is replaced:
+Each chunk's last entry of levels 1 to L-1 travels as a row, [L-1, H, D] a chunk, and the gradient
+of those rows travels back the same way. Every rank sends as many messages, in the same order: slot
+0 to the next rank and, with zigzag, slot 1 to the previous one, round the circle. What arrives for
+the sequence's first chunk, or where a neighbour is this rank itself, is replaced:
 
     zigzag, W = 4     chunk 0>1>2>3>4>5>6>7      chunk 3 to 4 stays on rank 3
                       rank  0 1 2 3 3 2 1 0

@@ -1,4 +1,4 @@
-"""Checks of what callers pass in: the value, the rule and what would fit, before anything is sent."""
+"""Checks of what callers pass in, before anything is sent: the value, the rule, what would fit."""
 
 import torch
 from torch import Tensor

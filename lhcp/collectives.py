@@ -1,4 +1,4 @@
-"""Gather and reduce-scatter under one name each, whatever torch calls them (2.11 and 2.13 differ)."""
+"""Gather and reduce-scatter under one name each; torch 2.11 and 2.13 name them differently."""
 
 from collections.abc import Callable
 from typing import Any

@@ -17,11 +17,11 @@ def nearest_multiples(value: int, unit: int) -> str:
 class LighthouseConfig:
     """Sizes and scorer of Lighthouse attention (arXiv 2605.06554; lhcp/METHOD.md).
 
-    Rules on these fields alone are checked here; rules that involve the sequence length, the heads
-    or the number of ranks are checked at the call.
+    Rules on these fields alone are checked here; rules with the sequence length, the heads or the
+    number of ranks are checked at the call.
 
     Raises:
-        ValueError: a field breaks a rule. The message names the value, the rule and values that fit.
+        ValueError: a field breaks a rule. The message names the value, the rule and what fits.
     """
 
     num_levels: int = 3
@@ -69,8 +69,8 @@ class LighthouseConfig:
         unit = 2 * self.num_strata
         if self.topk < unit or self.topk % unit:
             raise ValueError(
-                f"topk={self.topk}: must be a positive multiple of 2 * num_strata = {unit} (half of "
-                "a stratum's picks go by query score, half by key score), for example "
+                f"topk={self.topk}: must be a positive multiple of 2 * num_strata = {unit} (half "
+                "of a stratum's picks go by query score, half by key score), for example "
                 f"{nearest_multiples(self.topk, unit)}"
             )
         if self.scorer not in SCORERS:
@@ -122,8 +122,8 @@ class LighthouseConfig:
             fits = seqlen // unit * self.num_strata // (2 * self.num_strata) * 2 * self.num_strata
             hint = f"topk={fits}" if fits else "fewer strata or levels"
             raise ValueError(
-                f"seqlen={seqlen}: each stratum has {seqlen // unit} coarsest entries but must take "
-                f"topk / num_strata = {self.picks} of them; use seqlen >= {self.min_seqlen} "
+                f"seqlen={seqlen}: each stratum has {seqlen // unit} coarsest entries but must "
+                f"take topk / num_strata = {self.picks} of them; use seqlen >= {self.min_seqlen} "
                 f"or {hint}"
             )
         if self.scorer == "dilated":
@@ -133,9 +133,16 @@ class LighthouseConfig:
                 raise ValueError(
                     f"scorer_window={self.scorer_window}: the block of {window} tokens must divide "
                     f"the stratum of seqlen / num_strata = {stratum} tokens and be a multiple of "
-                    f"dilation={self.dilation}, for example scorer_window="
-                    f"{self.dilation * largest_divisor(stratum, window // self.dilation, self.dilation)}"
+                    f"dilation={self.dilation}, for example {self._fitting_window(stratum)}"
                 )
+
+    def _fitting_window(self, stratum: int) -> str:
+        """Name the largest scorer_window up to the present one that fits, or a dilation too."""
+        for window in range(min(self.scorer_window, stratum), 0, -1):
+            if stratum % window == 0 and window % self.dilation == 0:
+                return f"scorer_window={window}"
+        dilation = max(d for d in range(1, self.dilation) if stratum % d == 0)
+        return f"scorer_window={stratum}, dilation={dilation}"
 
     def subsequence_length(self, seqlen: int) -> int:
         """Return S, the length of the gathered sub-sequence of a whole sequence.
@@ -150,8 +157,3 @@ class LighthouseConfig:
         """
         self.check_seqlen(seqlen)
         return seqlen // self.coarsest_window + (self.num_levels - 1) * self.pool_factor * self.topk
-
-
-def largest_divisor(total: int, limit: int, unit: int) -> int:
-    """Return the largest d <= limit with unit * d dividing total (1 where there is none)."""
-    return next((d for d in range(limit, 0, -1) if total % (unit * d) == 0), 1)

@@ -45,8 +45,8 @@ class Geometry:
             low = config.num_strata // all_chunks * all_chunks
             fits = f"{low} or {low + all_chunks}" if low else f"{all_chunks}"
             raise ValueError(
-                f"num_strata={config.num_strata}: must be a multiple of {all_chunks}, the chunks of "
-                f"{world_size} ranks with {num_chunks} each, for example num_strata={fits}"
+                f"num_strata={config.num_strata}: must be a multiple of {all_chunks}, the chunks "
+                f"of {world_size} ranks with {num_chunks} each, for example num_strata={fits}"
             )
         return cls(
             num_tokens=num_tokens,

@@ -1,6 +1,8 @@
 """Groups of ranks: what a user passes as `group`, turned into the process groups that lhcp uses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,13 +33,13 @@ class Ranks:
     def names(self) -> tuple[str, str, str]:
         """The groups' names, from which `from_names` makes an equal object; "" for None."""
         flat, outer, inner = (
-            "" if g is None else g.group_name for g in (self.flat, self.outer, self.inner)
+            "" if g is None else str(g.group_name) for g in (self.flat, self.outer, self.inner)
         )
         return flat, outer, inner
 
     @classmethod
     def from_names(cls, names: tuple[str, str, str]) -> "Ranks":
-        resolve = dist.distributed_c10d._resolve_process_group
+        resolve: Callable[[Any], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group
         return cls(*(resolve(name) if name else None for name in names))
 
 

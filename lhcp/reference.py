@@ -196,6 +196,6 @@ def lighthouse_attention(
             score_k = k if score_k is None else score_k
             sq, sk = token_scores(score_q, score_k, v, config, scale)
             selection = select(sq, sk, config)
-    gathered = (gather(x, selection, config) for x in (q, k, v))
-    o = causal_attention(*gathered, scale)
+    qs, ks, vs = (gather(x, selection, config) for x in (q, k, v))
+    o = causal_attention(qs, ks, vs, scale)
     return scatter(o, selection, q.shape[1], config)

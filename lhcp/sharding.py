@@ -1,4 +1,4 @@
-"""Whole tensors to this rank's part and back: `shard`, `unshard`, `positions`, `pad_to_multiple`."""
+"""Whole tensors to this rank's part and back: `shard`, `unshard`, `positions`, padding."""
 
 from typing import Any
 

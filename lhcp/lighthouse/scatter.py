@@ -75,7 +75,7 @@ def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
     wide = dout.to(accumulate_dtype(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
     pyramid = [wide.flatten(1, 2)]
     sums = wide
-    for level in range(1, geom.num_levels):
+    for _ in range(1, geom.num_levels):
         # sums[j] serves from the end of entry j of the level below: p of them, from the last child.
         p = geom.pool_factor
         missing = sums.new_zeros(*sums.shape[:2], p - 1, *sums.shape[3:])

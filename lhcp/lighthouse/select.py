@@ -1,4 +1,4 @@
-"""The selection: which entries enter the sub-sequence, and in which order. Integers, no gradient."""
+"""The selection: which entries enter the sub-sequence and in which order. No gradient."""
 
 from typing import NamedTuple
 

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,10 @@ def to_list(geom: Geometry) -> list[int]:
 
 
 def from_list(values: list[int]) -> Geometry:
-    return Geometry(*values[:-1], has_first=bool(values[-1]))
+    fields: dict[str, Any] = dict(
+        zip((field.name for field in dataclasses.fields(Geometry)), values, strict=True)
+    )
+    return Geometry(**fields | {"has_first": bool(fields["has_first"])})
 
 
 @torch.library.custom_op("lhcp::pool_and_score", mutates_args=())
@@ -233,8 +237,8 @@ class Gather(torch.autograd.Function):
     """Gather q, k and v; the gradient goes through the pooled means straight to the tokens."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
+    def forward(
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -245,13 +249,14 @@ class Gather(torch.autograd.Function):
         places: Tensor,
         geom: list[int],
         kernels: str,
-    ):
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(places)
         ctx.geom, ctx.kernels = geom, kernels
         return gather_subsequence(q, k, v, pooled_q, pooled_k, pooled_v, entries, geom, kernels)
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):  # type: ignore[no-untyped-def]
-        grads = (x.contiguous() for x in (dq, dk, dv))
-        tokens = gather_backward(*grads, *ctx.saved_tensors, ctx.geom, ctx.kernels)
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dq, dk, dv = (x.contiguous() for x in grads)
+        (places,) = ctx.saved_tensors
+        tokens = gather_backward(dq, dk, dv, places, ctx.geom, ctx.kernels)
         return (*tokens, *(None,) * 7)

@@ -146,7 +146,7 @@ class _Views:
         return part.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)
 
     def _fold(self, x: Tensor, call: Call) -> Tensor:
-        """Put the chunks of a per-chunk call into the batch axis: [B, c n, ...] -> [B c, n, ...]."""
+        """Put the chunks of a per-chunk call into the batch: [B, c n, ...] -> [B c, n, ...]."""
         if not call.per_chunk:
             return x
         return x.unflatten(1, (call.q[1] - call.q[0], -1)).flatten(0, 1)

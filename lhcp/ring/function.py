@@ -1,4 +1,4 @@
-"""`ring_attention`: the public function, its autograd and its opaque operators for torch.compile."""
+"""`ring_attention`: the public function, its autograd, its operators for torch.compile."""
 
 from typing import Any, Literal, overload
 
@@ -96,7 +96,8 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        saved = (grads[0], *ctx.saved_tensors)
+        q, k, v, out, lse = ctx.saved_tensors
+        saved = (grads[0], q, k, v, out, lse)
         if ctx.spans is UNTIMED or torch.compiler.is_compiling():
             dq, dk, dv = _ring_backward(*saved, *_to_arguments(ctx.plan))
         else:
@@ -197,8 +198,8 @@ def ring_attention(
         float32 (float64 for float64 inputs), which carries no gradient.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before anything
-            is sent.
+        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before
+            anything is sent.
         ImportError: an explicit backend's package is missing.
     """
     check_qkv(q, k, v)

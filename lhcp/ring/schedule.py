@@ -1,8 +1,8 @@
 """Who attends to what: pure functions from (rank, layout, causal) to steps. Integers only.
 
 Everything follows from one rule. Under a causal mask a chunk of queries c attends to the chunks of
-keys before it in full and to chunk c by the triangle. What a rotation delivers at a step is a run of
-key chunks; `attend` turns it into as few block calls as the layout allows:
+keys before it in full and to chunk c by the triangle. What a rotation delivers at a step is a run
+of key chunks; `attend` turns it into as few block calls as the layout allows:
 
     zigzag, p2p, rank 1 of 4: queries are chunks (1, 6)
     step 0, own keys (1, 6): one square causal call, since both runs ascend
@@ -41,9 +41,9 @@ class Step:
 def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) -> tuple[Call, ...]:
     """Return the calls that let each query chunk see what it may of `kv_chunks`.
 
-    The keys before a query chunk must be a contiguous run of `kv_chunks` (in any order: a full block
-    does not care), which holds for every delivery of every rotation; a diagonal is one call for all
-    query chunks if both runs are the same and ascend, else it must be handled by `diagonal`.
+    The keys before a query chunk must be a contiguous run of `kv_chunks`, in any order, since a
+    full block does not care; that holds for every delivery of every rotation. The diagonal is in it only
+    if both runs are the same; a rotation that gathers attends to it in a call of its own.
     """
     if not causal:
         return (Call((0, len(q_chunks)), (0, len(kv_chunks)), False),)

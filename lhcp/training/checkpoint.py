@@ -190,6 +190,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     Raises:
         UnsafeCheckpointError: the checkpoint asks for code, or holds more than tensors.
     """
+    # Checked first and outside of torch's loader, which would wrap the error beyond recognition.
+    TensorReader(path).read_metadata()
     state = tensors_of(model, optimizer)
     dcp.load(state, storage_reader=TensorReader(path))
     set_model_state_dict(model, state["model"])

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from lhcp.geometry import Geometry
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ class Case:
 
 
 CASES = {
-    "p4": Case(3, 4, 4, 8, batch=2, num_heads=4, num_kv_heads=2),
-    "two_chunks": Case(3, 4, 2, 4, num_chunks=2, num_heads=4, num_kv_heads=1, head_dim=128),
-    "p2_deep": Case(4, 2, 6, 12, num_chunks=2, batch=3, head_dim=96, has_first=False),
+    "p4": Case(3, 4, 2, 3, batch=3, num_heads=4, num_kv_heads=2),
+    "two_chunks": Case(3, 4, 2, 3, num_chunks=2, num_heads=4, num_kv_heads=1, head_dim=128),
+    "p2_deep": Case(4, 2, 4, 6, num_chunks=2, num_heads=1, num_kv_heads=1, head_dim=96, has_first=False),
     "p8": Case(2, 8, 2, 3, num_strata=1, head_dim=128, dtype=torch.float16),
-    "all_taken": Case(3, 2, 10, 10, head_dim=64, num_heads=3, num_kv_heads=1),
-    "fp32": Case(3, 4, 2, 5, num_strata=4, num_chunks=2, head_dim=40, dtype=torch.float32),
+    "all_taken": Case(3, 2, 6, 6, head_dim=64, num_heads=3, num_kv_heads=1),
+    "fp32": Case(3, 4, 2, 2, num_strata=4, num_chunks=2, head_dim=40, dtype=torch.float32),
     "wide": Case(2, 2, 2, 6, head_dim=256, num_heads=1, num_kv_heads=1),
-    "p3": Case(3, 3, 2, 4, num_chunks=2, num_heads=6, num_kv_heads=2, head_dim=16),
+    "p3": Case(3, 3, 2, 3, num_chunks=2, num_heads=2, head_dim=16),
 }
 
 
@@ -107,5 +108,7 @@ def assert_close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> 
     assert got.shape == exact.shape
     assert torch.isfinite(got).all()
     error = (got.double() - exact).abs()
-    band = torch.finfo(dtype).eps * exact.abs() * 0.51 + 2e-6 * exact.abs().max() + 1e-30
+    # The interpreter cuts fp32 to bf16 where a GPU rounds to nearest.
+    ulps = 1.01 if INTERPRETED and dtype == torch.bfloat16 else 0.51
+    band = torch.finfo(dtype).eps * exact.abs() * ulps + 2e-6 * exact.abs().max() + 1e-30
     assert (error <= band).all(), f"largest error over its band: {(error / band).max():.3g}"

@@ -85,6 +85,16 @@ def fold(rows, COUNT: tl.constexpr):
 
 
 @triton.jit
+def store_token(
+    p_out, b_row, m_row, i_token, chunk_size, stride, D: tl.constexpr, DP: tl.constexpr
+):
+    """Store rows [R, DP] at tokens i_token [R] of their chunks, where they are inside."""
+    mask = row_mask(m_row & (i_token >= 0) & (i_token < chunk_size), D, DP)
+    p_token = p_out + (i_token.to(tl.int64) * stride)[:, None]
+    tl.store(p_token, b_row.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def spread(
     p_out,
     p_sub,
@@ -128,10 +138,8 @@ def spread(
                 i_token = i_child + c
                 b_place = load_places(p_place, m_row, i_token, size, offset)
                 b_row = rows_at(p_sub, b_place, sub_stride, D, DP)
-                b_out = fold((b_row,) + rows, L)  # noqa: RUF005
-                mask = row_mask(m_row & (i_token >= 0) & (i_token < size), D, DP)
-                p_token = p_out + (i_token.to(tl.int64) * out_stride)[:, None]
-                tl.store(p_token, b_out.to(p_out.dtype.element_ty), mask=mask)
+                b_sum = fold((b_row,) + rows, L)  # noqa: RUF005
+                store_token(p_out, b_sum, m_row, i_token, chunk_size, out_stride, D, DP)
         else:
             for c in range(P):
                 b_place = load_places(p_place, m_row, i_child + c, size, offset)
@@ -159,10 +167,7 @@ def spread(
                     MEAN,
                 )
     else:
-        b_out = fold(rows, L - LEVEL).to(p_out.dtype.element_ty)
+        b_shared = fold(rows, L - LEVEL)
         i_first = i_window * (P**LEVEL) - SHIFT
         for c in tl.range(P**LEVEL, loop_unroll_factor=P):
-            i_token = i_first + c
-            mask = row_mask(m_row & (i_token >= 0) & (i_token < chunk_size), D, DP)
-            p_token = p_out + (i_token.to(tl.int64) * out_stride)[:, None]
-            tl.store(p_token, b_out, mask=mask)
+            store_token(p_out, b_shared, m_row, i_first + c, chunk_size, out_stride, D, DP)

@@ -39,7 +39,7 @@ class Grads:
 
 
 class Rotation(Protocol):
-    """Deliver kv step by step; in the backward, collect each step's gradients and bring them home."""
+    """Deliver kv step by step; in the backward, collect the gradients and bring them home."""
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield (step, k, v) in order, with the next exchange already under way.

@@ -1,0 +1,110 @@
+"""Compile every kernel for one architecture and print its registers and spills; needs no GPU.
+
+    python -m tests.kernels.compile_all 90 [levels factor dtype head_dim heads kv_heads]
+"""
+
+import subprocess
+import sys
+import tempfile
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lhcp.geometry import Geometry
+from lhcp.lighthouse.kernels import gather, pool, scatter, select
+
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+
+
+def compiled(kernel, arch: int, args: tuple, kwargs: dict):
+    """Compile `kernel` as a launch with these arguments on a GPU of `arch` would."""
+    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        if param.is_constexpr:
+            signature[param.name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value == 1 and not param.do_not_specialize:
+            signature[param.name], constants[(i,)] = "constexpr", 1
+        else:
+            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(binary) -> str:
+    """Registers and local memory by cuobjdump, where Triton brings it."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    line = [x for x in text.stdout.splitlines() if "REG:" in x]
+    shared = binary.metadata.shared
+    return f"{line[-1].strip() if line else '?'} (dynamic shared {shared})"
+
+
+def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
+    """Call every launcher once, on meta tensors."""
+
+    def rows(length: int, num: int) -> torch.Tensor:
+        return torch.empty((1, length, num, head_dim), dtype=dtype, device="meta")
+
+    def qkv(length: int) -> list[torch.Tensor]:
+        return [rows(length, heads), rows(length, kv_heads), rows(length, kv_heads)]
+
+    q, k, v = qkv(geom.num_tokens)
+    *means, sq, sk = pool.pool_and_score(q, k, v, geom)
+    pool.score_tensors(q, k, geom)
+    entries, places = select.select(sq, sk, geom)
+    sub = gather.gather(q, k, v, *means, entries, geom)
+    gather.gather_backward(*sub, places, geom)
+    out = scatter.scatter(sub[0], places, geom)
+    halo = rows(geom.num_chunks * (geom.num_levels - 1), heads)
+    halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
+    scatter.scatter_edges(out, sub[0], places, halo, geom)
+    scatter.scatter_backward(out, places, geom)
+    scatter.edge_grads(out, geom)
+
+
+def main() -> None:
+    arch = int(sys.argv[1])
+    levels, factor, *rest = [*sys.argv[2:], "3", "4"][:2] + sys.argv[4:]
+    dtype = getattr(torch, rest[0]) if rest else torch.bfloat16
+    head_dim, heads, kv_heads = (int(x) for x in rest[1:4]) if rest[1:] else (128, 8, 8)
+    geom = Geometry(
+        num_tokens=131072, num_strata=16, num_chunks=2, num_levels=int(levels),
+        pool_factor=int(factor), picks=128, has_first=True,
+    )  # fmt: skip
+
+    def compile_launch(self, grid):
+        def launch(*args, **kwargs):
+            binary = compiled(self, arch, args, kwargs)
+            print(f"{self.fn.__name__:24s} {resources(binary)}", flush=True)
+
+        return launch
+
+    with (
+        patch.object(triton.runtime.jit.JITFunction, "__getitem__", compile_launch),
+        patch.object(torch.Tensor, "data_ptr", lambda self: 0),
+    ):
+        launches(geom, dtype, head_dim, heads, kv_heads)
+
+
+if __name__ == "__main__":
+    main()
