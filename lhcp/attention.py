@@ -13,7 +13,7 @@ from lhcp.lighthouse import stages
 from lhcp.lighthouse.score import dilated_scores, level_scores
 from lhcp.lighthouse.select import Selection
 from lhcp.mesh import Group, Ranks, as_ranks
-from lhcp.ring.function import RingAttention, make_plan
+from lhcp.ring.function import attention, make_plan
 from lhcp.scatter_back import ScatterBack
 from lhcp.timing import UNTIMED, Spans
 
@@ -129,7 +129,8 @@ def lighthouse_attention(
         group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
-        rotation: "p2p", "allgather", or "auto".
+        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
+            divide over the ranks), or "auto".
         backend: of the attention: "cpu", "cudnn", "flash", "math", or "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.
@@ -176,10 +177,12 @@ def lighthouse_attention(
                 check_selection(selection, k, geom)
         del sq, sk
     with timers.span("gather", "compute", 0, q.device):
-        sub = stages.Gather.apply(q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels)
+        qs, ks, vs = stages.Gather.apply(
+            q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels
+        )
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
     del pooled_q, pooled_k, pooled_v
-    out, _ = RingAttention.apply(*sub, plan, timers)
+    out, _ = attention(qs, ks, vs, plan, timers)
     with timers.span("scatter", "compute", 0, q.device):
         return ScatterBack.apply(out, *selection, sizes, kernels, ranks, plan.layout, timers)
 

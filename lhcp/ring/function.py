@@ -1,5 +1,6 @@
 """`ring_attention`: the public function, its autograd, its operators for torch.compile."""
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
+from lhcp.ring.heads import HeadsToTokens, TokensToHeads
 from lhcp.ring.rotation import choose_rotation
 from lhcp.timing import UNTIMED, Spans
 
@@ -105,6 +107,23 @@ class RingAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[Tensor, Tensor]:
+    """Carry out a plan, differentiably: q [B, n, H, D], k, v [B, n, Hk, D] -> out, lse."""
+    if plan.rotation != "alltoall" or plan.ranks.world_size == 1:
+        out, lse = RingAttention.apply(q, k, v, plan, spans)
+        return out, lse
+    ranks, layout = plan.ranks, plan.layout
+    with spans.span("alltoall", "wait", 0, q.device):
+        q, k, v = TokensToHeads.apply(q, k, v, ranks, layout)
+    alone = replace(plan, ranks=Ranks(), layout=make_layout(layout.name, 1))
+    out, lse = RingAttention.apply(q, k, v, alone, spans)
+    with spans.span("alltoall", "wait", 1, q.device), torch.no_grad():
+        lse_rows = HeadsToTokens.apply(lse.transpose(1, 2)[..., None], ranks, layout)
+    with spans.span("alltoall", "wait", 2, q.device):
+        out = HeadsToTokens.apply(out, ranks, layout)
+    return out, lse_rows[..., 0].transpose(1, 2)
+
+
 def make_plan(
     q: Tensor,
     k: Tensor,
@@ -123,7 +142,7 @@ def make_plan(
     return Plan(
         ranks,
         make_layout(layout, ranks.world_size),
-        choose_rotation(rotation),
+        choose_rotation(rotation, ranks, k.shape[2]),
         choose_block(backend, q.dtype, q.shape[3], q.device).name,
         causal,
         q.shape[3] ** -0.5 if scale is None else scale,
@@ -186,7 +205,8 @@ def ring_attention(
         group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
-        rotation: "p2p", "allgather", or "auto".
+        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
+            divide over the ranks), or "auto".
         backend: "cpu", "cudnn", "flash" (torch's operators), "math", or "auto".
         causal: mask keys after the query's global position.
         scale: of the logits; D ** -0.5 by default.
@@ -206,5 +226,5 @@ def ring_attention(
     ranks = as_ranks(group)
     plan = make_plan(q, k, ranks, layout, rotation, backend, causal, scale)
     plan.layout.check_seqlen(q.shape[1] * ranks.world_size)
-    out, lse = RingAttention.apply(q, k, v, plan, timers)
+    out, lse = attention(q, k, v, plan, timers)
     return (out, lse) if return_lse else out

@@ -39,16 +39,21 @@ class Step:
 
 
 def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) -> tuple[Call, ...]:
-    """Return the calls that let each query chunk see what it may of `kv_chunks`.
+    """Return the calls that let each query chunk see all that it may of `kv_chunks`.
 
-    The keys before a query chunk must be a contiguous run of `kv_chunks`, in any order, since a
-    full block does not care; that holds for every delivery of every rotation. The diagonal is in it only
-    if both runs are the same; a rotation that gathers attends to it in a call of its own.
+    Under a causal mask a query chunk's own keys may be in `kv_chunks` only if the two are equal.
     """
-    if not causal:
-        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), False),)
-    if q_chunks == kv_chunks:
-        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), True),)
+    if not causal or q_chunks == kv_chunks:
+        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), causal),)
+    return prefixes(q_chunks, kv_chunks)
+
+
+def prefixes(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...]) -> tuple[Call, ...]:
+    """Return the calls that let each query chunk see the chunks of keys before it, in full.
+
+    They must be a contiguous run of `kv_chunks`, in any order, since a full block does not care;
+    that holds for every delivery of every rotation. Neighbouring query chunks share a call.
+    """
     calls: list[Call] = []
     for slot, chunk in enumerate(q_chunks):
         seen = [i for i, other in enumerate(kv_chunks) if other < chunk]
@@ -63,6 +68,11 @@ def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) 
     return tuple(calls)
 
 
+def diagonal(num_chunks: int) -> Call:
+    """Return the call in which each of a rank's own chunks attends within itself."""
+    return Call((0, num_chunks), (0, num_chunks), True, per_chunk=num_chunks > 1)
+
+
 def p2p_steps(rank: int, layout: Layout, causal: bool, num_kv_heads: int) -> tuple[Step, ...]:
     """Steps of the ring: at step i this rank holds the keys of rank - i (mod W)."""
     mine = layout.chunks(rank)
@@ -73,8 +83,8 @@ def p2p_steps(rank: int, layout: Layout, causal: bool, num_kv_heads: int) -> tup
     )
 
 
-def gathered_order(layout: Layout) -> tuple[int, ...]:
-    """Chunks in the order in which `allgather` stores them: slot by slot, the last slot first.
+def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:
+    """Chunks in the order in which a gather over `ranks` stores them: the last slot first.
 
     Each slot of all ranks is one collective, straight into its place. With zigzag this puts chunks
     2W-1, ..., W, 0, ..., W-1: the chunks before any chunk are a contiguous run, with no copy.
@@ -82,7 +92,7 @@ def gathered_order(layout: Layout) -> tuple[int, ...]:
     return tuple(
         layout.chunks(rank)[slot]
         for slot in reversed(range(layout.chunks_per_rank))
-        for rank in range(layout.world_size)
+        for rank in ranks
     )
 
 
@@ -91,10 +101,31 @@ def allgather_steps(
 ) -> tuple[Step, ...]:
     """Steps of the gather: the local diagonal first, then the prefixes, a group of heads a step."""
     mine = layout.chunks(rank)
-    everything = gathered_order(layout)
+    everything = gathered_order(layout, range(layout.world_size))
     if not causal:
         return tuple(Step(attend(mine, everything, False), heads, True) for heads in head_groups)
-    diagonal = Call((0, len(mine)), (0, len(mine)), True, per_chunk=len(mine) > 1)
-    first = Step((diagonal,), (head_groups[0][0], head_groups[-1][1]), True)
-    prefixes = attend(mine, everything, True)
-    return (first, *(Step(prefixes, heads, False) for heads in head_groups))
+    first = Step((diagonal(len(mine)),), (head_groups[0][0], head_groups[-1][1]), True)
+    before = prefixes(mine, everything)
+    return (first, *(Step(before, heads, False) for heads in head_groups))
+
+
+def hierarchical_steps(
+    rank: int, layout: Layout, causal: bool, num_kv_heads: int, node_size: int
+) -> tuple[Step, ...]:
+    """Steps of a ring of gathers: the local diagonal, this node's prefixes, then node by node.
+
+    Ranks count node by node: rank = node * node_size + place. At step j the keys are those of node
+    - j (mod the nodes), in the order of `gathered_order` among themselves.
+    """
+    mine, heads = layout.chunks(rank), (0, num_kv_heads)
+    num_nodes = layout.world_size // node_size
+    own = rank // node_size
+    steps: list[Step] = []
+    if causal:
+        steps.append(Step((diagonal(len(mine)),), heads, True))
+    for j in range(num_nodes):
+        node = (own - j) % num_nodes
+        keys = gathered_order(layout, range(node * node_size, (node + 1) * node_size))
+        calls = prefixes(mine, keys) if causal else attend(mine, keys, False)
+        steps.append(Step(calls, heads, not causal and j == 0))
+    return tuple(steps)

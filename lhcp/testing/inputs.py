@@ -1,9 +1,13 @@
 """Fresh random inputs of a named seed, and configs that do real work at small sizes."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lhcp.config import LighthouseConfig
+from lhcp.config import LighthouseConfig, Scorer
 
 
 def qkv(
@@ -37,7 +41,8 @@ def small_config(
     pool_factor: int = 2,
     num_strata: int = 8,
     picks: int = 2,
-    scorer: str = "norm",
+    scorer: Scorer = "norm",
+    dilation: int = 4,
 ) -> tuple[LighthouseConfig, int]:
     """Return a config and a whole seqlen with S <= N / 2 and coarsest entries >= 4 picks a stratum.
 
@@ -54,6 +59,38 @@ def small_config(
         pool_factor=pool_factor,
         topk=picks * num_strata,
         num_strata=num_strata,
-        scorer=scorer,  # type: ignore[arg-type]
+        scorer=scorer,
+        dilation=dilation,
     )
     return config, coarsest * config.seqlen_multiple
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Fill what torch.empty, empty_like and Tensor.new_empty return: NaN, or a wild integer.
+
+    An element that nothing writes then shows in the result, whatever the allocator left there.
+    """
+
+    def poisoned(original: Any) -> Any:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            x: Tensor = original(*args, **kwargs)
+            if x.is_floating_point() or x.is_complex():
+                return x.fill_(torch.nan)
+            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max // 3)
+
+        return allocate
+
+    owners: list[tuple[Any, str]] = [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ]
+    originals = [getattr(owner, name) for owner, name in owners]
+    for (owner, name), original in zip(owners, originals, strict=True):
+        setattr(owner, name, poisoned(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(owners, originals, strict=True):
+            setattr(owner, name, original)

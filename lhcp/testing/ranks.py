@@ -7,10 +7,12 @@
 raises, or nobody answers in time, every worker is ended and the next run starts new ones.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import tempfile
 import time
 import traceback
@@ -31,10 +33,15 @@ class RankPool:
     Args:
         size: the largest world size that `run` may ask for.
         timeout: seconds that one run may take.
+        poison: fill what torch.empty and its kin return with NaN on every rank.
+        grace: seconds that the other ranks have once one has failed.
     """
 
-    def __init__(self, size: int, timeout: float = 240) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(
+        self, size: int, timeout: float = 240, poison: bool = False, grace: float = 5
+    ) -> None:
+        self.size, self.timeout, self.poison, self.grace = size, timeout, poison, grace
+        self._folder = ""
         self._workers: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
 
@@ -51,7 +58,9 @@ class RankPool:
             self._start()
         job = pickle.dumps((fn, world_size, args))
         for pipe in self._pipes:
-            pipe.send_bytes(job)
+            # A worker that died since the last run shows below, as a pipe that ends.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send_bytes(job)
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + self.timeout
         while len(answers) < self.size and (left := deadline - time.monotonic()) > 0:
@@ -60,11 +69,11 @@ class RankPool:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = (False, "the process died")
                 if not answers[rank][0]:
                     # The others may wait for this rank's messages for ever.
-                    deadline = min(deadline, time.monotonic() + 5)
+                    deadline = min(deadline, time.monotonic() + self.grace)
         silent = {rank: (False, "no answer") for rank in range(self.size) if rank not in answers}
         failed = {rank: text for rank, (ok, text) in (answers | silent).items() if not ok}
         if failed:
@@ -83,22 +92,31 @@ class RankPool:
         for pipe in self._pipes:
             pipe.close()
         self._workers, self._pipes = [], []
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        store = tempfile.mktemp(prefix="lhcp-ranks-")
+        self._folder = tempfile.mkdtemp(prefix="lhcp-ranks-")
+        store = os.path.join(self._folder, "store")
         for rank in range(self.size):
             ours, theirs = _CTX.Pipe()
-            worker = _CTX.Process(target=_work, args=(theirs, rank, self.size, store), daemon=True)
+            worker = _CTX.Process(
+                target=_work, args=(theirs, rank, self.size, store, self.poison), daemon=True
+            )
             worker.start()
             theirs.close()
             self._workers.append(worker)
             self._pipes.append(ours)
 
 
-def _work(pipe: multiprocessing.connection.Connection, rank: int, size: int, store: str) -> None:
+def _work(
+    pipe: multiprocessing.connection.Connection, rank: int, size: int, store: str, poison: bool
+) -> None:
+    # Also for what the ranks start themselves, such as a compiler.
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+
+    from lhcp.testing.inputs import poisoned_empty
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -115,7 +133,8 @@ def _work(pipe: multiprocessing.connection.Connection, rank: int, size: int, sto
             if world_size not in groups:
                 # Every rank must take part, in the same order, also those outside the group.
                 groups[world_size] = dist.new_group(list(range(world_size)))
-            result = fn(groups[world_size], *args) if rank < world_size else None
+            with poisoned_empty() if poison else contextlib.nullcontext():
+                result = fn(groups[world_size], *args) if rank < world_size else None
             answer = pickle.dumps((True, result))
         except Exception:
             answer = pickle.dumps((False, traceback.format_exc()))

@@ -1,6 +1,6 @@
 """Compile every kernel for one architecture and print its registers and spills; needs no GPU.
 
-    python -m tests.kernels.compile_all 90 [levels factor dtype head_dim heads kv_heads]
+python -m tests.kernels.compile_all 90 [levels factor dtype head_dim heads kv_heads]
 """
 
 import subprocess
@@ -54,9 +54,9 @@ def resources(binary) -> str:
         file.write(binary.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    line = [x for x in text.stdout.splitlines() if "REG:" in x]
-    shared = binary.metadata.shared
-    return f"{line[-1].strip() if line else '?'} (dynamic shared {shared})"
+    lines = [x for x in text.stdout.splitlines() if "REG:" in x]
+    usage = " ".join(lines[-1].split()[:4]) if lines else "?"
+    return f"{usage} dynamic shared {binary.metadata.shared}"
 
 
 def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:

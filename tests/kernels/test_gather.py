@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.kernels.cases import CASES, assert_close, strided
 
 from lhcp.lighthouse import gather as torch_path
 from lhcp.lighthouse.kernels import gather as kernels
+from tests.kernels.cases import CASES, assert_close, strided
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,18 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from tests.kernels.cases import CASES, assert_close, strided
 
 from lhcp.lighthouse import pool as torch_pool
 from lhcp.lighthouse import score as torch_score
 from lhcp.lighthouse.kernels import pool as kernels
+from tests.kernels.cases import CASES, assert_close, strided
 
 
 def exact_scores(case, q, k):
     return [
-        torch_score.level_scores(
-            torch_score.token_scores(x.double(), case.num_kv_heads), case.geom
-        )
+        torch_score.level_scores(torch_score.token_scores(x.double(), case.num_kv_heads), case.geom)
         for x in (q, k)
     ]
 

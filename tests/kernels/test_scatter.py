@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tests.kernels.cases import CASES, assert_close, strided
 
 from lhcp.lighthouse import scatter as torch_path
 from lhcp.lighthouse.kernels import scatter as kernels
+from tests.kernels.cases import CASES, assert_close, strided
 
 
 def exact_scatter(o, places, geom):

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tests.kernels.cases import CASES, Case
 
 from lhcp.lighthouse import select as torch_path
 from lhcp.lighthouse.kernels import select as kernels
+from tests.kernels.cases import CASES, Case
 
 KINDS = ["random", "equal", "ties", "signed", "special"]
 

@@ -1,14 +1,18 @@
 """One small run and one process group of a single rank, shared by the tests here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from lhcp import LighthouseConfig
+from lhcp.testing.ranks import RankPool
 from lhcp.training.model import ModelConfig
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
+
+RunRanks = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -20,6 +24,23 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Iterator[RunRanks]:
+    """Call `run_ranks(world_size, fn, *args)`: fn(group, *args) on each rank, results by rank.
+
+    Training is a job of the whole world, so there is a pool of just the size for each world size.
+    """
+    pools: dict[int, RankPool] = {}
+
+    def run(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        pool = pools.setdefault(world_size, RankPool(world_size))
+        return pool.run(fn, world_size, *args)
+
+    yield run
+    for pool in pools.values():
+        pool.close()
 
 
 @pytest.fixture

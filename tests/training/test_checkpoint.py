@@ -17,7 +17,8 @@ from lhcp.training.data import Sequences, open_corpus
 from lhcp.training.loop import EvalRecord, History, StepRecord, train
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
-from tests.training.spawned import run_ranks
+
+RunRanks = Callable[..., list[Any]]
 
 
 class Silent:
@@ -55,7 +56,7 @@ def numbers(history: History) -> list[tuple[float, ...]]:
     ]
 
 
-def stop_and_go_on(run: Run, stopped_at: int) -> list[bool]:
+def stop_and_go_on(group: object, run: Run, stopped_at: int) -> list[bool]:
     """Tell whether a run stopped during step `stopped_at` ends as an undisturbed one does."""
     weights, history = do(replace(run, out=f"{run.out}/whole"), Silent())
     stopped = replace(run, out=f"{run.out}/stopped")
@@ -72,27 +73,31 @@ def stop_and_go_on(run: Run, stopped_at: int) -> list[bool]:
 def test_resume_is_bit_for_bit(
     one_rank: None, small_run: Run, tmp_path: Path, stopped_at: int
 ) -> None:
-    assert stop_and_go_on(replace(small_run, out=str(tmp_path)), stopped_at) == [True] * 4
+    assert stop_and_go_on(None, replace(small_run, out=str(tmp_path)), stopped_at) == [True] * 4
 
 
-def test_resume_is_bit_for_bit_on_two_ranks(small_run: Run, tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit_on_two_ranks(
+    run_ranks: RunRanks, small_run: Run, tmp_path: Path
+) -> None:
     run = replace(small_run, cp=2, out=str(tmp_path / "out"))
-    assert run_ranks(tmp_path, 2, stop_and_go_on, run, 4) == [[True] * 4] * 2
+    assert run_ranks(2, stop_and_go_on, run, 4) == [[True] * 4] * 2
 
 
-def go_on(run: Run) -> tuple[int, list[float]]:
+def go_on(group: object, run: Run) -> tuple[int, list[float]]:
     """Return where a run in its folder starts, and the losses of all its steps."""
     watcher = Silent()
     _, history = do(run, watcher)
     return watcher.started_at, [r.loss for r in history.steps]
 
 
-def test_a_run_goes_on_with_other_ranks(one_rank: None, small_run: Run, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_other_ranks(
+    one_rank: None, run_ranks: RunRanks, small_run: Run, tmp_path: Path
+) -> None:
     run = replace(small_run, out=str(tmp_path / "out"))
-    _, losses = go_on(replace(run, out=str(tmp_path / "whole")))
+    _, losses = go_on(None, replace(run, out=str(tmp_path / "whole")))
     with pytest.raises(InterruptedError):
         do(run, Silent(stop_after=3))
-    started, meshed = run_ranks(tmp_path, 2, go_on, replace(run, cp=2))[0]
+    started, meshed = run_ranks(2, go_on, replace(run, cp=2))[0]
     assert started == 2
     assert meshed == pytest.approx(losses, rel=1e-4)
 

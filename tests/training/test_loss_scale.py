@@ -1,7 +1,8 @@
 """The step is the same on every mesh: SGD shows a wrong scale of the gradient, AdamW would not."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,29 +13,28 @@ from lhcp.training.model import Mode, set_mode
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig, Stage
-from tests.training.spawned import run_ranks
-
-NUM_STEPS = 3
 
 
-def steps_of(run: Run, mode: Mode) -> dict[str, list[float]]:
-    """Return loss and gradient norm of each step, and the held-out loss after them."""
+def steps_of(run: Run, mode: Mode, num_steps: int) -> dict[str, list[float]]:
+    """Return loss and gradient norm of each step, and the dense held-out loss after them."""
     text, rest = open_corpus(run.data)
     data, heldout = (Sequences(part, run.seqlen, run.seed) for part in (text, rest))
     trainee = build(run, torch.device("cpu"))
     set_mode(trainee.model, mode)
-    stages = (Stage(name="only", mode=mode, steps=NUM_STEPS),)
-    records = [train_step(run, trainee, data, stages, step) for step in range(NUM_STEPS)]
+    stages = (Stage(name="only", mode=mode, steps=num_steps),)
+    records = [train_step(run, trainee, data, stages, step) for step in range(num_steps)]
     return {
         "loss": [r.loss for r in records],
         "grad_norm": [r.grad_norm for r in records],
-        "heldout": [evaluate(run, trainee, heldout, mode)],
+        "heldout": [evaluate(run, trainee, heldout, "dense")],
     }
 
 
-def both_modes(run: Run) -> dict[str, dict[str, list[float]]]:
+def both_modes(group: object, run: Run) -> dict[str, dict[str, list[float]]]:
     """Return `steps_of` in each mode."""
-    return {mode: steps_of(run, mode) for mode in ("lighthouse", "dense")}
+    # Sums over ranks round differently, so after a step two meshes may take another of two entries
+    # with nearly equal scores. Hence one lighthouse step, and the weights after it seen densely.
+    return {"lighthouse": steps_of(run, "lighthouse", 1), "dense": steps_of(run, "dense", 3)}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def sgd_run(small_run: Run) -> Run:
 
 @pytest.fixture
 def on_one_rank(one_rank: None, sgd_run: Run) -> dict[str, dict[str, list[float]]]:
-    return both_modes(sgd_run)
+    return both_modes(None, sgd_run)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_step_does_not_depend_on_the_mesh(
     accumulate: int,
     sgd_run: Run,
     on_one_rank: dict[str, dict[str, list[float]]],
-    tmp_path: Path,
+    run_ranks: Callable[..., list[Any]],
 ) -> None:
     meshed = replace(sgd_run, cp=cp, accumulate=accumulate)
-    for result in run_ranks(tmp_path, dp * cp, both_modes, meshed):
+    for result in run_ranks(dp * cp, both_modes, meshed):
         for mode, expected in on_one_rank.items():
             for name, values in expected.items():
                 assert result[mode][name] == pytest.approx(values, rel=3e-6), (mode, name)

@@ -15,8 +15,8 @@ from lhcp.lighthouse.kernels.primitives import (
     spread,
 )
 
-GATHER_TILE = 4096
-SPREAD_TILE = 256
+GATHER_TILE, GATHER_WARPS = 4096, 4
+SPREAD_TILE, SPREAD_WARPS = 256, 1
 
 
 @triton.jit
@@ -92,10 +92,7 @@ def gather_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     i_first = (i_tile * R).to(tl.int64)
     m_place = tl.arange(0, R) < subsequence - i_first
-    if i_slot < H:
-        i_kv = i_slot // G
-    else:
-        i_kv = (i_slot - H) % HK
+    i_kv = i_slot // G if i_slot < H else (i_slot - H) % HK
     p_entry = entries + (i_b * HK + i_kv) * subsequence + i_first + tl.arange(0, R)
     b_entry = tl.load(p_entry, mask=m_place, other=0)
     i_row = i_b * subsequence + i_first
@@ -159,7 +156,7 @@ def gather(
         R=rows,
         D=head_dim,
         DP=padded,
-        num_warps=4,
+        num_warps=GATHER_WARPS,
     )
     return outputs
 
@@ -287,6 +284,6 @@ def gather_backward(
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=1,
+        num_warps=SPREAD_WARPS,
     )
     return outputs

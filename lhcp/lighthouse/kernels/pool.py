@@ -9,8 +9,8 @@ from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import empty_like_rows, level_offset, row_mask, row_tile
 
 # Note [One reduction order]
-# A token's score must have the same bits however the sequence is sharded. How a compiled kernel adds
-# up a row depends on its tile, its warps and how wide it loads, so all three are functions of
+# A token's score must have the same bits however the sequence is sharded. How a compiled kernel
+# adds up a row depends on its tile, its warps and how wide it loads, so all three are functions of
 # head_dim and dtype alone: every tile has TILE elements (padded where there are fewer heads), and
 # inputs whose strides or address would narrow the loads are copied first.
 TILE = 1024

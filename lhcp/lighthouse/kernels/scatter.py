@@ -18,7 +18,8 @@ from lhcp.lighthouse.kernels.primitives import (
     spread,
 )
 
-TILE = 256
+TILE, NUM_WARPS = 256, 1
+SUM_TILE, SUM_WARPS = 256, 1
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=1,
+        num_warps=NUM_WARPS,
     )
     return out
 
@@ -192,7 +193,7 @@ def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Ge
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=1,
+        num_warps=NUM_WARPS,
     )
 
 
@@ -306,7 +307,7 @@ def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
     batch, _, num_heads, head_dim = dout.shape
     dout = rows_contiguous(dout)
     do = empty_like_rows(dout, geom.subsequence)
-    rows, padded = row_tile(head_dim, TILE)
+    rows, padded = row_tile(head_dim, SUM_TILE)
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
     scatter_backward_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
         dout,
@@ -324,7 +325,7 @@ def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=1,
+        num_warps=SUM_WARPS,
     )
     return do
 
@@ -379,7 +380,7 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
     dout = rows_contiguous(dout)
     shape = (batch, geom.num_chunks, geom.num_levels - 1, num_heads, head_dim)
     dhalo = torch.empty(shape, dtype=torch.float32, device=dout.device)
-    rows, padded = row_tile(head_dim, TILE)
+    rows, padded = row_tile(head_dim, SUM_TILE)
     edge_grads_kernel[(triton.cdiv(geom.num_chunks * num_heads, rows), batch)](
         dout,
         dhalo,
@@ -393,6 +394,6 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=1,
+        num_warps=SUM_WARPS,
     )
     return dhalo

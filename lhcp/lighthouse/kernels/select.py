@@ -13,6 +13,8 @@ FORCED = tl.constexpr(2**31 - 1)
 
 MAX_BLOCK = 8192
 """Candidates that one program keeps in registers during a search; it loops over more."""
+KEYS_PER_WARP = 256
+PLACE_BLOCK, PLACE_WARPS = 1024, 4
 
 
 @triton.jit
@@ -318,10 +320,9 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
         BLOCK=block,
         SINGLE=finer <= block,
         HAS_FIRST=geom.has_first,
-        num_warps=max(1, min(16, max(block, block_coarsest) // 256)),
+        num_warps=max(1, min(16, max(block, block_coarsest) // KEYS_PER_WARP)),
     )
-    place_block = 1024
-    num_tiles = sum(triton.cdiv(geom.level_size(level), place_block) for level in range(num_levels))
+    num_tiles = sum(triton.cdiv(geom.level_size(level), PLACE_BLOCK) for level in range(num_levels))
     place_kernel[(num_tiles * batch * num_kv_heads,)](
         ranks,
         entries,
@@ -335,7 +336,7 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
         num_tiles,
         L=num_levels,
         P=p,
-        BLOCK=place_block,
-        num_warps=4,
+        BLOCK=PLACE_BLOCK,
+        num_warps=PLACE_WARPS,
     )
     return entries, places

@@ -1,24 +1,59 @@
-"""Rotations: one table."""
+"""Rotations: one table, and the rule for "auto"."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 from torch import Tensor
 
+from lhcp.mesh import Ranks
 from lhcp.ring.rotation.allgather import AllGather
 from lhcp.ring.rotation.base import Rotation, Trip
+from lhcp.ring.rotation.hierarchical import Hierarchical
 from lhcp.ring.rotation.p2p import P2P
 
-ROTATIONS: dict[str, Callable[[Trip, Tensor], Rotation]] = {"p2p": P2P, "allgather": AllGather}
+ROTATIONS: dict[str, Callable[[Trip, Tensor], Rotation]] = {
+    "p2p": P2P,
+    "allgather": AllGather,
+    "hierarchical": Hierarchical,
+}
+"""Ways to bring kv round, for the one loop. "alltoall" is not one: it moves heads instead."""
+
+NAMES = (*ROTATIONS, "alltoall")
+
+_log = logging.getLogger("lhcp")
 
 
-def choose_rotation(name: str) -> str:
-    """Return the name of a rotation, "auto" resolved.
+def choose_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> str:
+    """Return the name of a rotation, "auto" resolved from static sizes alone.
 
     Raises:
-        ValueError: no rotation has this name.
+        ValueError: no rotation has this name, or it cannot serve these ranks or heads.
     """
     if name == "auto":
-        return "allgather"
-    if name not in ROTATIONS:
-        raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(ROTATIONS)}")
+        if ranks.world_size == 1:
+            return "p2p"
+        name = "hierarchical" if ranks.outer is not None else "allgather"
+        _announce(name, ranks.world_size)
+        return name
+    if name not in NAMES:
+        raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(NAMES)}")
+    if name == "hierarchical" and ranks.outer is None and ranks.world_size > 1:
+        raise ValueError(
+            "rotation='hierarchical' needs a DeviceMesh of two axes as group, the outer across "
+            'nodes, for example mesh["node", "local"]; or use rotation="allgather" or "p2p"'
+        )
+    if name == "alltoall" and num_kv_heads % ranks.world_size:
+        fits = [w for w in range(1, num_kv_heads + 1) if num_kv_heads % w == 0]
+        raise ValueError(
+            f"rotation='alltoall': {num_kv_heads} kv heads do not divide over {ranks.world_size} "
+            f"ranks; world sizes that fit: {', '.join(map(str, fits))}; or use "
+            "rotation='allgather' or 'p2p'"
+        )
     return name
+
+
+@cache
+def _announce(name: str, world_size: int) -> None:
+    reason = "the mesh has two axes" if name == "hierarchical" else "steps of a ring are smaller"
+    _log.info("rotation %r for %d ranks: %s", name, world_size, reason)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.layout import Layout
@@ -28,6 +29,12 @@ class Trip:
     """"ring_forward" or "ring_backward": the name in the profile."""
     spans: Spans
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks; there is more than one wherever a rotation is used."""
+        assert self.ranks.flat is not None
+        return self.ranks.flat
+
 
 @dataclass(frozen=True)
 class Grads:
@@ -41,11 +48,13 @@ class Grads:
 class Rotation(Protocol):
     """Deliver kv step by step; in the backward, collect the gradients and bring them home."""
 
+    steps: tuple[Step, ...]
+
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield (step, k, v) in order, with the next exchange already under way.
 
         k, v: [B, tokens, heads of the step, D], valid until the next is asked for. The calls of the
-        first step cover every query.
+        first step of each run of heads cover every query.
         """
         ...
 
@@ -61,3 +70,24 @@ class Rotation(Protocol):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over steps: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zeros_wide(like: Tensor, *shape: int) -> Tensor:
+    """A zeroed sum over steps, of the given shape."""
+    return torch.zeros(shape, dtype=wide(like.dtype), device=like.device)
+
+
+def add_tokens(total: Tensor, grads: Sequence[Grads], chunk: int) -> None:
+    """Add gradients to a sum [2, B, tokens, heads, D] over chunks of `chunk` tokens."""
+    for part in grads:
+        run = slice(part.call.kv[0] * chunk, part.call.kv[1] * chunk)
+        total[0][:, run] += part.dk
+        total[1][:, run] += part.dv
+
+
+def add_chunks(total: Tensor, grads: Sequence[Grads]) -> None:
+    """Add gradients to a sum [2, chunks, B, tokens of a chunk, heads, D]."""
+    for part in grads:
+        start, stop = part.call.kv
+        for kind, grad in enumerate((part.dk, part.dv)):
+            total[kind, start:stop] += grad.unflatten(1, (stop - start, -1)).movedim(1, 0)

@@ -1,0 +1,104 @@
+"""Heads for sequence (DeepSpeed-Ulysses, arXiv 2309.14509): rotation "alltoall".
+
+One exchange gives each rank the whole sequence of a part of the heads, in sequence order; one block
+attends to it; one exchange brings the output back. The kv heads must divide over the ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lhcp.layout import Layout, make_layout
+from lhcp.mesh import Ranks
+
+
+def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+    """[W, B, n, heads / W, D] by destination to [B, N, heads / W, D] in sequence order."""
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=ranks.flat)
+    chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
+    owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
+    order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
+    return chunks[order].movedim(0, 1).flatten(1, 2)
+
+
+def heads_to_tokens(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+    """[B, N, heads / W, D] in sequence order to [W, B, n, heads / W, D] by source."""
+    chunks = x.unflatten(1, (layout.num_chunks, -1)).movedim(1, 0)
+    order = [chunk for rank in range(layout.world_size) for chunk in layout.chunks(rank)]
+    by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
+    sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=ranks.flat)
+    return received
+
+
+def _split(x: Tensor, world: int) -> Tensor:
+    """[B, n, heads, D] to [W, B, n, heads / W, D]."""
+    return x.unflatten(2, (world, -1)).movedim(2, 0)
+
+
+def _join(x: Tensor) -> Tensor:
+    """[W, B, n, heads / W, D] to [B, n, heads, D]."""
+    return x.movedim(0, 2).flatten(2, 3)
+
+
+@torch.library.custom_op("lhcp::tokens_to_heads", mutates_args=())
+def _tokens_to_heads(x: Tensor, group: str, layout: str) -> Tensor:
+    ranks = Ranks.from_names((group, "", ""))
+    return tokens_to_heads(x, ranks, make_layout(layout, ranks.world_size)).contiguous()
+
+
+@_tokens_to_heads.register_fake
+def _(x: Tensor, group: str, layout: str) -> Tensor:
+    world, batch, tokens, heads, head_dim = x.shape
+    return x.new_empty((batch, world * tokens, heads, head_dim))
+
+
+@torch.library.custom_op("lhcp::heads_to_tokens", mutates_args=())
+def _heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
+    ranks = Ranks.from_names((group, "", ""))
+    return heads_to_tokens(x, ranks, make_layout(layout, ranks.world_size))
+
+
+@_heads_to_tokens.register_fake
+def _(x: Tensor, group: str, layout: str) -> Tensor:
+    world = Ranks.from_names((group, "", "")).world_size
+    batch, tokens, heads, head_dim = x.shape
+    return x.new_empty((world, batch, tokens // world, heads, head_dim))
+
+
+class TokensToHeads(torch.autograd.Function):
+    """q, k, v [B, n, heads, D] to [B, N, heads / W, D], packed in one message a direction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.arguments = (ranks.names[0], layout.name)
+        ctx.sizes = [x.shape[2] // ranks.world_size for x in (q, k, v)]
+        packed = torch.cat([_split(x, ranks.world_size) for x in (q, k, v)], 3)
+        whole = _tokens_to_heads(packed, *ctx.arguments)
+        q, k, v = (x.contiguous() for x in whole.split(ctx.sizes, 2))
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        received = _heads_to_tokens(torch.cat(grads, 2), *ctx.arguments)
+        return (*(_join(x) for x in received.split(ctx.sizes, 3)), None, None)
+
+
+class HeadsToTokens(torch.autograd.Function):
+    """Output [B, N, heads / W, D] to [B, n, heads, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+        ctx.arguments, ctx.world = (ranks.names[0], layout.name), ranks.world_size
+        return _join(_heads_to_tokens(out, *ctx.arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        split = _split(grads[0], ctx.world).contiguous()
+        return _tokens_to_heads(split, *ctx.arguments), None, None

@@ -1,0 +1,105 @@
+"""launch/train.py as its user starts it: to the end, going on, and failing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SHORT = [
+    *("--lighthouse-steps", "3", "--dense-steps", "2", "--eval-every", "2"),
+    *("--checkpoint-every", "2", "--sample-bytes", "20", "--seqlen", "256"),
+    *("--lighthouse.topk", "8", "--eval-sequences", "4"),
+]
+
+
+def launch(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run launch/train.py, under torchrun with `ranks` ranks or as a plain process with 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(torchrun if ranks else []), "launch/train.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_two_ranks_to_the_report_and_on(tmp_path: Path) -> None:
+    arguments = ["tiny", "--cp", "2", "--baseline", "--out", str(tmp_path), *SHORT]
+    done = launch(*arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in (
+        "lighthouse     1/5  loss",
+        "dense          5/5  loss",
+        "baseline       5/5  loss",
+        "rotation",
+        "ETA",
+        "written by the dense model",
+        "jump at the switch",
+        "final against the baseline",
+    ):
+        assert expected in done.stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["world_size"] == 2 and report["run"]["cp"] == 2
+    assert [r["stage"] for r in report["history"]["steps"]] == ["lighthouse"] * 3 + ["dense"] * 2
+    assert set(report["stages"]) == {"lighthouse", "dense", "baseline"}
+    assert {"lighthouse", "dense", "final", "jump", "recovered"} <= set(report["switch"])
+    assert report["stages"]["dense"]["rotation_share"] > 0
+
+    # One rank goes on where two have ended: nothing is left to do but the report.
+    arguments[arguments.index("--cp") + 1] = "1"
+    again = launch(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on after step 5" in again.stdout and "1/5" not in again.stdout
+    second = json.loads((tmp_path / "report.json").read_text())
+    assert second["history"] == report["history"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    arguments = ["--optim.lr", "1e30", "--optim.warmup-steps", "0", "--out", str(tmp_path), *SHORT]
+    done = launch("tiny", *arguments)
+    assert done.returncode == 1
+    assert "rank 0: FloatingPointError: step 2 (lighthouse): loss" in done.stderr
+    assert "--optim.lr" in done.stderr
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+    script = tmp_path / "one_fails.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from lhcp.training import ranks\n"
+        "def main(own):\n"
+        "    if own.rank == 1:\n"
+        "        raise ValueError('only here')\n"
+        "    dist.barrier()\n"
+        "ranks.run_to_exit(main)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "rank 1: ValueError: only here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cp", "2"], "cp=2: must divide the 1 ranks"),
+        (["--data.text", "nowhere/*.txt"], "'nowhere/*.txt' names no file"),
+        (["--lighthouse.topk", "7"], "topk=7: must be a positive multiple"),
+    ],
+    ids=["cp", "text", "topk"],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
+    done = launch("tiny", *arguments)
+    assert done.returncode != 0
+    assert message in " ".join((done.stdout + done.stderr).split())
