@@ -131,7 +131,7 @@ def lighthouse_attention(
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
             divide over the ranks), or "auto".
-        backend: of the attention: "cpu", "cudnn", "flash", "math", or "auto".
+        backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.
         selection: what `select` returned for these sizes, in place of selecting here.

@@ -207,7 +207,8 @@ def ring_attention(
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
             divide over the ranks), or "auto".
-        backend: "cpu", "cudnn", "flash" (torch's operators), "math", or "auto".
+        backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
+            "math", or "auto".
         causal: mask keys after the query's global position.
         scale: of the logits; D ** -0.5 by default.
         return_lse: return the log-sum-exp as well.
