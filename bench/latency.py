@@ -30,7 +30,7 @@ from lhcp.lighthouse import pool as torch_pool
 from lhcp.lighthouse import scatter as torch_scatter
 from lhcp.lighthouse import score as torch_score
 from lhcp.lighthouse import select as torch_select
-from lhcp.lighthouse.kernels import gather, pool, scatter, select
+from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
 SWEEPS = {
     "pool": (pool, ("TILE", "NUM_WARPS"), [(256, 1), (512, 2), (1024, 4), (1024, 2), (2048, 8)]),
@@ -50,8 +50,8 @@ SWEEPS = {
         [(128, 1), (256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 8)],
     ),
     "scatter_backward": (
-        scatter,
-        ("SUM_TILE", "SUM_WARPS"),
+        scatter_backward,
+        ("TILE", "NUM_WARPS"),
         [(128, 1), (256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 8)],
     ),
     "select": (
@@ -158,10 +158,10 @@ def stages(geom: Geometry, args: argparse.Namespace) -> dict[str, Stage]:
 
     def check_scatter_backward() -> None:
         want = torch_scatter.scatter_backward(dout, entries, geom)
-        assert_near(scatter.scatter_backward(dout, places, geom), want)
+        assert_near(scatter_backward.scatter_backward(dout, places, geom), want)
 
     def check_edge_grads() -> None:
-        assert_near(scatter.edge_grads(dout, geom), torch_scatter.edge_grads(dout, geom))
+        assert_near(scatter_backward.edge_grads(dout, geom), torch_scatter.edge_grads(dout, geom))
 
     pooled = geom.pooled_size
     edge = geom.num_chunks * (geom.window(geom.num_levels - 1) - 1) * row * heads
@@ -184,9 +184,11 @@ def stages(geom: Geometry, args: argparse.Namespace) -> dict[str, Stage]:
         "scatter_edges": Stage(
             lambda: scatter.scatter_edges(out, o, places, halo, geom), 2 * edge, check_edges
         ),
-        "edge_grads": Stage(lambda: scatter.edge_grads(dout, geom), edge, check_edge_grads),
+        "edge_grads": Stage(
+            lambda: scatter_backward.edge_grads(dout, geom), edge, check_edge_grads
+        ),
         "scatter_backward": Stage(
-            lambda: scatter.scatter_backward(dout, places, geom),
+            lambda: scatter_backward.scatter_backward(dout, places, geom),
             row * heads * (n + sub),
             check_scatter_backward,
         ),

@@ -48,23 +48,26 @@ def demo() -> Run:
         name="demo",
         model=ModelConfig(
             dim=128,
-            num_layers=4,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=2,
             head_dim=32,
             hidden_dim=256,
             dense_layers=(),
         ),
-        lighthouse=LighthouseConfig(num_levels=3, pool_factor=4, topk=16, num_strata=4),
-        optim=OptimConfig(lr=4e-3, warmup_steps=40),
+        # 128 coarsest entries, 32 a stratum, of which 8 are taken; S = 320 of 1024.
+        lighthouse=LighthouseConfig(num_levels=4, pool_factor=2, topk=32, num_strata=4),
+        # As many dense steps as lighthouse ones, at a constant rate: fewer, or a rate that decays,
+        # leave the dense stage too little to recover with.
+        optim=OptimConfig(lr=6e-3, warmup_steps=40),
         seqlen=1024,
-        global_batch=4,
+        global_batch=2,
         lighthouse_steps=300,
         dense_steps=300,
         baseline=True,
         cp=2,
         eval_every=50,
-        eval_sequences=16,
+        eval_sequences=8,
         checkpoint_every=200,
     )
 

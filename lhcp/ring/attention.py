@@ -10,8 +10,8 @@ from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.merge import merge
 from lhcp.ring.rotation import ROTATIONS
-from lhcp.ring.rotation.base import Grads, Trip, wide
-from lhcp.ring.schedule import Call, Step
+from lhcp.ring.rotation.base import Grads, Rotation, Trip, wide
+from lhcp.ring.schedule import Call, Step, most_parts
 from lhcp.timing import Spans
 
 
@@ -43,9 +43,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
         return out.contiguous(), lse.contiguous()
     trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_forward", spans)
     views = _Views(plan.layout, q, k)
-    out = torch.empty(q.shape, dtype=wide(q.dtype), device=q.device)
-    lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]))
-    for i, (step, k_i, v_i) in enumerate(ROTATIONS[plan.rotation](trip, k).deliver(k, v)):
+    rotation = ROTATIONS[plan.rotation](trip, k)
+    out = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
+    lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
+    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
         with spans.span("ring_forward", "compute", i, q.device):
             for call in step.calls:
                 block_out, block_lse = block.forward(
@@ -59,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
                 block_out = views.unfold(block_out, call)
                 block_lse = views.unfold_lse(block_lse, call)
                 if step.first:
-                    out[at], lse[lse_at] = block_out.to(out.dtype), block_lse
+                    out[at], lse[lse_at] = block_out, block_lse
                 else:
                     merge(out[at], lse[lse_at], block_out, block_lse)
     return out.to(q.dtype), lse
@@ -93,7 +94,7 @@ def attend_backward(
     trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_backward", spans)
     rotation = ROTATIONS[plan.rotation](trip, k)
     views = _Views(plan.layout, q, k)
-    dq = torch.empty(q.shape, dtype=wide(q.dtype), device=q.device)
+    dq = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
     for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
         with spans.span("ring_backward", "compute", i, q.device):
             grads = []
@@ -110,7 +111,7 @@ def attend_backward(
                 )
                 at, _ = views.rows(call, step)
                 if step.first:
-                    dq[at] = views.unfold(dq_part, call).to(dq.dtype)
+                    dq[at] = views.unfold(dq_part, call)
                 else:
                     dq[at] += views.unfold(dq_part, call)
                 grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
@@ -118,6 +119,11 @@ def attend_backward(
     dk, dv = rotation.home()
     # Rotations keep dk and dv in one buffer: copies, so that the results do not share memory.
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+
+
+def _sum_dtype(rotation: Rotation, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a sum over calls; one of two parts is rounded once without a wide buffer."""
+    return dtype if most_parts(rotation.steps) <= 2 else wide(dtype)
 
 
 class _Views:

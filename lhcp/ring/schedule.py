@@ -129,3 +129,14 @@ def hierarchical_steps(
         calls = prefixes(mine, keys) if causal else attend(mine, keys, False)
         steps.append(Step(calls, heads, not causal and j == 0))
     return tuple(steps)
+
+
+def most_parts(steps: tuple[Step, ...]) -> int:
+    """Return the largest number of calls that one query's result is merged from."""
+    parts: dict[tuple[int, int], int] = {}
+    for step in steps:
+        for call in step.calls:
+            for chunk in range(*call.q):
+                for head in range(*step.heads):
+                    parts[chunk, head] = parts.get((chunk, head), 0) + 1
+    return max(parts.values())

@@ -74,7 +74,7 @@ class Case:
 
 
 CASES = {
-    "p4": Case(3, 4, 2, 3, batch=3, num_heads=4, num_kv_heads=2),
+    "p4": Case(3, 4, 2, 2, batch=3, num_heads=4, num_kv_heads=2),
     "two_chunks": Case(3, 4, 2, 3, num_chunks=2, num_heads=4, num_kv_heads=1, head_dim=128),
     "p2_deep": Case(
         4, 2, 4, 6, num_chunks=2, num_heads=1, num_kv_heads=1, head_dim=96, has_first=False
@@ -85,18 +85,6 @@ CASES = {
     "wide": Case(2, 2, 2, 6, head_dim=256, num_heads=1, num_kv_heads=1),
     "p3": Case(3, 3, 2, 3, num_chunks=2, num_heads=2, head_dim=16),
 }
-
-
-def poisoned_empty(monkeypatch) -> None:
-    """Make torch.empty and torch.empty_like return NaN, or a large negative integer."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def filled(*args, _original=original, **kwargs):
-            x = _original(*args, **kwargs)
-            return x.fill_(torch.nan if x.is_floating_point() else -(2**30) - 7)
-
-        monkeypatch.setattr(torch, name, filled)
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:

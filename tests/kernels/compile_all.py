@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lhcp.geometry import Geometry
-from lhcp.lighthouse.kernels import gather, pool, scatter, select
+from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -78,8 +78,8 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     halo = rows(geom.num_chunks * (geom.num_levels - 1), heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
     scatter.scatter_edges(out, sub[0], places, halo, geom)
-    scatter.scatter_backward(out, places, geom)
-    scatter.edge_grads(out, geom)
+    scatter_backward.scatter_backward(out, places, geom)
+    scatter_backward.edge_grads(out, geom)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def test_means_and_scores(name):
 
 
 def test_scores_of_other_tensors_are_the_same_scores():
-    case = CASES["p4"]
+    case = CASES["two_chunks"]
     q, k, v = case.qkv(case.geom.num_tokens)
     *_, sq, sk = kernels.pool_and_score(q, k, v, case.geom)
     scored = kernels.score_tensors(q, k, case.geom)
@@ -45,14 +45,15 @@ def test_scores_of_other_tensors_are_the_same_scores():
 
 
 def test_without_scores():
-    case = CASES["two_chunks"]
+    case = CASES["p3"]
     q, k, v = case.qkv(case.geom.num_tokens)
-    *means, _, _ = kernels.pool_and_score(q, k, v, case.geom, with_scores=False)
+    *means, sq, sk = kernels.pool_and_score(q, k, v, case.geom, with_scores=False)
+    assert sq.shape == sk.shape == (0,)
     *want, _, _ = kernels.pool_and_score(q, k, v, case.geom)
     assert all(torch.equal(a, b) for a, b in zip(means, want, strict=True))
 
 
-@pytest.mark.parametrize("name", ["p4", "p2_deep", "fp32"])
+@pytest.mark.parametrize("name", ["p4", "fp32"])
 def test_same_bits_for_any_shard_and_strides(name):
     case = CASES[name]
     q, k, v = case.qkv(case.geom.num_tokens)
@@ -74,11 +75,11 @@ def test_same_bits_for_any_shard_and_strides(name):
 
 
 def test_nan_scores_as_infinite():
-    case = CASES["p4"]
+    case = CASES["p3"]
     q, k, v = case.qkv(case.geom.num_tokens)
     q[0, 5, 1, 3] = torch.nan
-    k[1, 9, 0, 0] = torch.inf
+    k[0, 9, 0, 0] = torch.inf
     *_, sq, sk = kernels.pool_and_score(q, k, v, case.geom)
     assert not sq.isnan().any() and not sk.isnan().any()
-    assert sq[0, 0, 1] == torch.inf and sq.isinf().sum() == case.geom.num_levels - 1
-    assert sk[1, 0, 2] == torch.inf and sk.isinf().sum() == case.geom.num_levels - 1
+    assert sq[0, 1, 1] == torch.inf and sq.isinf().sum() == case.geom.num_levels - 1
+    assert sk[0, 0, 3] == torch.inf and sk.isinf().sum() == case.geom.num_levels - 1

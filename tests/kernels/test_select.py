@@ -21,9 +21,14 @@ def check(case: Case, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["p4", "p2_deep", "p3"])
 def test_equals_torch_path(name, kind):
     check(CASES[name], kind)
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"p4", "p2_deep", "p3"}))
+def test_equals_torch_path_at_other_sizes(name):
+    check(CASES[name], "ties")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +51,7 @@ def test_first_entry_is_forced_only_in_the_first_stratum():
 
 
 def test_same_bits_every_run():
-    sq, sk = CASES["p4"].scores("ties")
-    first = kernels.select(sq, sk, CASES["p4"].geom)
-    second = kernels.select(sq, sk, CASES["p4"].geom)
+    sq, sk = CASES["p8"].scores("ties")
+    first = kernels.select(sq, sk, CASES["p8"].geom)
+    second = kernels.select(sq, sk, CASES["p8"].geom)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

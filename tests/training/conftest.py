@@ -27,12 +27,12 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Iterator[RunRanks]:
+def run_ranks(ranks: RankPool) -> Iterator[RunRanks]:
     """Call `run_ranks(world_size, fn, *args)`: fn(group, *args) on each rank, results by rank.
 
-    Training is a job of the whole world, so there is a pool of just the size for each world size.
+    Training is a job of the whole world, so each world size needs a pool of just that size.
     """
-    pools: dict[int, RankPool] = {}
+    pools = {ranks.size: ranks}
 
     def run(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         pool = pools.setdefault(world_size, RankPool(world_size))
@@ -40,7 +40,8 @@ def run_ranks() -> Iterator[RunRanks]:
 
     yield run
     for pool in pools.values():
-        pool.close()
+        if pool is not ranks:
+            pool.close()
 
 
 @pytest.fixture

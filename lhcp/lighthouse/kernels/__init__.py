@@ -1,1 +1,24 @@
 """Triton kernels of the local stages. Each launcher allocates, builds a grid and launches."""
+
+from torch import Tensor
+
+from lhcp.geometry import Geometry
+from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.lighthouse.stages import Stages
+
+
+def _scatter_backward(dout: Tensor, entries: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+    return scatter_backward.scatter_backward(dout, places, geom)
+
+
+TRITON = Stages(
+    pool_and_score=pool.pool_and_score,
+    score_tensors=pool.score_tensors,
+    select=select.select,
+    gather=gather.gather,
+    gather_backward=gather.gather_backward,
+    scatter=scatter.scatter,
+    scatter_edges=scatter.scatter_edges,
+    scatter_backward=_scatter_backward,
+    edge_grads=scatter_backward.edge_grads,
+)

@@ -141,13 +141,15 @@ def gather(
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     inputs = [rows_contiguous(x) for x in (q, k, v, pq, pk, pv)]
-    outputs = tuple(empty_like_rows(x, geom.subsequence) for x in (q, k, v))
+    qs, ks, vs = (empty_like_rows(x, geom.subsequence) for x in (q, k, v))
     rows, padded = row_tile(head_dim, GATHER_TILE)
     slots = num_heads + 2 * num_kv_heads
     gather_kernel[(slots * triton.cdiv(geom.subsequence, rows), batch)](
         *inputs,
         entries.contiguous(),
-        *outputs,
+        qs,
+        ks,
+        vs,
         geom.num_tokens,
         geom.subsequence,
         *(stride for x in inputs for stride in x.stride()[:3]),
@@ -158,7 +160,7 @@ def gather(
         DP=padded,
         num_warps=GATHER_WARPS,
     )
-    return outputs
+    return qs, ks, vs
 
 
 @triton.jit
@@ -263,7 +265,7 @@ def gather_backward(
     batch, _, num_heads, head_dim = dqs.shape
     num_kv_heads = dks.shape[2]
     inputs = [rows_contiguous(x) for x in (dqs, dks, dvs)]
-    outputs = tuple(empty_like_rows(x, geom.num_tokens) for x in inputs)
+    dq, dk, dv = (empty_like_rows(x, geom.num_tokens) for x in inputs)
     rows, padded = row_tile(head_dim, SPREAD_TILE)
     windows = geom.level_size(geom.num_levels - 1)
     q_tiles = triton.cdiv(windows * num_heads, rows)
@@ -271,7 +273,9 @@ def gather_backward(
     gather_backward_kernel[(q_tiles + 2 * kv_tiles, batch)](
         *inputs,
         places.contiguous(),
-        *outputs,
+        dq,
+        dk,
+        dv,
         geom.num_tokens,
         geom.subsequence,
         q_tiles,
@@ -286,4 +290,4 @@ def gather_backward(
         DP=padded,
         num_warps=SPREAD_WARPS,
     )
-    return outputs
+    return dq, dk, dv

@@ -273,26 +273,24 @@ def _empty_scores(x: Tensor, num_kv_heads: int, geom: Geometry) -> tuple[Tensor,
 
 
 def pool_and_score(
-    q: Tensor, k: Tensor, v: Tensor, geom: Geometry, *, with_scores: bool = True
+    q: Tensor, k: Tensor, v: Tensor, geom: Geometry, with_scores: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool q, k, v into levels 1 to L-1 and score them by squared norms.
 
     Args:
         q: [B, n, H, D]. k, v: [B, n, Hk, D].
-        with_scores: without, the scores are left unwritten.
 
     Returns:
         pq [B, pooled_size, H, D], pk, pv [B, pooled_size, Hk, D], level 1 first, summed in fp32,
-        rounded once; sq, sk [B, Hk, pooled_size] fp32.
+        rounded once; sq, sk [B, Hk, pooled_size] fp32, or empty ones of shape [0].
     """
-    means = (
-        empty_like_rows(q, geom.pooled_size),
-        empty_like_rows(k, geom.pooled_size),
-        empty_like_rows(v, geom.pooled_size),
-    )
-    scores = _empty_scores(q, k.shape[2], geom)
-    _launch(q, k, v, means, scores, geom, 3, True, with_scores)
-    return *means, *scores
+    pq, pk, pv = (empty_like_rows(x, geom.pooled_size) for x in (q, k, v))
+    if with_scores:
+        sq, sk = _empty_scores(q, k.shape[2], geom)
+    else:
+        sq, sk = (torch.empty(0, dtype=torch.float32, device=q.device) for _ in "qk")
+    _launch(q, k, v, (pq, pk, pv), (sq, sk), geom, 3, True, with_scores)
+    return pq, pk, pv, sq, sk
 
 
 def score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,15 @@ def level_offset(n, LEVEL: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def chunk_window(i_row, windows, chunk_size, HEADS: tl.constexpr):
+    """Split a flat row index into head, window of the chunk, chunk and its first token."""
+    i_head = i_row % HEADS
+    i_window = i_row // HEADS % windows
+    i_chunk = i_row // HEADS // windows
+    return i_head, i_window, i_chunk, i_chunk * chunk_size
+
+
+@triton.jit
 def row_mask(m_row, D: tl.constexpr, DP: tl.constexpr):
     """Spread the mask [R] of rows over the tile [R, DP], without columns from D on."""
     m_tile = m_row[:, None]

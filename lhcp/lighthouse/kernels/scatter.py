@@ -1,13 +1,12 @@
-"""Scatter-back as bounded sums of reads, its edges between chunks, and its gradient."""
+"""Scatter-back as bounded sums of reads, and its edges between chunks."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
-    any_child,
+    chunk_window,
     empty_like_rows,
     level_offset,
     load_places,
@@ -19,16 +18,6 @@ from lhcp.lighthouse.kernels.primitives import (
 )
 
 TILE, NUM_WARPS = 256, 1
-SUM_TILE, SUM_WARPS = 256, 1
-
-
-@triton.jit
-def chunk_window(i_row, windows, chunk_size, HEADS: tl.constexpr):
-    """Split a flat row index into head, window of the chunk, chunk and its first token."""
-    i_head = i_row % HEADS
-    i_window = i_row // HEADS % windows
-    i_chunk = i_row // HEADS // windows
-    return i_head, i_window, i_chunk, i_chunk * chunk_size
 
 
 @triton.jit
@@ -195,205 +184,3 @@ def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Ge
         DP=padded,
         num_warps=NUM_WARPS,
     )
-
-
-@triton.jit
-def window_sum(
-    p_dout,
-    p_do,
-    p_place,
-    m_row,
-    i_window,
-    i_start,
-    n,
-    chunk_size,
-    dout_stride,
-    do_stride,
-    LEVEL: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    STORE: tl.constexpr,
-):
-    """Sum the rows of dout that entry i_window - 1 of LEVEL serves in its chunk.
-
-    With STORE, writes the sum to the entry's place and so for all windows inside this one: they
-    nest in u = position + 1, so each row is read once for all levels.
-
-    p_dout, p_do: [R, DP] pointers to token 0 of the row's chunk and to place 0.
-
-    Returns:
-        [R, DP] fp32.
-    """
-    if LEVEL == 0:
-        i_token = i_window - 1
-        mask = row_mask(m_row & (i_token >= 0) & (i_token < chunk_size), D, DP)
-        p_token = p_dout + (i_token.to(tl.int64) * dout_stride)[:, None]
-        b_sum = tl.load(p_token, mask=mask, other=0.0).to(tl.float32)
-    else:
-        b_sum = tl.zeros([p_dout.shape[0], DP], tl.float32)
-        store_children = False
-        if STORE:
-            size = chunk_size // (P ** (LEVEL - 1))
-            offset = level_offset(n, LEVEL - 1, P) + i_start // (P ** (LEVEL - 1))
-            store_children = any_child(p_place, m_row, i_window * P - 1, size, offset, 1)
-        if store_children:
-            for c in tl.range(P, loop_unroll_factor=P if LEVEL == 1 else 1):
-                b_sum += window_sum(
-                    p_dout, p_do, p_place, m_row, i_window * P + c, i_start, n, chunk_size,
-                    dout_stride, do_stride, LEVEL - 1, P, D, DP, STORE,
-                )  # fmt: skip
-        else:
-            for c in tl.range(P, loop_unroll_factor=P if LEVEL == 1 else 1):
-                b_sum += window_sum(
-                    p_dout, p_do, p_place, m_row, i_window * P + c, i_start, n, chunk_size,
-                    dout_stride, do_stride, LEVEL - 1, P, D, DP, False,
-                )  # fmt: skip
-    if STORE:
-        size = chunk_size // (P**LEVEL)
-        offset = level_offset(n, LEVEL, P) + i_start // (P**LEVEL)
-        b_place = load_places(p_place, m_row, i_window - 1, size, offset)
-        p_row = p_do + (b_place.to(tl.int64) * do_stride)[:, None]
-        tl.store(p_row, b_sum.to(p_do.dtype.element_ty), mask=row_mask(b_place >= 0, D, DP))
-    return b_sum
-
-
-@triton.jit
-def scatter_backward_kernel(
-    dout,
-    places,
-    do,
-    n,
-    subsequence,
-    chunk_size,
-    num_chunks,
-    dout_stride_b,
-    dout_stride_t,
-    dout_stride_h,
-    H: tl.constexpr,
-    HK: tl.constexpr,
-    R: tl.constexpr,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-):
-    """Sum R (chunk, coarsest window, head) rows of windows. Grid: (tiles of rows, batch)."""
-    windows = chunk_size // (P ** (L - 1)) + 1
-    i_b = tl.program_id(1).to(tl.int64)
-    i_row = tl.program_id(0) * R + tl.arange(0, R)
-    i_head, i_window, i_chunk, i_start = chunk_window(i_row, windows, chunk_size, H)
-    m_row = i_chunk < num_chunks
-    o_d = tl.arange(0, DP)[None, :]
-    i_first = i_start.to(tl.int64) * dout_stride_t + i_head.to(tl.int64) * dout_stride_h
-    p_dout = dout + i_b * dout_stride_b + i_first[:, None] + o_d
-    p_do = do + i_b * subsequence * (H * D) + (i_head * D)[:, None] + o_d
-    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
-    window_sum(
-        p_dout, p_do, p_place, m_row, i_window, i_start, n, chunk_size, dout_stride_t, H * D,
-        L - 1, P, D, DP, True,
-    )  # fmt: skip
-
-
-def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of `scatter`: each entry sums the rows of `dout` that it serves in its chunk.
-
-    Args:
-        dout: [B, n, H, D]. places: [B, Hk, pyramid_size] int32.
-
-    Returns:
-        [B, S, H, D] in the dtype of `dout`, summed in fp32, rounded once.
-    """
-    batch, _, num_heads, head_dim = dout.shape
-    dout = rows_contiguous(dout)
-    do = empty_like_rows(dout, geom.subsequence)
-    rows, padded = row_tile(head_dim, SUM_TILE)
-    windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
-    scatter_backward_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
-        dout,
-        places.contiguous(),
-        do,
-        geom.num_tokens,
-        geom.subsequence,
-        geom.chunk_size,
-        geom.num_chunks,
-        *dout.stride()[:3],
-        H=num_heads,
-        HK=places.shape[1],
-        R=rows,
-        L=geom.num_levels,
-        P=geom.pool_factor,
-        D=head_dim,
-        DP=padded,
-        num_warps=SUM_WARPS,
-    )
-    return do
-
-
-@triton.jit
-def edge_grads_kernel(
-    dout,
-    dhalo,
-    n,
-    chunk_size,
-    num_chunks,
-    dout_stride_b,
-    dout_stride_t,
-    dout_stride_h,
-    H: tl.constexpr,
-    R: tl.constexpr,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-):
-    """Sum the first rows of R (chunk, head) pairs. Grid: (tiles of pairs, batch)."""
-    i_b = tl.program_id(1).to(tl.int64)
-    i_row = tl.program_id(0) * R + tl.arange(0, R)
-    i_head, _, i_chunk, i_start = chunk_window(i_row, 1, chunk_size, H)
-    m_row = i_chunk < num_chunks
-    o_d = tl.arange(0, DP)[None, :]
-    i_first = i_start.to(tl.int64) * dout_stride_t + i_head.to(tl.int64) * dout_stride_h
-    p_dout = dout + i_b * dout_stride_b + i_first[:, None] + o_d
-    i_halo = (i_b * num_chunks + i_chunk) * (L - 1) * H + i_head
-    p_dhalo = dhalo + (i_halo * D)[:, None] + o_d
-    b_sum = tl.zeros([R, DP], tl.float32)
-    for level in tl.static_range(1, L):
-        for c in range(1, P):
-            b_sum += window_sum(
-                p_dout, p_dout, dout, m_row, tl.zeros_like(i_row) + c, i_start, n, chunk_size,
-                dout_stride_t, 0, level - 1, P, D, DP, False,
-            )  # fmt: skip
-        tl.store(p_dhalo + (level - 1) * (H * D), b_sum, mask=row_mask(m_row, D, DP))
-
-
-def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of the halo: per chunk and level, the sum of the first p**level - 1 rows of `dout`.
-
-    Args:
-        dout: [B, n, H, D].
-
-    Returns:
-        [B, num_chunks, L-1, H, D] fp32.
-    """
-    batch, _, num_heads, head_dim = dout.shape
-    dout = rows_contiguous(dout)
-    shape = (batch, geom.num_chunks, geom.num_levels - 1, num_heads, head_dim)
-    dhalo = torch.empty(shape, dtype=torch.float32, device=dout.device)
-    rows, padded = row_tile(head_dim, SUM_TILE)
-    edge_grads_kernel[(triton.cdiv(geom.num_chunks * num_heads, rows), batch)](
-        dout,
-        dhalo,
-        geom.num_tokens,
-        geom.chunk_size,
-        geom.num_chunks,
-        *dout.stride()[:3],
-        H=num_heads,
-        R=rows,
-        L=geom.num_levels,
-        P=geom.pool_factor,
-        D=head_dim,
-        DP=padded,
-        num_warps=SUM_WARPS,
-    )
-    return dhalo
