@@ -168,7 +168,10 @@ class OverheadReport:
         return [
             _row(
                 f"{stage} {kind} {step}",
-                *(_ms(t[v].median) if v in t else "-" for v in ("real", "compute", "communication")),
+                *(
+                    _ms(t[v].median) if v in t else "-"
+                    for v in ("real", "compute", "communication")
+                ),
             )
             for (stage, kind, step), t in rows.items()
         ]
@@ -202,7 +205,9 @@ class OverheadReport:
             setting=whole["setting"],
             phases=phases(whole["phases"]),
             layer=phases(whole["layer"]),
-            steps=tuple(StepReport(**s | {"timing": Timing(**s["timing"])}) for s in whole["steps"]),
+            steps=tuple(
+                StepReport(**s | {"timing": Timing(**s["timing"])}) for s in whole["steps"]
+            ),
             timeline=tuple(Mark(**mark) for mark in whole["timeline"]),
             single_seqlen=whole["single_seqlen"],
         )

@@ -50,10 +50,10 @@ def scatter_back_backward(
     """Gradient of `scatter_back`: [B, N / W, H, D] to [B, S / W, H, D]."""
     geom, local = from_list(geom_list), stages(kernels)
     if ranks.world_size == 1:
-        return local.scatter_backward(dout, entries, geom)
+        return local.scatter_backward(dout, entries, places, geom)
     owed = local.edge_grads(dout, geom)
     exchange = BoundaryExchange(owed, ranks, layout, back=True, spans=spans)
-    do = local.scatter_backward(dout, entries, geom)
+    do = local.scatter_backward(dout, entries, places, geom)
     add_last_grads(do, dout, exchange.wait(), places, geom)
     return do
 

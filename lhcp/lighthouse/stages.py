@@ -37,7 +37,8 @@ class Stages:
     """(dq, dk, dv of the sub-sequence, places, geom) -> dq, dk, dv of the tokens."""
     scatter: Callable[[Tensor, Tensor, Geometry], Tensor]
     scatter_edges: Callable[[Tensor, Tensor, Tensor, Tensor, Geometry], None]
-    scatter_backward: Callable[[Tensor, Tensor, Geometry], Tensor]
+    scatter_backward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
+    """(dout, entries, places, geom) -> do [B, S, H, D]; one map is enough, either."""
     edge_grads: Callable[[Tensor, Geometry], Tensor]
 
 
@@ -84,6 +85,12 @@ def _torch_gather_backward(
     return dq, dk, dv
 
 
+def _torch_scatter_backward(
+    dout: Tensor, entries: Tensor, places: Tensor, geom: Geometry
+) -> Tensor:
+    return scatter.scatter_backward(dout, entries, geom)
+
+
 TORCH = Stages(
     pool_and_score=_torch_pool_and_score,
     score_tensors=_torch_score_tensors,
@@ -92,7 +99,7 @@ TORCH = Stages(
     gather_backward=_torch_gather_backward,
     scatter=scatter.scatter,
     scatter_edges=scatter.scatter_edges,
-    scatter_backward=scatter.scatter_backward,
+    scatter_backward=_torch_scatter_backward,
     edge_grads=scatter.edge_grads,
 )
 

@@ -1,0 +1,182 @@
+"""Measured times that the cost model reads: blocks of attention, memory and links, by machine.
+
+A calibration is data: made by `bench/scaling_model.py --calibrate`, kept as JSON, read back here.
+"""
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, replace
+from math import exp, log
+from pathlib import Path
+from typing import Literal
+
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one rank sends over, in one direction."""
+
+    latency: float
+    """Seconds from posting a message to its arrival, without its bytes."""
+    bandwidth: float
+    """Bytes a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What one machine needs for a block of attention, for a byte of memory and for a message."""
+
+    name: str
+    source: str
+    """Where the numbers are from; what was not measured is named here."""
+    num_heads: int
+    """Query heads (times batch) at which the blocks were timed."""
+    head_dim: int
+    square: tuple[tuple[int, float, float], ...]
+    """(tokens, forward, backward), seconds of causal attention of so many tokens, ascending."""
+    full: tuple[tuple[int, int, float, float], ...] = ()
+    """(queries, keys, forward, backward), seconds without a mask: every pair of a grid. Empty: as
+    causal attention of the same number of products."""
+    copy_bandwidth: float
+    """Bytes a second of a copy, read and written bytes counted."""
+    launch: float
+    """Seconds of the smallest operation."""
+    inner: Link
+    """Between ranks of a node."""
+    outer: Link
+    """Between nodes, for one rank."""
+    reduce_scatter_factor: float = 1.0
+    """Bytes that the library moves for a reduce-scatter over those that are needed: gloo does an
+    all-reduce, 2."""
+
+    def block_seconds(
+        self,
+        direction: Direction,
+        queries: int,
+        keys: int,
+        causal: bool,
+        num_heads: int,
+        head_dim: int,
+    ) -> float:
+        """Seconds of one block of attention.
+
+        Args:
+            num_heads: query heads, times the batch.
+        """
+        column = 0 if direction == "forward" else 1
+        size = head_dim / self.head_dim
+        if self.full and not causal:
+            rows = queries * num_heads / self.num_heads
+            return max(self.launch, self._grid(column, rows, keys) * size)
+        work = queries * keys / (2 if causal else 1) * num_heads / self.num_heads * size
+        points = [(n * n / 2, seconds[column]) for n, *seconds in self.square]
+        return max(self.launch, interpolate(points, work))
+
+    def _grid(self, column: int, queries: float, keys: float) -> float:
+        by_queries = [
+            (q, interpolate([(k, t[column]) for r, k, *t in self.full if r == q], keys))
+            for q in sorted({row[0] for row in self.full})
+        ]
+        return interpolate(by_queries, queries)
+
+    def pass_seconds(self, num_bytes: float) -> float:
+        """Seconds of one elementwise operation that reads and writes so many bytes."""
+        return self.launch + num_bytes / self.copy_bandwidth
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file does not hold a calibration.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+            for name in ("square", "full"):
+                fields[name] = tuple(tuple(row) for row in fields[name])
+            for name in ("inner", "outer"):
+                fields[name] = Link(**fields[name])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold an lhcp calibration: {error}") from error
+
+
+def interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """Read a measured curve: straight lines between logarithms.
+
+    Below the first point the first line goes on, but no steeper than in proportion; above the last
+    one the curve is in proportion.
+
+    Args:
+        points: (x, y), ascending, positive.
+    """
+    if len(points) == 1 or x >= points[-1][0]:
+        return points[-1][1] * x / points[-1][0]
+    place = min(max(bisect_right([p[0] for p in points], x), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    slope = log(y1 / y0) / log(x1 / x0)
+    if x < x0:
+        slope = min(max(slope, 0.0), 1.0)
+    return y0 * exp(slope * log(x / x0))
+
+
+H200 = Calibration(
+    name="H200",
+    source=(
+        "one NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 (8192 to 98304 tokens: "
+        "cuDNN's forward and backward; 131072 and 262144: dense table); links are not measured: "
+        "NVLink 4 and 400 Gb/s InfiniBand at 80% of their rates"
+    ),
+    num_heads=8,
+    head_dim=128,
+    square=(
+        (6144, 0.206e-3, 0.550e-3),
+        (8192, 0.291e-3, 0.774e-3),
+        (12288, 0.643e-3, 1.58e-3),
+        (18432, 1.23e-3, 3.11e-3),
+        (24576, 2.06e-3, 5.42e-3),
+        (32768, 3.43e-3, 9.91e-3),
+        (49152, 8.23e-3, 23.1e-3),
+        (65536, 14.7e-3, 40.1e-3),
+        (98304, 34.2e-3, 91.9e-3),
+        (131072, 61.1e-3, 163.9e-3),
+        (262144, 268e-3, 649e-3),
+    ),
+    copy_bandwidth=4.2e12,
+    launch=5e-6,
+    inner=Link(latency=10e-6, bandwidth=360e9),
+    outer=Link(latency=20e-6, bandwidth=40e9),
+)
+
+B200 = replace(
+    H200,
+    name="B200",
+    source=(
+        "not measured: the H200's blocks divided by 2.27 and its copy by 1.67, the ratios of the "
+        "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates"
+    ),
+    square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
+    copy_bandwidth=7.0e12,
+    inner=Link(latency=10e-6, bandwidth=720e9),
+    outer=Link(latency=20e-6, bandwidth=40e9),
+)
+
+CPU = Calibration(
+    name="cpu",
+    source="a guess at one thread of a server's core, torch's CPU kernel, fp32; calibrate your own",
+    num_heads=4,
+    head_dim=64,
+    square=((256, 1.2e-3, 3.5e-3), (1024, 15e-3, 45e-3), (4096, 220e-3, 650e-3)),
+    copy_bandwidth=8e9,
+    launch=20e-6,
+    inner=Link(latency=100e-6, bandwidth=1e9),
+    outer=Link(latency=200e-6, bandwidth=100e6),
+    reduce_scatter_factor=2.0,
+)
+
+CALIBRATIONS = {calibration.name: calibration for calibration in (H200, B200, CPU)}
