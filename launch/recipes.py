@@ -59,7 +59,7 @@ def demo() -> Run:
         lighthouse=LighthouseConfig(num_levels=4, pool_factor=2, topk=32, num_strata=4),
         # As many dense steps as lighthouse ones, at a constant rate: fewer, or a rate that decays,
         # leave the dense stage too little to recover with.
-        optim=OptimConfig(lr=6e-3, warmup_steps=40),
+        optim=OptimConfig(lr=4e-3, warmup_steps=40),
         seqlen=1024,
         global_batch=2,
         lighthouse_steps=300,

@@ -5,12 +5,14 @@ A calibration is data: made by `bench/scaling_model.py --calibrate`, kept as JSO
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import exp, log
 from pathlib import Path
 from typing import Literal
 
 Direction = Literal["forward", "backward"]
+FullBlock = tuple[int, int, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,13 @@ class Link:
     """Seconds from posting a message to its arrival, without its bytes."""
     bandwidth: float
     """Bytes a second."""
+    hop: float | None = None
+    """Seconds that each rank but one adds to the latency of a collective; None: the latency."""
+
+    def collective_latency(self, num_ranks: int) -> float:
+        """Seconds that a ring collective takes without its bytes."""
+        hop = self.latency if self.hop is None else self.hop
+        return self.latency + (num_ranks - 2) * hop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +44,7 @@ class Calibration:
     head_dim: int
     square: tuple[tuple[int, float, float], ...]
     """(tokens, forward, backward), seconds of causal attention of so many tokens, ascending."""
-    full: tuple[tuple[int, int, float, float], ...] = ()
+    full: tuple[FullBlock, ...] = ()
     """(queries, keys, forward, backward), seconds without a mask: every pair of a grid. Empty: as
     causal attention of the same number of products."""
     copy_bandwidth: float
@@ -106,7 +115,7 @@ class Calibration:
             raise ValueError(f"{path} does not hold an lhcp calibration: {error}") from error
 
 
-def interpolate(points: list[tuple[float, float]], x: float) -> float:
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """Read a measured curve: straight lines between logarithms.
 
     Below the first point the first line goes on, but no steeper than in proportion; above the last
@@ -125,12 +134,32 @@ def interpolate(points: list[tuple[float, float]], x: float) -> float:
     return y0 * exp(slope * log(x / x0))
 
 
+def _full_blocks(
+    rate: tuple[float, float], tiles: int
+) -> tuple[tuple[int, int, float, float], ...]:
+    """A grid of blocks without a mask, 8 heads of 128: at `rate` where they fill the machine.
+
+    The forward works on tiles of 128 queries, the backward on tiles of 128 keys; with fewer than
+    `tiles` of them a part of the machine is idle.
+    """
+    rows = []
+    for queries in (2**i for i in range(8, 18)):
+        for keys in (2**i for i in range(8, 20)):
+            flops = 4 * queries * keys * 8 * 128
+            filled = [min(1.0, n * 8 / 128 / tiles) for n in (queries, keys)]
+            rows.append(
+                (queries, keys, flops / rate[0] / filled[0], 2.5 * flops / rate[1] / filled[1])
+            )
+    return tuple(rows)
+
+
 H200 = Calibration(
     name="H200",
     source=(
-        "one NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 (8192 to 98304 tokens: "
-        "cuDNN's forward and backward; 131072 and 262144: dense table); links are not measured: "
-        "NVLink 4 and 400 Gb/s InfiniBand at 80% of their rates"
+        "one NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 cuDNN. Blocks without "
+        "a mask: 600 and 540 TFLOP/s where they fill 128 tiles, after gathered prefixes that took "
+        "0.95 to 1.09 of one device. Links are not measured: NVLink 4 and 400 Gb/s InfiniBand at "
+        "80% of their rates"
     ),
     num_heads=8,
     head_dim=128,
@@ -147,10 +176,11 @@ H200 = Calibration(
         (131072, 61.1e-3, 163.9e-3),
         (262144, 268e-3, 649e-3),
     ),
+    full=_full_blocks((600e12, 540e12), 128),
     copy_bandwidth=4.2e12,
     launch=5e-6,
-    inner=Link(latency=10e-6, bandwidth=360e9),
-    outer=Link(latency=20e-6, bandwidth=40e9),
+    inner=Link(latency=10e-6, bandwidth=360e9, hop=1e-6),
+    outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
 )
 
 B200 = replace(
@@ -161,9 +191,10 @@ B200 = replace(
         "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates"
     ),
     square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
+    full=_full_blocks((600e12 * 2.27, 540e12 * 2.27), 148),
     copy_bandwidth=7.0e12,
-    inner=Link(latency=10e-6, bandwidth=720e9),
-    outer=Link(latency=20e-6, bandwidth=40e9),
+    inner=Link(latency=10e-6, bandwidth=720e9, hop=1e-6),
+    outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
 )
 
 CPU = Calibration(

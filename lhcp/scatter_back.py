@@ -14,6 +14,7 @@ from lhcp.layout import Layout, make_layout
 from lhcp.lighthouse.scatter import add_last_grads, last_rows
 from lhcp.lighthouse.stages import from_list, stages
 from lhcp.mesh import Ranks
+from lhcp.operators import operator
 from lhcp.timing import UNTIMED, Spans
 
 
@@ -58,17 +59,29 @@ def scatter_back_backward(
     return do
 
 
-@torch.library.custom_op("lhcp::scatter_back", mutates_args=())
+def _fake_scatter_back(
+    o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str
+) -> Tensor:
+    return o.new_empty((o.shape[0], from_list(geom).num_tokens, *o.shape[2:]))
+
+
+@operator("scatter_back", _fake_scatter_back)
 def _scatter_back(o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str) -> Tensor:
     return scatter_back(o, places, geom, kernels, *_from_words(words), UNTIMED)
 
 
-@_scatter_back.register_fake
-def _(o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str) -> Tensor:
-    return o.new_empty((o.shape[0], from_list(geom).num_tokens, *o.shape[2:]))
+def _fake_scatter_back_backward(
+    dout: Tensor,
+    entries: Tensor,
+    places: Tensor,
+    geom: list[int],
+    kernels: str,
+    words: str,
+) -> Tensor:
+    return dout.new_empty((dout.shape[0], entries.shape[2], *dout.shape[2:]))
 
 
-@torch.library.custom_op("lhcp::scatter_back_backward", mutates_args=())
+@operator("scatter_back_backward", _fake_scatter_back_backward)
 def _scatter_back_backward(
     dout: Tensor,
     entries: Tensor,
@@ -79,18 +92,6 @@ def _scatter_back_backward(
 ) -> Tensor:
     ranks, layout = _from_words(words)
     return scatter_back_backward(dout, entries, places, geom, kernels, ranks, layout, UNTIMED)
-
-
-@_scatter_back_backward.register_fake
-def _(
-    dout: Tensor,
-    entries: Tensor,
-    places: Tensor,
-    geom: list[int],
-    kernels: str,
-    words: str,
-) -> Tensor:
-    return dout.new_empty((dout.shape[0], entries.shape[2], *dout.shape[2:]))
 
 
 def _to_words(ranks: Ranks, layout: Layout) -> str:

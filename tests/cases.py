@@ -6,7 +6,7 @@ A `Problem` is a whole-sequence question with one right answer (the reference's,
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,14 +19,16 @@ import lhcp
 from lhcp import LighthouseConfig, Selection, reference
 from lhcp.config import Scorer
 from lhcp.layout import LayoutName
-from lhcp.mesh import as_ranks
-from lhcp.ring.rotation import ROTATIONS
+from lhcp.mesh import Ranks, as_ranks
+from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import qkv, small_config
 
-NEED_TWO_AXES: frozenset[str] = frozenset()
-"""Rotations that run on a mesh of two axes only: they have tests of their own."""
+ROTATIONS = NAMES
+"""Every rotation of the library, those that are written later too."""
 
-FLAT_ROTATIONS = tuple(name for name in ROTATIONS if name not in NEED_TWO_AXES)
+TWO_AXES = {"hierarchical": {2: (2, 1), 3: (3, 1), 4: (2, 2), 8: (2, 4)}}
+"""Rotations that need a mesh of two axes, and the shape that they get here for each world size."""
+
 LAYOUTS: tuple[LayoutName, ...] = ("zigzag", "contiguous")
 
 
@@ -193,6 +195,34 @@ def decode(
     return levels, torch.tensor(chunks)[slot] * per_chunk + indices % per_chunk
 
 
+@lru_cache
+def mesh_of(group: dist.ProcessGroup, shape: tuple[int, int]) -> Ranks:
+    """The ranks of a group as nodes of equal size, without asking ranks outside the group."""
+    nodes, size = shape
+    node, place = divmod(group.rank(), size)
+
+    def new(members: list[int]) -> dist.ProcessGroup:
+        made = dist.new_group(members, use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
+    outer = new([other * size + place for other in range(nodes)])
+    inner = new([node * size + other for other in range(size)])
+    return Ranks(group, outer, inner)
+
+
+def group_for(group: Any, rotation: str) -> Any:
+    """What to pass as `group` for this rotation."""
+    if rotation not in TWO_AXES or group is None:
+        return group
+    return mesh_of(group, TWO_AXES[rotation][group.size()])
+
+
+def serves(rotation: str, world_size: int, num_kv_heads: int) -> bool:
+    """Whether a rotation can do these heads on these ranks."""
+    return rotation != "alltoall" or num_kv_heads % world_size == 0
+
+
 def library_selection(group: Any, case: Case) -> Selection:
     """This rank's selection of a case's problem, by `lhcp.select`."""
     p = case.problem
@@ -218,6 +248,7 @@ def library_selection(group: Any, case: Case) -> Selection:
 def library_answer(group: Any, case: Case) -> Answer:
     """This rank's part of the library's answer. Runs on a rank of a pool, or here for one rank."""
     p = case.problem
+    group = group_for(group, case.rotation)
     ranks = as_ranks(group)
 
     def cut(x: Tensor) -> Tensor:
@@ -264,7 +295,8 @@ def covering(
 ) -> list[dict[str, Any]]:
     """A few choices that hold each pair of values of each two factors at least once.
 
-    Greedy over random draws of one seed, so the same every time.
+    Greedy over random draws of one seed, so the same every time. A pair with which no draw `fits`
+    is left out.
     """
     names = list(factors)
     missing = [
@@ -277,13 +309,14 @@ def covering(
     while missing:
         draws = [
             {name: generator.choice(values) for name, values in factors.items()} | dict(missing[0])
-            for _ in range(60)
+            for _ in range(300)
         ]
-        left = [
-            [pair for pair in missing if not holds(draw, pair)]
-            for draw in draws
-        ]
-        best = min((i for i, draw in enumerate(draws) if fits(draw)), key=lambda i: len(left[i]))
+        draws = [draw for draw in draws if fits(draw)][:60]
+        left = [[pair for pair in missing if not holds(draw, pair)] for draw in draws]
+        if not draws:
+            missing = missing[1:]
+            continue
+        best = min(range(len(draws)), key=lambda i: len(left[i]))
         chosen.append(draws[best])
         missing = left[best]
     return chosen
@@ -311,4 +344,3 @@ def strided(x: Tensor) -> Tensor:
 def heads_first(x: Tensor) -> Tensor:
     """The same values with heads before tokens in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-

@@ -5,10 +5,18 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lhcp.config import LighthouseConfig
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.pool import accumulate_dtype
+
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -50,41 +58,45 @@ def dilated_outputs(
     """Outputs of the dilated scorer's two attentions, as q, k, v and as k, q, v.
 
     Within a block of `scorer_window` tokens (or a stratum, if shorter), the tokens with the same
-    index modulo `dilation` attend causally among themselves, through a stock kernel on a strided
-    view. Blocks never span a stratum, so nothing here depends on how the sequence is sharded.
+    index modulo `dilation` attend causally among themselves. A token's residue goes into the head
+    axis, so that a stock kernel takes the tensors as they lie in memory. Blocks never span a
+    stratum, so nothing here depends on how the sequence is sharded.
 
     Args:
         q: [B, n, H, E]. k: [B, n, Hk, E]. v: [B, n, Hk, D].
 
     Returns:
-        two tensors [B, n / (window / dilation * dilation), ...] flattened to [B * blocks,
-        H, window / dilation, D]: only their norms are used, in the order that `_unblock` undoes.
+        two tensors [B, n, H, D].
     """
     window = min(config.scorer_window, geom.stratum_size)
-    groups = q.shape[2] // k.shape[2]
+    dilation, heads = config.dilation, q.shape[2]
 
-    def block(x: Tensor, repeats: int) -> Tensor:
-        split = x.unflatten(1, (-1, window // config.dilation, config.dilation))
-        rows = split.permute(0, 1, 3, 4, 2, 5).flatten(0, 2)
-        return rows.repeat_interleave(repeats, dim=1) if repeats > 1 else rows
+    def by_residue(x: Tensor) -> Tensor:
+        """[B, n, heads, E] to [B blocks, dilation heads, window / dilation, E], a view."""
+        blocks = x.unflatten(1, (-1, window // dilation, dilation)).flatten(0, 1)
+        return blocks.flatten(2, 3).transpose(1, 2)
 
-    qb, kb, vb = block(q, 1), block(k, groups), block(v, groups)
+    def back(out: Tensor) -> Tensor:
+        blocks = out.transpose(1, 2).unflatten(2, (dilation, heads)).flatten(1, 2)
+        return blocks.unflatten(0, (q.shape[0], -1)).flatten(1, 2)
+
+    # Each query head with its group's kv head: nothing to repeat while the queries are q.
+    groups = heads // k.shape[2]
+    repeated_k, repeated_v = (
+        x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v)
+    )
     attend = F.scaled_dot_product_attention
-    as_query = attend(qb, kb, vb, is_causal=True, scale=scale)
-    as_key = attend(kb, qb, vb, is_causal=True, scale=scale)
-    return as_query, as_key
+    with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
+        as_query = attend(
+            *map(by_residue, (q, k, v)), is_causal=True, scale=scale, enable_gqa=groups > 1
+        )
+        as_key = attend(*map(by_residue, (repeated_k, q, repeated_v)), is_causal=True, scale=scale)
+    return back(as_query), back(as_key)
 
 
 def dilated_scores(
     q: Tensor, k: Tensor, v: Tensor, geom: Geometry, config: LighthouseConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Level-0 scores (sq, sk) of the dilated scorer, each [B, Hk, n]."""
-    batch, num_kv_heads = q.shape[0], v.shape[2]
-
-    def unblock(out: Tensor) -> Tensor:
-        scores = squared_norm(out).unflatten(1, (num_kv_heads, -1)).amax(2)
-        scores = scores.unflatten(0, (batch, -1, config.dilation))
-        return scores.permute(0, 3, 1, 4, 2).flatten(2)
-
     as_query, as_key = dilated_outputs(q, k, v, geom, config, scale)
-    return unblock(as_query), unblock(as_key)
+    return token_scores(as_query, v.shape[2]), token_scores(as_key, v.shape[2])

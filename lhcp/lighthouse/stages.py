@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lhcp.geometry import Geometry
 from lhcp.lighthouse import gather, pool, scatter, score, select
+from lhcp.operators import operator
 
 Pooled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -116,6 +117,11 @@ def stages(kernels: str) -> Stages:
     return TRITON
 
 
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> str:
     """Resolve "auto" and check an explicit name: a function of device, dtype and packages alone.
 
@@ -123,13 +129,12 @@ def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> st
         ValueError: no implementation has this name, or it cannot do these inputs.
         ImportError: Triton is not installed.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
     fits = device.type == "cuda" and dtype != torch.float64
     if kernels == "auto":
-        return "triton" if has_triton and fits else "torch"
+        return "triton" if fits and has_triton() else "torch"
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r}: must be one of auto, {', '.join(KERNELS)}")
-    if kernels == "triton" and not has_triton:
+    if kernels == "triton" and not has_triton():
         raise ImportError("kernels='triton': Triton is missing; pip install 'lhcp[triton]'")
     if kernels == "triton" and dtype == torch.float64:
         raise ValueError("kernels='triton': inputs are float64; use kernels='torch'")
@@ -142,21 +147,18 @@ def to_list(geom: Geometry) -> list[int]:
 
 
 def from_list(values: list[int]) -> Geometry:
+    return _geometry(tuple(values))
+
+
+@cache
+def _geometry(values: tuple[int, ...]) -> Geometry:
     fields: dict[str, Any] = dict(
         zip((field.name for field in dataclasses.fields(Geometry)), values, strict=True)
     )
     return Geometry(**fields | {"has_first": bool(fields["has_first"])})
 
 
-@torch.library.custom_op("lhcp::pool_and_score", mutates_args=())
-def pool_and_score(
-    q: Tensor, k: Tensor, v: Tensor, geom: list[int], with_scores: bool, kernels: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return stages(kernels).pool_and_score(q, k, v, from_list(geom), with_scores)
-
-
-@pool_and_score.register_fake
-def _(
+def _fake_pool_and_score(
     q: Tensor, k: Tensor, v: Tensor, geom: list[int], with_scores: bool, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = from_list(geom).pooled_size
@@ -166,50 +168,41 @@ def _(
     return pooled[0], pooled[1], pooled[2], scores[0], scores[1]
 
 
-@torch.library.custom_op("lhcp::score_tensors", mutates_args=())
+@operator("pool_and_score", _fake_pool_and_score)
+def pool_and_score(
+    q: Tensor, k: Tensor, v: Tensor, geom: list[int], with_scores: bool, kernels: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return stages(kernels).pool_and_score(q, k, v, from_list(geom), with_scores)
+
+
+def _fake_score_tensors(
+    score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str
+) -> tuple[Tensor, Tensor]:
+    shape = (score_k.shape[0], score_k.shape[2], from_list(geom).pooled_size)
+    sq, sk = (x.new_empty(shape, dtype=pool.accumulate_dtype(x.dtype)) for x in (score_q, score_k))
+    return sq, sk
+
+
+@operator("score_tensors", _fake_score_tensors)
 def score_tensors(
     score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str
 ) -> tuple[Tensor, Tensor]:
     return stages(kernels).score_tensors(score_q, score_k, from_list(geom))
 
 
-@score_tensors.register_fake
-def _(score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
-    shape = (score_k.shape[0], score_k.shape[2], from_list(geom).pooled_size)
-    sq, sk = (x.new_empty(shape, dtype=pool.accumulate_dtype(x.dtype)) for x in (score_q, score_k))
-    return sq, sk
-
-
-@torch.library.custom_op("lhcp::select", mutates_args=())
-def select_entries(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
-    entries, places = stages(kernels).select(sq, sk, from_list(geom))
-    return entries, places
-
-
-@select_entries.register_fake
-def _(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
+def _fake_select(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
     local = from_list(geom)
     entries = sq.new_empty((*sq.shape[:2], local.subsequence), dtype=torch.int32)
     return entries, sq.new_empty((*sq.shape[:2], local.pyramid_size), dtype=torch.int32)
 
 
-@torch.library.custom_op("lhcp::gather", mutates_args=())
-def gather_subsequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pooled_q: Tensor,
-    pooled_k: Tensor,
-    pooled_v: Tensor,
-    entries: Tensor,
-    geom: list[int],
-    kernels: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return stages(kernels).gather(q, k, v, pooled_q, pooled_k, pooled_v, entries, from_list(geom))
+@operator("select", _fake_select)
+def select_entries(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
+    entries, places = stages(kernels).select(sq, sk, from_list(geom))
+    return entries, places
 
 
-@gather_subsequence.register_fake
-def _(
+def _fake_gather(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -224,20 +217,34 @@ def _(
     return qs, ks, vs
 
 
-@torch.library.custom_op("lhcp::gather_backward", mutates_args=())
-def gather_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, places: Tensor, geom: list[int], kernels: str
+@operator("gather", _fake_gather)
+def gather_subsequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    entries: Tensor,
+    geom: list[int],
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return stages(kernels).gather_backward(dq, dk, dv, places, from_list(geom))
+    return stages(kernels).gather(q, k, v, pooled_q, pooled_k, pooled_v, entries, from_list(geom))
 
 
-@gather_backward.register_fake
-def _(
+def _fake_gather_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, places: Tensor, geom: list[int], kernels: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = from_list(geom).num_tokens
     dq, dk, dv = (x.new_empty((x.shape[0], size, *x.shape[2:])) for x in (dq, dk, dv))
     return dq, dk, dv
+
+
+@operator("gather_backward", _fake_gather_backward)
+def gather_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, places: Tensor, geom: list[int], kernels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return stages(kernels).gather_backward(dq, dk, dv, places, from_list(geom))
 
 
 class Gather(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 from lhcp.checks import check_qkv
 from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
+from lhcp.operators import operator
 from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
 from lhcp.ring.heads import HeadsToTokens, TokensToHeads
@@ -30,15 +31,7 @@ def _from_arguments(words: str, causal: bool, scale: float) -> Plan:
     return Plan(ranks, make_layout(layout, ranks.world_size), rotation, backend, causal, scale)
 
 
-@torch.library.custom_op("lhcp::ring_forward", mutates_args=())
-def _ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    return attend(q, k, v, _from_arguments(words, causal, scale), UNTIMED)
-
-
-@_ring_forward.register_fake
-def _(
+def _fake_ring_forward(
     q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -47,7 +40,29 @@ def _(
     return out, q.new_empty((batch, heads, tokens), dtype=dtype)
 
 
-@torch.library.custom_op("lhcp::ring_backward", mutates_args=())
+@operator("ring_forward", _fake_ring_forward)
+def _ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v, _from_arguments(words, causal, scale), UNTIMED)
+
+
+def _fake_ring_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    words: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+@operator("ring_backward", _fake_ring_backward)
 def _ring_backward(
     dout: Tensor,
     q: Tensor,
@@ -62,22 +77,6 @@ def _ring_backward(
     plan = _from_arguments(words, causal, scale)
     dq, dk, dv = attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-@_ring_backward.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    words: str,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv
 
 
 class RingAttention(torch.autograd.Function):

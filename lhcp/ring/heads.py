@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lhcp.layout import Layout, make_layout
 from lhcp.mesh import Ranks
+from lhcp.operators import operator
 
 
 def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
@@ -45,29 +46,27 @@ def _join(x: Tensor) -> Tensor:
     return x.movedim(0, 2).flatten(2, 3)
 
 
-@torch.library.custom_op("lhcp::tokens_to_heads", mutates_args=())
+def _fake_tokens_to_heads(x: Tensor, group: str, layout: str) -> Tensor:
+    world, batch, tokens, heads, head_dim = x.shape
+    return x.new_empty((batch, world * tokens, heads, head_dim))
+
+
+@operator("tokens_to_heads", _fake_tokens_to_heads)
 def _tokens_to_heads(x: Tensor, group: str, layout: str) -> Tensor:
     ranks = Ranks.from_names((group, "", ""))
     return tokens_to_heads(x, ranks, make_layout(layout, ranks.world_size)).contiguous()
 
 
-@_tokens_to_heads.register_fake
-def _(x: Tensor, group: str, layout: str) -> Tensor:
-    world, batch, tokens, heads, head_dim = x.shape
-    return x.new_empty((batch, world * tokens, heads, head_dim))
-
-
-@torch.library.custom_op("lhcp::heads_to_tokens", mutates_args=())
-def _heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
-    ranks = Ranks.from_names((group, "", ""))
-    return heads_to_tokens(x, ranks, make_layout(layout, ranks.world_size))
-
-
-@_heads_to_tokens.register_fake
-def _(x: Tensor, group: str, layout: str) -> Tensor:
+def _fake_heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
     world = Ranks.from_names((group, "", "")).world_size
     batch, tokens, heads, head_dim = x.shape
     return x.new_empty((world, batch, tokens // world, heads, head_dim))
+
+
+@operator("heads_to_tokens", _fake_heads_to_tokens)
+def _heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
+    ranks = Ranks.from_names((group, "", ""))
+    return heads_to_tokens(x, ranks, make_layout(layout, ranks.world_size))
 
 
 class TokensToHeads(torch.autograd.Function):

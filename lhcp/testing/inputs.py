@@ -46,13 +46,13 @@ def small_config(
 ) -> tuple[LighthouseConfig, int]:
     """Return a config and a whole seqlen with S <= N / 2 and coarsest entries >= 4 picks a stratum.
 
-    For every stratum: coarsest entries e, S / C = e + (L - 1) p m <= e p**(L-1) / 2.
+    For every stratum: coarsest entries e, S / C = e + (L - 1) p m <= e p**(L-1) / 2. Two levels of
+    pairs cannot halve a sequence: there S <= 3 N / 4.
     """
+    window = pool_factor ** (num_levels - 1)
+    share = 0.75 if window == 2 else 0.5
     coarsest = 4 * picks
-    while (
-        coarsest + (num_levels - 1) * pool_factor * picks
-        > coarsest * pool_factor ** (num_levels - 1) / 2
-    ):
+    while coarsest + (num_levels - 1) * pool_factor * picks > share * coarsest * window:
         coarsest += picks
     config = LighthouseConfig(
         num_levels=num_levels,

@@ -31,9 +31,6 @@ class Timing:
 
         return cls(quantile(0.5), quantile(0.25), quantile(0.75))
 
-    def scaled(self, factor: float) -> "Timing":
-        return Timing(self.median * factor, self.low * factor, self.high * factor)
-
 
 @dataclass(frozen=True)
 class PhaseReport:
@@ -47,8 +44,8 @@ class PhaseReport:
     """C: the same code, sending nothing."""
     communication: Timing
     """M: the same messages, without attention."""
-    single: Timing
-    """T1: one device on the whole sub-sequence; scaled up if the report says so."""
+    single: Timing | None
+    """T1: one device on the whole; scaled up if the report says so; None: it does not fit."""
     waited: float | None
     """Seconds in which T's slowest rank stood still for messages; None where it is not timed."""
     bytes_per_rank: int | None
@@ -56,8 +53,10 @@ class PhaseReport:
     world_size: int
 
     @property
-    def overhead(self) -> float:
+    def overhead(self) -> float | None:
         """W T / T1 - 1: what the rotation costs over a device that needs none."""
+        if self.single is None:
+            return None
         return self.world_size * self.real.median / self.single.median - 1
 
     @property
@@ -197,7 +196,7 @@ class OverheadReport:
             for row in rows:
                 fields = {name: row[name] for name in PhaseReport.__dataclass_fields__}
                 for name in ("real", "compute", "communication", "single"):
-                    fields[name] = Timing(**fields[name])
+                    fields[name] = fields[name] and Timing(**fields[name])
                 made.append(PhaseReport(**fields))
             return tuple(made)
 
@@ -231,8 +230,8 @@ def _phase_row(p: PhaseReport) -> str:
             _ms(p.real.median),
             _ms(p.compute.median),
             _ms(p.communication.median),
-            _ms(p.single.median / p.world_size),
-            f"{100 * p.overhead:.1f}%",
+            "-" if p.single is None else _ms(p.single.median / p.world_size),
+            "-" if p.overhead is None else f"{100 * p.overhead:.1f}%",
             _ms(p.exposed),
             "-" if p.overlap is None else f"{100 * p.overlap:.0f}%",
             "-" if p.contention is None else _ms(p.contention),
