@@ -88,9 +88,20 @@ def dilated_outputs(
     attend = F.scaled_dot_product_attention
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
         as_query = attend(
-            *map(by_residue, (q, k, v)), is_causal=True, scale=scale, enable_gqa=groups > 1
+            by_residue(q),
+            by_residue(k),
+            by_residue(v),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=groups > 1,
         )
-        as_key = attend(*map(by_residue, (repeated_k, q, repeated_v)), is_causal=True, scale=scale)
+        as_key = attend(
+            by_residue(repeated_k),
+            by_residue(q),
+            by_residue(repeated_v),
+            is_causal=True,
+            scale=scale,
+        )
     return back(as_query), back(as_key)
 
 

@@ -40,7 +40,8 @@ def choose_block(name: str, dtype: torch.dtype, head_dim: int, device: torch.dev
         for candidate in candidates:
             block = BLOCKS[candidate]
             if block.missing() is None and block.refuses(dtype, head_dim, device) is None:
-                _announce(candidate, device.type, str(dtype), head_dim)
+                if not torch.compiler.is_compiling():
+                    _announce(candidate, device.type, str(dtype), head_dim)
                 return block
         name = "math"
     if name not in BLOCKS:

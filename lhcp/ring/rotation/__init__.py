@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from lhcp.mesh import Ranks
@@ -34,7 +35,8 @@ def choose_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> str:
         if ranks.world_size == 1:
             return "p2p"
         name = "hierarchical" if ranks.outer is not None else "allgather"
-        _announce(name, ranks.world_size)
+        if not torch.compiler.is_compiling():
+            _announce(name, ranks.world_size)
         return name
     if name not in NAMES:
         raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(NAMES)}")
