@@ -19,7 +19,7 @@ import lhcp
 from lhcp import LighthouseConfig, Selection, reference
 from lhcp.config import Scorer
 from lhcp.layout import LayoutName
-from lhcp.mesh import Ranks, as_ranks
+from lhcp.mesh import as_ranks
 from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import qkv, small_config
 
@@ -139,7 +139,7 @@ def reference_selection(problem: Problem) -> reference.ReferenceSelection:
 
 @lru_cache(maxsize=8)
 def reference_answer(problem: Problem, dtype: torch.dtype | None = None) -> Answer:
-    """The reference's answer, computed in `dtype`, with the selection of the problem's own dtype."""
+    """The reference's answer, computed in `dtype`, with the selection of its own dtype."""
     q, k, v, do = (x if dtype is None else x.to(dtype) for x in problem.inputs())
     selection = reference_selection(problem)
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
@@ -195,27 +195,11 @@ def decode(
     return levels, torch.tensor(chunks)[slot] * per_chunk + indices % per_chunk
 
 
-@lru_cache
-def mesh_of(group: dist.ProcessGroup, shape: tuple[int, int]) -> Ranks:
-    """The ranks of a group as nodes of equal size, without asking ranks outside the group."""
-    nodes, size = shape
-    node, place = divmod(group.rank(), size)
-
-    def new(members: list[int]) -> dist.ProcessGroup:
-        made = dist.new_group(members, use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        return made
-
-    outer = new([other * size + place for other in range(nodes)])
-    inner = new([node * size + other for other in range(size)])
-    return Ranks(group, outer, inner)
-
-
-def group_for(group: Any, rotation: str) -> Any:
-    """What to pass as `group` for this rotation."""
-    if rotation not in TWO_AXES or group is None:
-        return group
-    return mesh_of(group, TWO_AXES[rotation][group.size()])
+def num_nodes(case: "Case") -> int | None:
+    """How many nodes the ranks of a case make, for rotations that need a mesh of two axes."""
+    if case.rotation not in TWO_AXES or case.world_size == 1:
+        return None
+    return TWO_AXES[case.rotation][case.world_size][0]
 
 
 def serves(rotation: str, world_size: int, num_kv_heads: int) -> bool:
@@ -248,7 +232,6 @@ def library_selection(group: Any, case: Case) -> Selection:
 def library_answer(group: Any, case: Case) -> Answer:
     """This rank's part of the library's answer. Runs on a rank of a pool, or here for one rank."""
     p = case.problem
-    group = group_for(group, case.rotation)
     ranks = as_ranks(group)
 
     def cut(x: Tensor) -> Tensor:
@@ -281,7 +264,7 @@ def whole_answer(ranks: Any, case: Case) -> Answer:
     """The library's answer, put together from all ranks; `ranks` is a RankPool."""
     if case.world_size == 1:
         return library_answer(None, case)
-    parts = ranks.run(library_answer, case.world_size, case)
+    parts = ranks.run(library_answer, case.world_size, case, num_nodes=num_nodes(case))
     return Answer(
         *(
             together([part[i] for part in parts], case.layout, dim=2 if i >= 4 else 1)

@@ -120,6 +120,7 @@ def _measure(
         tokens = job.tokens // ranks.world_size
         runs["layer"] = job.layer(ranks, spans, tokens)
         runs["layer_compute"] = job.layer(quiet, spans, tokens)
+        runs["layer_communication"] = job.messages(spans, layer=True)
     calls = calls or _calls(job, runs["real"], spans)
     alone: dict[str, Runner] = {}
     single_seqlen = 0

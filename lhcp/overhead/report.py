@@ -120,7 +120,7 @@ class OverheadReport:
     phases: tuple[PhaseReport, ...]
     """Of the attention over the sub-sequence: forward, backward, both."""
     layer: tuple[PhaseReport, ...]
-    """Of the whole lighthouse layer, where a config was given; M is the attention's alone."""
+    """Of the whole lighthouse layer, where a config was given."""
     steps: tuple[StepReport, ...]
     timeline: tuple[Mark, ...]
     """The middle repeat of forward + backward, all ranks, of the real thing and of M."""
@@ -153,7 +153,7 @@ class OverheadReport:
                 f"T1 was measured at S={self.single_seqlen:,} and scaled by the number of pairs."
             )
         if self.layer:
-            lines.append("the whole layer (M: its attention's messages; T1 on one device)")
+            lines.append("the whole layer")
             lines += [_phase_row(p) for p in self.layer]
         lines.append(_row("step", "T", "C", "M"))
         lines += self._step_rows()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lhcp.attention import lighthouse_attention
+from lhcp.boundary import BoundaryExchange
 from lhcp.config import LighthouseConfig
 from lhcp.layout import make_layout
 from lhcp.mesh import Ranks
@@ -148,7 +149,10 @@ class Job:
         return q, k, v
 
     def attention(self, plan: Plan, spans: Spans, entries: int) -> Runner:
-        return differentiable(lambda *x: attention(*x, plan, spans)[0], *self.draw(entries))
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, plan, spans)[0]
+
+        return differentiable(run, *self.draw(entries))
 
     def layer(self, ranks: Ranks, spans: Spans, tokens: int) -> Runner:
         config, plan = self.config, self.plan
@@ -170,8 +174,8 @@ class Job:
 
         return differentiable(run, *self.draw(tokens))
 
-    def messages(self, spans: Spans) -> Runner:
-        """The communication-only twin of the attention."""
+    def messages(self, spans: Spans, layer: bool = False) -> Runner:
+        """The communication-only twin of the attention, or of the whole layer."""
         plan = self.plan
         trips = [
             Trip(plan.ranks, plan.layout, plan.causal, stage, spans)
@@ -179,7 +183,25 @@ class Job:
         ]
         local = self.entries // plan.ranks.world_size
         twin = Communication(*self.draw(local), plan.rotation, trips[0], trips[1])
-        return Runner(twin.forward, twin.backward)
+        if not layer or plan.ranks.world_size == 1:
+            return Runner(twin.forward, twin.backward)
+        assert self.config is not None
+        chunks, levels = plan.layout.chunks_per_rank, self.config.num_levels - 1
+        shape = (self.batch, chunks, levels, self.heads[0], self.head_dim)
+        rows = torch.randn(shape, dtype=self.dtype, device=self.device)
+
+        def owed(back: bool) -> None:
+            BoundaryExchange(rows, plan.ranks, plan.layout, back=back, spans=spans).wait()
+
+        def forward() -> None:
+            twin.forward()
+            owed(False)
+
+        def backward() -> None:
+            owed(True)
+            twin.backward()
+
+        return Runner(forward, backward)
 
 
 def single(job: Job, limit: float) -> tuple[Runner, int]:

@@ -28,12 +28,12 @@ def summarize(
     sizes = _sizes(job)
     factor = (job.entries / single_seqlen) ** 2
     phases = tuple(
-        _phase(phase, "real", "compute", "single", by_rank, factor, _bytes(job, sizes, phase))
+        _phase(phase, "real", "compute", "communication", "single", by_rank, factor, _bytes(job, sizes, phase))
         for phase in PHASES
     )
     layer: tuple[PhaseReport, ...] = ()
     if job.config is not None:
-        names = ("layer", "layer_compute", "layer_single")
+        names = ("layer", "layer_compute", "layer_communication", "layer_single")
         layer = tuple(
             _phase(phase, *names, by_rank, 1.0, _bytes(job, sizes, phase, layer=True))
             for phase in PHASES
@@ -88,6 +88,7 @@ def _phase(
     phase: str,
     real: str,
     compute: str,
+    communication: str,
     single: str,
     by_rank: Sequence[Samples],
     factor: float,
@@ -104,7 +105,7 @@ def _phase(
         phase=phase,
         real=Timing.of(_slowest(by_rank, real, phase)),
         compute=Timing.of(_slowest(by_rank, compute, phase)),
-        communication=Timing.of(_slowest(by_rank, "communication", phase)),
+        communication=Timing.of(_slowest(by_rank, communication, phase)),
         single=None if alone is None else Timing.of([s.seconds * factor for s in alone]),
         waited=waited,
         bytes_per_rank=num_bytes,
@@ -124,8 +125,8 @@ def _steps(by_rank: Sequence[Samples]) -> Iterator[StepReport]:
                     worst[key] = max(worst.get(key, 0.0), seconds)
             for key, seconds in worst.items():
                 repeats.setdefault(key, []).append(seconds)
-        for (stage, kind, step), seconds in repeats.items():
-            yield StepReport(name, phase, stage, kind, step, Timing.of(seconds))
+        for (stage, kind, step), measured in repeats.items():
+            yield StepReport(name, phase, stage, kind, step, Timing.of(measured))
 
 
 def _totals(sample: Sample) -> dict[tuple[str, str, int], float]:

@@ -45,8 +45,12 @@ class RankPool:
         self._workers: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
 
-    def run(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], world_size: int, *args: Any, num_nodes: int | None = None
+    ) -> list[Any]:
         """Call fn(group, *args) on ranks 0 to world_size - 1; return their results by rank.
+
+        With num_nodes, `group` is a `Ranks` of two axes: that many nodes of equal size.
 
         Raises:
             ValueError: world_size is larger than the pool.
@@ -56,7 +60,7 @@ class RankPool:
             raise ValueError(f"world_size={world_size}: this pool has {self.size} ranks")
         if not self._workers:
             self._start()
-        job = pickle.dumps((fn, world_size, args))
+        job = pickle.dumps((fn, (world_size, num_nodes), args))
         for pipe in self._pipes:
             # A worker that died since the last run shows below, as a pipe that ends.
             with contextlib.suppress(BrokenPipeError):
@@ -122,20 +126,37 @@ def _work(
     dist.init_process_group(
         "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
-    groups: dict[int, dist.ProcessGroup] = {}
+    groups: dict[tuple[int, int | None], Any] = {}
     while True:
         try:
             job = pipe.recv_bytes()
         except EOFError:
             return
         try:
-            fn, world_size, args = pickle.loads(job)
-            if world_size not in groups:
-                # Every rank must take part, in the same order, also those outside the group.
-                groups[world_size] = dist.new_group(list(range(world_size)))
+            fn, shape, args = pickle.loads(job)
+            if shape not in groups:
+                groups[shape] = _make_group(rank, *shape)
             with poisoned_empty() if poison else contextlib.nullcontext():
-                result = fn(groups[world_size], *args) if rank < world_size else None
+                result = fn(groups[shape], *args) if rank < shape[0] else None
             answer = pickle.dumps((True, result))
         except Exception:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
+
+
+def _make_group(rank: int, world_size: int, num_nodes: int | None) -> Any:
+    """Make the groups of a job. Every worker takes part in each, also those outside of it."""
+    import torch.distributed as dist
+
+    from lhcp.mesh import Ranks
+
+    flat = dist.new_group(list(range(world_size)))
+    if num_nodes is None:
+        return flat
+    size = world_size // num_nodes
+    nodes = [list(range(node * size, (node + 1) * size)) for node in range(num_nodes)]
+    inner = [dist.new_group(node) for node in nodes]
+    outer = [dist.new_group(list(place)) for place in zip(*nodes, strict=True)]
+    if rank >= world_size:
+        return None
+    return Ranks(flat, outer[rank % size], inner[rank // size])

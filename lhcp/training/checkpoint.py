@@ -6,7 +6,6 @@ another name and renamed when complete, so a folder of that name is whole, or wa
 then the list shows it, and the one before it is taken.
 """
 
-import io
 import json
 import pickle
 import shutil
@@ -85,8 +84,8 @@ class TensorReader(dcp.FileSystemReader):
         Raises:
             UnsafeCheckpointError: the metadata holds something else than tensors in plain files.
         """
-        raw = Path(self._get_metadata_path(kwargs.get("rank"))).read_bytes()
-        found = MetadataUnpickler(io.BytesIO(raw)).load()
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            found = MetadataUnpickler(file).load()
         entries = found.state_dict_metadata.values()
         if not all(type(entry) is metadata.TensorStorageMetadata for entry in entries):
             raise UnsafeCheckpointError("checkpoint metadata lists an entry that is not a tensor")

@@ -195,6 +195,7 @@ def test_data_that_runs_code_is_refused(
     state = {entry: Attack(tmp_path / "ran")} if "." not in entry else {}
     if not state:
         state = {"model": {"norm.weight": Attack(tmp_path / "ran")}}
+    (path / ".metadata").unlink()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
     mark_whole(path)
     with pytest.raises(checkpoint.UnsafeCheckpointError):
