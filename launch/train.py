@@ -18,6 +18,7 @@ from lhcp.training.data import Sequences, open_corpus
 from lhcp.training.loop import train
 from lhcp.training.model import generate, num_parameters
 from lhcp.training.parallel import build, whole_model
+from lhcp.training.rotation import measure_rotation
 from lhcp.training.run import Run
 
 
@@ -38,6 +39,7 @@ def main(run: Run, own: ranks.Ranks) -> None:
     )
     history = train(run, trainee, data, heldout, run.stages, run.folder / "two_stages", progress)
     whole = whole_model(run, trainee)
+    overhead = measure_rotation(run, trainee)
 
     baseline = None
     if run.baseline:
@@ -53,7 +55,12 @@ def main(run: Run, own: ranks.Ranks) -> None:
             made = generate(whole, b"def ", num_bytes=run.sample_bytes, context=context)
             sample = made.decode("utf-8", errors="replace")
         summary = report.summarize(
-            run, history, baseline, world_size=dist.get_world_size(), sample=sample
+            run,
+            history,
+            baseline,
+            world_size=dist.get_world_size(),
+            overhead=overhead,
+            sample=sample,
         )
         report.write(summary, run.folder)
 

@@ -7,6 +7,7 @@ from lhcp.attention import lighthouse_attention, select
 from lhcp.config import LighthouseConfig
 from lhcp.lighthouse.select import Selection
 from lhcp.module import LighthouseAttention
+from lhcp.overhead import OverheadReport, measure_overhead
 from lhcp.ring.function import ring_attention
 from lhcp.sharding import pad_to_multiple, positions, shard, unshard
 from lhcp.timing import Timers
@@ -16,9 +17,11 @@ __version__ = "0.1.0"
 __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",
+    "OverheadReport",
     "Selection",
     "Timers",
     "lighthouse_attention",
+    "measure_overhead",
     "pad_to_multiple",
     "positions",
     "ring_attention",

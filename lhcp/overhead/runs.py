@@ -89,6 +89,8 @@ class Runner:
 
     forward: Callable[[], Any]
     backward: Callable[[], Any]
+    finite: Callable[[], bool] = lambda: True
+    """Whether the last forward's output is finite."""
 
     def run(self, phase: str) -> None:
         """Run "forward", "backward" or "both"."""
@@ -121,7 +123,10 @@ def differentiable(
     def backward() -> None:
         torch.autograd.grad(out[0], inputs, dout, retain_graph=True)
 
-    return Runner(forward, backward)
+    def finite() -> bool:
+        return bool(out[0].isfinite().all())
+
+    return Runner(forward, backward, finite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,16 @@ def summarize(
     sizes = _sizes(job)
     factor = (job.entries / single_seqlen) ** 2
     phases = tuple(
-        _phase(phase, "real", "compute", "communication", "single", by_rank, factor, _bytes(job, sizes, phase))
+        _phase(
+            phase,
+            "real",
+            "compute",
+            "communication",
+            "single",
+            by_rank,
+            factor,
+            _bytes(job, sizes, phase),
+        )
         for phase in PHASES
     )
     layer: tuple[PhaseReport, ...] = ()

@@ -82,6 +82,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
+def compute_dtype(run: Run, device: torch.device) -> torch.dtype:
+    """Return the dtype that activations and attention are computed in."""
+    bf16 = run.dtype == "bf16" or (run.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def build(run: Run, device: torch.device) -> Trainee:
     """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser."""
     placement = place(run, device)
@@ -90,9 +96,9 @@ def build(run: Run, device: torch.device) -> Trainee:
     model = Decoder(run.model, factory, recompute=run.recompute)
     model.initialize(run.seed)
     model.to(device)
-    bf16 = run.dtype == "bf16" or (run.dtype == "auto" and device.type == "cuda")
+    dtype = compute_dtype(run, device)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
+        param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         # The RoPE table goes into each block as fp32.
         cast_forward_inputs=False,

@@ -1,0 +1,301 @@
+"""What the benchmarks share: joining, the card, the ceilings, the gate before any number."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lhcp.attention import lighthouse_attention
+from lhcp.layout import LayoutName
+from lhcp.mesh import Ranks
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.function import ring_attention
+from lhcp.sharding import shard
+from lhcp.testing.inputs import qkv, small_config
+from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
+from lhcp.training.ranks import leave
+
+
+def join(device: str) -> torch.device:
+    """Join the ranks that torchrun started; a plain process is one rank.
+
+    Args:
+        device: "cpu" (gloo), "cuda" (NCCL; ranks beyond the GPUs share them), or "auto": a GPU if
+            there is one for each rank.
+    """
+    env = {name: int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK")}
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "auto":
+        device = "cuda" if 0 < local_size <= torch.cuda.device_count() else "cpu"
+    if device == "cuda":
+        where = torch.device("cuda", env["LOCAL_RANK"] % torch.cuda.device_count())
+        torch.cuda.set_device(where)
+        # Without device_id: NCCL would refuse two ranks that announce one device at once.
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        where, backend = torch.device("cpu"), "gloo"
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return where
+
+
+def run_to_exit(main: Callable[[], None]) -> None:
+    """Call `main` and leave the ranks; an error ends this rank at once with status 1."""
+    try:
+        main()
+    except BaseException as error:
+        print(f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}", flush=True)
+        if not isinstance(error, SystemExit):
+            sys.excepthook(*sys.exc_info())
+        leave(1)
+    leave(0)
+
+
+def card(device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """Hardware, versions, commit and ceilings; a collective of all ranks."""
+    cuda = device.type == "cuda"
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "cores": os.cpu_count(),
+        "world_size": ranks.world_size,
+        "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "copy_gb_s": round(copy_bandwidth(device) / 1e9, 1),
+    }
+    if cuda:
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if ranks.world_size > 1:
+        facts["link"] = link(ranks, device)
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" if files differ from it; "" outside a checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Median seconds of a call, on the GPU's clock where there is one; three unmeasured before."""
+    found = []
+    for repeat in range(repeats + 3):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            seconds = start.elapsed_time(stop) / 1e3
+        else:
+            begin = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begin
+        if repeat >= 3:
+            found.append(seconds)
+    return statistics.median(found)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written counted."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    into = torch.empty_like(source)
+    return 2 * size / seconds_of(lambda: into.copy_(source), device)
+
+
+def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[str, float]:
+    """Latency and bandwidth of messages round the ring of ranks, all ranks at once.
+
+    Args:
+        large: bytes of the long message; 64 MiB on a GPU, 4 MiB on a CPU.
+
+    Returns:
+        latency_us, gb_s: of the slowest rank; a message takes latency + bytes / bandwidth.
+    """
+    if large is None:
+        large = 2**26 if device.type == "cuda" else 2**22
+    small = 1024
+    rank, world = ranks.rank, ranks.world_size
+
+    def exchange(num_bytes: int) -> float:
+        out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+
+        def run() -> None:
+            peers = {"dst": (rank + 1) % world, "src": (rank - 1) % world}
+            ops = [
+                dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=peers["dst"]),
+                dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=peers["src"]),
+            ]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+
+        return slowest(seconds_of(run, device), ranks)
+
+    short, long = exchange(small), exchange(large)
+    rate = (large - small) / max(long - short, 1e-9)
+    return {"latency_us": 1e6 * max(short - small / rate, 0.0), "gb_s": rate / 1e9}
+
+
+def slowest(seconds: float, ranks: Ranks) -> float:
+    """The largest of all ranks' seconds; a collective."""
+    everybody = [seconds] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everybody, seconds, group=ranks.flat)
+    return max(everybody)
+
+
+def gate(
+    ranks: Ranks,
+    device: torch.device,
+    rotation: str,
+    layout: LayoutName,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    backend: str = "auto",
+) -> str | None:
+    """Compare a rotation with one rank: out, dq, dk, dv; and the lighthouse layer, likewise.
+
+    In float64 on a CPU; on a GPU in `dtype`, by the error that one rank has against float64. A
+    collective.
+
+    Returns:
+        None, or what is wrong on some rank.
+    """
+    problem = None
+    try:
+        exact = torch.float64 if device.type == "cpu" else dtype
+        chosen = "auto" if device.type == "cpu" else backend
+        whole = qkv(
+            512 * ranks.world_size,
+            num_heads=heads[0],
+            num_kv_heads=heads[1],
+            head_dim=head_dim,
+            dtype=exact,
+            device=str(device),
+        )
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, group: Ranks) -> Tensor:
+            math = q.dtype == torch.float64 and q.device.type == "cuda"
+            return ring_attention(
+                q,
+                k,
+                v,
+                group=group,
+                layout=layout,
+                rotation=rotation if group.world_size > 1 else "auto",
+                backend="math" if math else chosen,
+            )
+
+        _compare(dense, whole, ranks, layout)
+        config, seqlen = small_config(num_strata=2 * ranks.world_size)
+
+        def layer(q: Tensor, k: Tensor, v: Tensor, group: Ranks) -> Tensor:
+            return lighthouse_attention(
+                q,
+                k,
+                v,
+                config=config,
+                group=group,
+                layout=layout,
+                rotation=rotation if group.world_size > 1 else "auto",
+                kernels="auto",
+            )
+
+        if device.type == "cpu":
+            small = qkv(seqlen, num_heads=heads[0], num_kv_heads=heads[1], head_dim=16)
+            _compare(layer, small, ranks, layout)
+    except AssertionError as error:
+        problem = f"rank {ranks.rank}: {error}"
+    everybody: list[str | None] = [problem] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everybody, problem, group=ranks.flat)
+    return next((said for said in everybody if said), None)
+
+
+def _compare(
+    function: Callable[[Tensor, Tensor, Tensor, Ranks], Tensor],
+    whole: tuple[Tensor, ...],
+    ranks: Ranks,
+    layout: LayoutName,
+) -> None:
+    def answer(inputs: tuple[Tensor, ...], group: Ranks) -> tuple[Tensor, ...]:
+        *leaves, dout = (x.detach() for x in inputs)
+        leaves = [x.requires_grad_() for x in leaves]
+        out = function(*leaves, group)  # type: ignore[arg-type]
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    def own(answers: tuple[Tensor, ...]) -> list[Tensor]:
+        return [shard(x, ranks, layout=layout) for x in answers]
+
+    ours = answer(tuple(own(whole)), ranks)
+    one = own(answer(whole, Ranks()))
+    low = whole[0].dtype != torch.float64
+    true = own(answer(tuple(x.double() for x in whole), Ranks())) if low else one
+    for name, got, single, exact in zip(("out", "dq", "dk", "dv"), ours, one, true, strict=True):
+        if low:
+            assert_within_budget(name, got, single, exact)
+        else:
+            assert_close_float64(name, got, single)
+
+
+def backends(dtype: torch.dtype, head_dim: int, device: torch.device) -> list[str]:
+    """Block attentions that can do such inputs here; plain torch only where it is alone."""
+    able = [
+        name
+        for name, block in BLOCKS.items()
+        if block.missing() is None and block.refuses(dtype, head_dim, device) is None
+    ]
+    return [name for name in able if name != "math"] or able
+
+
+def print_card(facts: dict[str, Any]) -> None:
+    """Print the card before anything is measured."""
+    print("-" * 100)
+    for name, value in facts.items():
+        print(f"{name:<12} {value}")
+    print("-" * 100, flush=True)
+
+
+def last_line(document: dict[str, Any], path: str | None = None) -> None:
+    """Print the document as the last line, and write it to a file where asked."""
+    text = json.dumps(document)
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n")
+    print(text, flush=True)

@@ -1,0 +1,42 @@
+"""What the rotation costs a run: `lhcp.measure_overhead` at the run's own sizes, for its table."""
+
+import lhcp
+from lhcp.training.parallel import Trainee, compute_dtype
+from lhcp.training.run import Run
+
+
+def measure_rotation(run: Run, trainee: Trainee, repeats: int = 10) -> dict[str, str | float]:
+    """Measure one attention of each stage, forward and backward; a collective of every rank.
+
+    Returns:
+        rows for the report: overhead over one rank, exposed ms, MB sent, for both stages; empty
+        where no sequence is shared.
+    """
+    placement = trainee.placement
+    if placement.cp_group is None:
+        return {}
+    rows: dict[str, str | float] = {}
+    for stage, config in (("lighthouse", run.lighthouse), ("dense", None)):
+        report = lhcp.measure_overhead(
+            config,
+            seqlen=run.seqlen,
+            num_heads=run.model.num_heads,
+            num_kv_heads=run.model.num_kv_heads,
+            head_dim=run.model.head_dim,
+            batch=run.global_batch // placement.dp_size // run.accumulate,
+            dtype=compute_dtype(run, placement.device),
+            group=placement.cp_group,
+            layout=run.layout,
+            rotation=run.rotation,
+            backend=run.backend,
+            kernels=run.kernels,
+            device=placement.device,
+            repeats=repeats,
+        )
+        both = report.phase("both")
+        if both.overhead is not None:
+            rows[f"{stage}: attention over one rank / W"] = f"{both.overhead:+.1%}"
+        rows[f"{stage}: exposed"] = f"{both.exposed * 1e3:.2f} of {both.real.median * 1e3:.2f} ms"
+        if both.bytes_per_rank is not None:
+            rows[f"{stage}: sent a rank"] = f"{both.bytes_per_rank / 1e6:.2f} MB"
+    return rows
