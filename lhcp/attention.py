@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lhcp.checks import check_qkv, check_scores, shape_of
+from lhcp.checks import check_qk, check_qkv, check_scores, shape_of
 from lhcp.config import LighthouseConfig
 from lhcp.geometry import Geometry
 from lhcp.layout import LayoutName, make_layout
@@ -80,7 +80,10 @@ def select(
     Raises:
         TypeError, ValueError: shapes, dtypes or sizes that do not fit, or v missing.
     """
-    check_qkv(q, k, v)
+    if v is None:
+        check_qk(q, k)
+    else:
+        check_qkv(q, k, v)
     geom = local_geometry(config, q.shape[1], as_ranks(group), layout)
     score_q, score_k = check_scores(score_q, score_k, q, k)
     kernels = stages.choose_kernels(kernels, q.dtype, q.device)

@@ -10,17 +10,22 @@ def shape_of(x: Tensor) -> str:
     return f"{list(x.shape)} {x.dtype} on {x.device}"
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """Check that q [B, n, H, D], k and v [B, n, Hk, D] belong together.
+def check_qk(q: Tensor, k: Tensor) -> None:
+    """Check that q [B, n, H, D] and k [B, n, Hk, D] belong together, as `check_qkv` does."""
+    _check({"q": q, "k": k})
 
-    Args:
-        v: None where there is none.
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that q [B, n, H, D], k and v [B, n, Hk, D] belong together.
 
     Raises:
         TypeError: something is not a tensor, or dtypes differ or are not floating point.
         ValueError: ranks, shapes, devices or head counts do not fit.
     """
-    named = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    _check({"q": q, "k": k, "v": v})
+
+
+def _check(named: dict[str, Tensor]) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -35,7 +40,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         raise ValueError(f"{listing}: must be on one device")
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{listing}: no axis may be empty")
-    if v is not None and v.shape != k.shape:
+    q, k = named["q"], named["k"]
+    if "v" in named and named["v"].shape != k.shape:
         raise ValueError(f"{listing}: k and v must have the same shape")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"{listing}: q and k must agree in all axes but the heads")

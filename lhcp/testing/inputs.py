@@ -1,6 +1,7 @@
 """Fresh random inputs of a named seed, and configs that do real work at small sizes."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,7 @@ def poisoned_empty() -> Iterator[None]:
     """
 
     def poisoned(original: Any) -> Any:
+        @functools.wraps(original)
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
             x: Tensor = original(*args, **kwargs)
             if x.is_floating_point() or x.is_complex():

@@ -69,8 +69,9 @@ class RankPool:
         deadline = time.monotonic() + self.timeout
         while len(answers) < self.size and (left := deadline - time.monotonic()) > 0:
             waiting = [p for rank, p in enumerate(self._pipes) if rank not in answers]
-            for pipe in multiprocessing.connection.wait(waiting, left):
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            ready: list[Any] = multiprocessing.connection.wait(waiting, left)
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
                 try:
                     answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, ConnectionResetError):
