@@ -38,9 +38,9 @@ def _check(named: dict[str, Tensor]) -> None:
         raise TypeError(f"{listing}: must have one dtype; cast them to the same")
     if len({x.device for x in named.values()}) > 1:
         raise ValueError(f"{listing}: must be on one device")
+    q, k = named["q"], named["k"]
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{listing}: no axis may be empty")
-    q, k = named["q"], named["k"]
     if "v" in named and named["v"].shape != k.shape:
         raise ValueError(f"{listing}: k and v must have the same shape")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
