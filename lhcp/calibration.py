@@ -49,6 +49,9 @@ class Calibration:
     causal attention of the same number of products."""
     copy_bandwidth: float
     """Bytes a second of a copy, read and written bytes counted."""
+    merge_bandwidth: float
+    """Bytes a second of merging partial outputs and of adding gradients: what they read and write,
+    over the time that they take."""
     launch: float
     """Seconds of the smallest operation."""
     inner: Link
@@ -89,9 +92,13 @@ class Calibration:
         ]
         return interpolate(by_queries, queries)
 
-    def pass_seconds(self, num_bytes: float) -> float:
-        """Seconds of one elementwise operation that reads and writes so many bytes."""
+    def copy_seconds(self, num_bytes: float) -> float:
+        """Seconds of one copy that reads and writes so many bytes."""
         return self.launch + num_bytes / self.copy_bandwidth
+
+    def merge_seconds(self, num_bytes: float) -> float:
+        """Seconds of adding or merging, with so many bytes read and written."""
+        return self.launch + num_bytes / self.merge_bandwidth
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -178,6 +185,7 @@ H200 = Calibration(
     ),
     full=_full_blocks((600e12, 540e12), 128),
     copy_bandwidth=4.2e12,
+    merge_bandwidth=3.0e12,
     launch=5e-6,
     inner=Link(latency=10e-6, bandwidth=360e9, hop=1e-6),
     outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
@@ -193,6 +201,7 @@ B200 = replace(
     square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
     full=_full_blocks((600e12 * 2.27, 540e12 * 2.27), 148),
     copy_bandwidth=7.0e12,
+    merge_bandwidth=5.0e12,
     inner=Link(latency=10e-6, bandwidth=720e9, hop=1e-6),
     outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
 )
@@ -204,6 +213,7 @@ CPU = Calibration(
     head_dim=64,
     square=((256, 1.2e-3, 3.5e-3), (1024, 15e-3, 45e-3), (4096, 220e-3, 650e-3)),
     copy_bandwidth=8e9,
+    merge_bandwidth=3e9,
     launch=20e-6,
     inner=Link(latency=100e-6, bandwidth=1e9),
     outer=Link(latency=200e-6, bandwidth=100e6),

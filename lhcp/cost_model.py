@@ -53,6 +53,27 @@ def traffic(rotation: str, sizes: Sizes, direction: Direction) -> Traffic:
     return Traffic(sent * (world - 1) // world, 2 if back else 3)
 
 
+def rotation_memory(rotation: str, sizes: Sizes) -> int:
+    """Bytes that one rank holds at most in the backward, beside its own inputs and results.
+
+    Raises:
+        ValueError: the model does not know the rotation.
+    """
+    kv, grads = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
+    world, num_groups = sizes.world_size, len(sizes.head_groups)
+    inner = world // sizes.num_nodes
+    held = {
+        "p2p": 2 * (kv + grads),
+        # Two groups of heads as they come and as they are used; all gradients until they are home.
+        "allgather": world * kv * min(2, num_groups) // num_groups + world * grads + 2 * grads,
+        "hierarchical": (2 * inner + 2) * kv + (inner + 4) * grads,
+        "alltoall": 2 * (sizes.q_elements * sizes.element_bytes + kv),
+    }
+    if rotation not in held:
+        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(held)}")
+    return held[rotation] if world > 1 else 0
+
+
 def boundary_bytes(sizes: Sizes, num_levels: int) -> int:
     """Bytes that one rank sends a direction for the rows that chunks owe each other."""
     if sizes.world_size == 1:

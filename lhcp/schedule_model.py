@@ -103,7 +103,7 @@ class Clocks:
 
     def local(self, *passes: float) -> None:
         """Every rank makes elementwise passes over so many bytes, which is part of M as well."""
-        seconds = sum(self.calibration.pass_seconds(b) for b in passes)
+        seconds = sum(self.calibration.copy_seconds(b) for b in passes)
         self.now = [t + seconds for t in self.now]
 
     def step(self, steps: Sequence[Step]) -> None:
@@ -193,11 +193,11 @@ def _call_seconds(
     rows = queries * batch * sizes.head_dim
     # A partial result is read narrow, the sum written wide, and read as well unless it is new.
     per_element = sizes.element_bytes + sizes.grad_bytes * (1 if step.first else 2)
-    seconds += calibration.pass_seconds(rows * heads * per_element)
+    seconds += calibration.merge_seconds(rows * heads * per_element)
     if direction == "backward":
         per_element = sizes.element_bytes + 2 * sizes.grad_bytes
         kv_rows = keys * batch * sizes.head_dim * kv_heads
-        seconds += 2 * calibration.pass_seconds(kv_rows * per_element)
+        seconds += 2 * calibration.merge_seconds(kv_rows * per_element)
     return seconds
 
 

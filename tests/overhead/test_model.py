@@ -108,6 +108,7 @@ def test_two_equal_steps_by_hand() -> None:
         square=((1, 1.0, 2.0),),
         full=((1, 1, 3.0, 6.0),),
         copy_bandwidth=1e18,
+        merge_bandwidth=1e18,
         launch=0.0,
         inner=link,
         outer=link,
