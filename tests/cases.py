@@ -327,3 +327,16 @@ def strided(x: Tensor) -> Tensor:
 def heads_first(x: Tensor) -> Tensor:
     """The same values with heads before tokens in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense_reference(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of the whole sequence and its lse [B, H, N], in the dtype of the inputs."""
+    groups = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v), logits.logsumexp(-1)
