@@ -10,7 +10,16 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from harness import card, copy_bandwidth, join, link, print_card, run_to_exit, seconds_of
+from harness import (
+    card,
+    collective_factors,
+    copy_bandwidth,
+    join,
+    link,
+    print_card,
+    run_to_exit,
+    seconds_of,
+)
 
 from lhcp.calibration import Calibration, Link
 from lhcp.mesh import Ranks
@@ -85,12 +94,14 @@ def calibrate(
     ]
     tiny = torch.zeros(1, device=device)
     between = Link(latency=0.0, bandwidth=1e18)
+    gather_factor = reduce_scatter_factor = 1.0
     if ranks.world_size > 1:
         found = link(ranks, device, large_message)
-        latency = found["latency_us"] / 1e6
-        # NCCL's hops inside a collective cost about a tenth of a message that the host posts.
-        hop = latency / 10 if device.type == "cuda" else None
-        between = Link(latency=latency, bandwidth=1e9 * found["gb_s"], hop=hop)
+        latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
+        large = large_message or (2**26 if device.type == "cuda" else 2**22)
+        gather_factor, reduce_scatter_factor, four = collective_factors(ranks, device, rate, large)
+        hop = max(0.0, four / 4 - latency) / max(1, ranks.world_size - 2)
+        between = Link(latency=latency, bandwidth=rate, hop=hop)
     cuda = device.type == "cuda"
     title = torch.cuda.get_device_name(device) if cuda else "cpu"
     calibration = Calibration(
@@ -106,7 +117,8 @@ def calibrate(
         launch=seconds_of(lambda: tiny.add_(1), device),
         inner=between,
         outer=between,
-        reduce_scatter_factor=1.0 if cuda else 2.0,
+        gather_factor=gather_factor,
+        reduce_scatter_factor=reduce_scatter_factor,
     )
     if ranks.world_size > 1:
         said = [calibration]

@@ -18,6 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lhcp.attention import lighthouse_attention
+from lhcp.collectives import all_gather, reduce_scatter
 from lhcp.layout import LayoutName
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
@@ -149,26 +150,78 @@ def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[s
     """
     if large is None:
         large = 2**26 if device.type == "cuda" else 2**22
-    small = 1024
     rank, world = ranks.rank, ranks.world_size
 
-    def exchange(num_bytes: int) -> float:
+    def exchange(num_bytes: int) -> Callable[[], None]:
         out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
 
         def run() -> None:
-            peers = {"dst": (rank + 1) % world, "src": (rank - 1) % world}
+            # Receives first: a gloo rank says that it is ready on the connection that it sends on.
             ops = [
-                dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=peers["dst"]),
-                dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=peers["src"]),
+                dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=(rank - 1) % world),
+                dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=(rank + 1) % world),
             ]
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
+        return run
+
+    latency, rate = latency_and_rate(exchange, large, ranks, device)
+    return {"latency_us": 1e6 * latency, "gb_s": rate / 1e9}
+
+
+def latency_and_rate(
+    make: Callable[[int], Callable[[], None]], large: int, ranks: Ranks, device: torch.device
+) -> tuple[float, float]:
+    """Seconds without bytes, and bytes a second, of what make(bytes) returns; a collective."""
+
+    def seconds(num_bytes: int) -> float:
+        run = make(num_bytes)
+        run()
+        dist.barrier(group=ranks.flat)
         return slowest(seconds_of(run, device), ranks)
 
-    short, long = exchange(small), exchange(large)
+    small = 1024
+    short, long = seconds(small), seconds(large)
     rate = (large - small) / max(long - short, 1e-9)
-    return {"latency_us": 1e6 * max(short - small / rate, 0.0), "gb_s": rate / 1e9}
+    return max(short - small / rate, 0.0), rate
+
+
+def collective_factors(
+    ranks: Ranks, device: torch.device, rate: float, large: int
+) -> tuple[float, float, float]:
+    """Gathers and reduce-scatters, four at once as rotations post them, over neighbour messages.
+
+    Args:
+        rate: bytes a second of neighbour messages; large: bytes of one rank's part.
+
+    Returns:
+        time of a gather over that of as many bytes from neighbours; the same of a reduce-scatter;
+        seconds of a gather without bytes.
+    """
+    world = ranks.world_size
+
+    def make(collective: Callable[..., Any], scatter: bool) -> Callable[[int], Callable[[], None]]:
+        def of(num_bytes: int) -> Callable[[], None]:
+            part = torch.ones(4, num_bytes // 16, device=device)
+            whole = torch.ones(4, world * num_bytes // 16, device=device)
+            into, source = (part, whole) if scatter else (whole, part)
+
+            def run() -> None:
+                works = [
+                    collective(into[i], source[i], group=ranks.flat, async_op=True)
+                    for i in range(4)
+                ]
+                for work in works:
+                    work.wait()
+
+            return run
+
+        return of
+
+    latency, gathered = latency_and_rate(make(all_gather, False), large, ranks, device)
+    _, scattered = latency_and_rate(make(reduce_scatter, True), large, ranks, device)
+    return (rate / (gathered * (world - 1)), rate / (scattered * (world - 1)), latency)
 
 
 def slowest(seconds: float, ranks: Ranks) -> float:

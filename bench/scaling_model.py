@@ -218,13 +218,14 @@ def compare(
         rotation=rotation,
         device=device,
         repeats=args.repeats,
-        warmup=2,
+        warmup=1,
         single_seconds=args.single_seconds,
     )
     record: Row = {"rotation": rotation, "seqlen": seqlen, "link": asdict(calibration.outer)}
     for phase in ("forward", "backward"):
         guess, found = getattr(predicted, phase), report.phase(phase)
         record[phase] = {
+            "bytes": found.bytes_per_rank,
             "predicted": {
                 "T": 1e3 * guess.real,
                 "C": 1e3 * guess.compute,

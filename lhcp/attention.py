@@ -133,7 +133,7 @@ def lighthouse_attention(
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), or "auto".
+            divide over the ranks), "ring_flash_attn" (the package), or "auto".
         backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.

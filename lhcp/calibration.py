@@ -58,9 +58,10 @@ class Calibration:
     """Between ranks of a node."""
     outer: Link
     """Between nodes, for one rank."""
+    gather_factor: float = 1.0
+    """Time of a gather over that of neighbour messages of as many bytes."""
     reduce_scatter_factor: float = 1.0
-    """Bytes that the library moves for a reduce-scatter over those that are needed: gloo does an
-    all-reduce, 2."""
+    """The same of a reduce-scatter: gloo does an all-reduce, which sends twice as much."""
 
     def block_seconds(
         self,

@@ -130,9 +130,11 @@ class Clocks:
         return done
 
     def collective(
-        self, own_bytes: float, groups: Sequence[range], messages: int, factor: float = 1.0
+        self, own_bytes: float, groups: Sequence[range], messages: int, reduce: bool = False
     ) -> list[float]:
         """Post a ring collective in each group: every rank moves the others' `own_bytes`."""
+        known = self.calibration
+        factor = known.reduce_scatter_factor if reduce else known.gather_factor
         ready, done = list(self.now), list(self.now)
         if not self._communicate:
             return ready
@@ -146,7 +148,7 @@ class Clocks:
                 # Rings that cross nodes use every rank's link, each a part of the bytes.
                 link, name = self.calibration.outer, "outer"
                 busy = max(busy, factor * hops * own_bytes / per_node / link.bandwidth)
-            latency = messages * factor * link.collective_latency(len(group))
+            latency = messages * link.collective_latency(len(group))
             start = max(max(ready[r], self._free[name][r]) for r in group)
             for rank in group:
                 self._free[name][rank] = start + busy
@@ -251,8 +253,7 @@ def _allgather(clocks: Clocks) -> None:
         clocks.step([of_rank[first + group] for of_rank in steps])
         if clocks.backward:
             clocks.local(s.world_size * grads)
-            factor = clocks.calibration.reduce_scatter_factor
-            leaving.append(clocks.collective(grads, everyone, messages, factor))
+            leaving.append(clocks.collective(grads, everyone, messages, reduce=True))
     for done in leaving:
         clocks.wait(done)
     if leaving:
@@ -297,8 +298,7 @@ def _hierarchical(clocks: Clocks) -> None:
                     clocks.wait(done)
             if leaving is not None:
                 homeward = send(grads)
-            factor = clocks.calibration.reduce_scatter_factor
-            leaving = clocks.collective(grads, inside, messages, factor)
+            leaving = clocks.collective(grads, inside, messages, reduce=True)
     if leaving is not None:
         for done in (leaving, homeward):
             if done is not None:

@@ -12,6 +12,7 @@ from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.operators import operator
 from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
+from lhcp.ring.engine import check_ring_flash_attn, ring_flash_attn
 from lhcp.ring.heads import HeadsToTokens, TokensToHeads
 from lhcp.ring.rotation import choose_rotation
 from lhcp.timing import UNTIMED, Spans
@@ -108,6 +109,8 @@ class RingAttention(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[Tensor, Tensor]:
     """Carry out a plan, differentiably: q [B, n, H, D], k, v [B, n, Hk, D] -> out, lse."""
+    if plan.rotation == "ring_flash_attn" and plan.ranks.world_size > 1:
+        return ring_flash_attn(q, k, v, plan.ranks.flat, plan.scale, plan.causal)
     if plan.rotation != "alltoall" or plan.ranks.world_size == 1:
         out, lse = RingAttention.apply(q, k, v, plan, spans)
         return out, lse
@@ -138,10 +141,14 @@ def make_plan(
     Raises:
         ValueError, ImportError: see `ring_attention`.
     """
+    cut = make_layout(layout, ranks.world_size)
+    rotation = choose_rotation(rotation, ranks, k.shape[2])
+    if rotation == "ring_flash_attn":
+        check_ring_flash_attn(q.dtype, q.shape[3], q.device, cut, causal)
     return Plan(
         ranks,
-        make_layout(layout, ranks.world_size),
-        choose_rotation(rotation, ranks, k.shape[2]),
+        cut,
+        rotation,
         choose_block(backend, q.dtype, q.shape[3], q.device).name,
         causal,
         q.shape[3] ** -0.5 if scale is None else scale,
@@ -205,7 +212,7 @@ def ring_attention(
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), or "auto".
+            divide over the ranks), "ring_flash_attn" (the package), or "auto".
         backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
             "math", or "auto".
         causal: mask keys after the query's global position.

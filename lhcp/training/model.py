@@ -71,24 +71,28 @@ class ModelConfig:
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the RoPE angles (arXiv 2104.09864), fp32, each [n, 1, D / 2].
+    """Return the RoPE factors (arXiv 2104.09864) that `rotate` takes, fp32.
 
     Args:
         positions: Global positions of this rank's tokens, int64 [n].
         head_dim: D.
         theta: Base of the frequencies.
+
+    Returns:
+        cos [n, 1, 1, D / 2]; sin [n, 1, 2, D / 2], negative for the first half of a head.
     """
     # At a million tokens an fp32 angle is wrong by 0.06 rad, so the angles are float64.
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = positions.to(torch.float64)[:, None] * theta**-exponent
-    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+    angles = (positions.to(torch.float64)[:, None] * theta**-exponent)[:, None, None]
+    sin = angles.sin()
+    return angles.cos().float(), torch.cat((-sin, sin), dim=-2).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of x [B, n, heads, D] by the angles; keeps the dtype."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    halves = x.unflatten(-1, (2, -1))
+    # The other half by its index and not by a cat: compiled, that is one pass over x.
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -98,31 +102,41 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.q = nn.Linear(config.dim, width, bias=False)
-        self.k = nn.Linear(config.dim, kv_width, bias=False)
+        self.heads = [config.num_heads, config.num_kv_heads]
+        # q and k in one product, because RoPE takes both on to new memory. With v in it too, a
+        # backward that keeps v would keep q and k from before RoPE alive.
+        self.qk = nn.Linear(config.dim, width + kv_width, bias=False)
         self.v = nn.Linear(config.dim, kv_width, bias=False)
         self.out = nn.Linear(width, config.dim, bias=False)
         self.core = core
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return this layer's attention of x [B, n, dim], same shape."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
-        o = self.core(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        qk, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.qk, self.v))
+        q, k = rotate(qk, cos, sin).split(self.heads, dim=-2)
+        o = self.core(q, k, v)
         return self.out(o.flatten(-2))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202; gate and up are one product."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for x [..., dim], same shape."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        # Without this a compiled block keeps what goes into `down`, an eighth of all that it keeps;
+        # the backward reads gate and up anyway, so that making it again costs one write.
+        gated = checkpoint(_gated, self.gate_up(x), use_reentrant=False, preserve_rng_state=False)
+        return self.down(gated)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):

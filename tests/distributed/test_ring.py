@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import lhcp
 from lhcp import reference
 from lhcp.layout import LayoutName
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.block.torch_ops import CPU
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
@@ -154,19 +155,22 @@ def test_low_precision_is_within_budget(ranks: RankPool, dtype: torch.dtype, rot
     got = whole(ranks.run(ring, 4, case, num_nodes=case.num_nodes), case.layout)
     same_dtype, exact = expected(case, dtype), expected(case, torch.float64)
     assert got[4].dtype == torch.float32
+    # Steps are merged by an lse of float32, whose rounding weighs each part of a result.
+    lse_eps = torch.finfo(torch.float32).eps * exact[4].abs().max().item()
     for name, ours, theirs, truth in zip(NAMES, got, same_dtype, exact, strict=False):
         assert ours.dtype == dtype
-        assert_within_budget(name, ours, theirs, truth)
-    # lse is float32 whatever the inputs: plain float32 torch sets its budget.
-    assert_within_budget("lse", got[4], expected(case, torch.float32)[4], exact[4])
+        assert_within_budget(name, ours, theirs, truth, lse_eps * truth.abs().max().item())
+    # What the backend itself has for the whole sequence is the measure of lse: torch's kernel
+    # approximates exp for half precision.
+    q, k, v, _ = case.inputs()
+    alone = CPU.forward(q, k, v, True, q.shape[3] ** -0.5)[1]
+    assert_within_budget("lse", got[4], alone, exact[4])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "math"])
 def test_one_rank_is_the_backend_itself(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
     """Fails if one rank pays for a ring: it must return the backend's own bits."""
-    from lhcp.ring.block import BLOCKS
-
     case = Dense(world_size=1, backend=backend, chunk=16, groups=2, dtype=dtype)
     q, k, v, do = case.inputs()
     block, scale = BLOCKS[backend], q.shape[3] ** -0.5
@@ -292,17 +296,3 @@ def test_gradient_of_a_sum(ranks: RankPool, rotation: str) -> None:
     parts = ranks.run(expanded_gradient, 2, case, num_nodes=case.num_nodes)
     for i, name in enumerate(("dq", "dk", "dv")):
         assert_close_float64(name, together([part[i] for part in parts], case.layout), theirs[i])
-
-
-def outside(group: dist.ProcessGroup) -> str:
-    """Use a group that rank 1 is not in."""
-    small = dist.new_group([0])
-    assert isinstance(small, dist.ProcessGroup) or group.rank() == 1
-    if group.rank() == 0:
-        return ""
-    x = torch.zeros(1, 4, 1, 4)
-    try:
-        lhcp.ring_attention(x, x, x, group=small)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return "no error"

@@ -1,7 +1,6 @@
 """Pool, gather and scatter against the reference; chunks simulated in one process; operators."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -134,31 +133,6 @@ def test_coverage(size: tuple[int, int]) -> None:
     ones = torch.ones(3, geom.subsequence, 2, 1, dtype=torch.float64)
     fan_in = scatter.scatter(ones, selection.places, geom)
     assert fan_in.min() >= 1 and fan_in.max() <= geom.num_levels
-
-
-CALLS = ["pool_and_score", "pool", "score", "select", "gather", "gather_backward"]
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_operators_pass_opcheck(call: str, dtype: torch.dtype, unpoisoned: None) -> None:
-    """Fails if an operator's fake result differs in shape, stride or dtype, or it aliases."""
-    _, geom, (q, k, v, _), selection = setting(3, 2, dtype)
-    sizes, entries, places = stages.to_list(geom), *selection
-    pooled = [pool.pool(x, geom) for x in (q, k, v)]
-    scores = stages.score_tensors(q, k, sizes, "torch")
-    ops: Any = torch.ops.lhcp
-    sub = stages.gather_subsequence(q, k, v, *pooled, entries, sizes, "torch")
-    arguments = {
-        "pool_and_score": (ops.pool_and_score, (q, k, v, sizes, True, "torch")),
-        "pool": (ops.pool_and_score, (q, k, v, sizes, False, "torch")),
-        "score": (ops.score_tensors, (q, k, sizes, "torch")),
-        "select": (ops.select, (*scores, sizes, "torch")),
-        "gather": (ops.gather, (q, k, v, *pooled, entries, sizes, "torch")),
-        "gather_backward": (ops.gather_backward, (*sub, places, sizes, "torch")),
-    }
-    operator, values = arguments[call]
-    torch.library.opcheck(operator.default, values)
 
 
 def swapped(x: Tensor) -> Tensor:

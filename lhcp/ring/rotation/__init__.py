@@ -21,6 +21,10 @@ ROTATIONS: dict[str, Callable[[Trip, Tensor], Rotation]] = {
 """Ways to bring kv round, for the one loop. "alltoall" is not one: it moves heads instead."""
 
 NAMES = (*ROTATIONS, "alltoall")
+"""What `rotation` may be on any device."""
+
+ENGINES = ("ring_flash_attn",)
+"""Whole rings of other packages, taken by name only."""
 
 _log = logging.getLogger("lhcp")
 
@@ -38,8 +42,9 @@ def choose_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> str:
         if not torch.compiler.is_compiling():
             _announce(name, ranks.world_size)
         return name
-    if name not in NAMES:
-        raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(NAMES)}")
+    if name not in (*NAMES, *ENGINES):
+        known = ", ".join(("auto", *NAMES, *ENGINES))
+        raise ValueError(f"rotation={name!r}: must be one of {known}")
     if name == "hierarchical" and ranks.outer is None and ranks.world_size > 1:
         raise ValueError(
             "rotation='hierarchical' needs a DeviceMesh of two axes as group, the outer across "

@@ -1,0 +1,224 @@
+"""Exactly which messages a rank sends: how many, how large, in which order, the same on all ranks.
+
+What is counted is what reaches c10d, below every Python name that could hide it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lhcp
+from lhcp.layout import LayoutName
+from lhcp.testing.ranks import RankPool
+from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, Problem
+
+Message = tuple[str, int, torch.dtype, int]
+"""What kind, how many elements this rank gives (or, reduced, gets), their dtype, and to how many
+ranks on: for a send the distance to its receiver round the group, else the group's size."""
+
+
+class Recorder(TorchDispatchMode):
+    """Record every message that this rank posts, inside of operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[Message] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._record(func._schema.name.removeprefix("c10d::"), args)
+        elif func.namespace == "lhcp":
+            with self:
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, op: str, args: Any) -> None:
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        size = group.size()
+        given: Tensor
+        if op == "recv_":
+            return
+        if op == "send":
+            (given,), distance = args[0], (args[2] - group.rank()) % size
+            self.messages.append(("send", given.numel(), given.dtype, distance))
+            return
+        kinds = {
+            "_allgather_base_": ("gather", 1),
+            "_reduce_scatter_base_": ("reduce", 0),
+            "alltoall_base_": ("alltoall", 1),
+        }
+        assert op in kinds, f"a message that this test does not know: {op}"
+        kind, argument = kinds[op]
+        given = args[argument]
+        self.messages.append((kind, given.numel(), given.dtype, size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One attention with its backward."""
+
+    rotation: str
+    layout: LayoutName
+    world_size: int
+    lighthouse: bool
+    dtype: torch.dtype
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(
+            num_strata=12 if self.world_size == 3 else 8,
+            batch=2,
+            num_kv_heads=12,
+            groups=2,
+            head_dim=4,
+            dtype=self.dtype,
+        )
+
+    @property
+    def nodes(self) -> int | None:
+        shape = TWO_AXES.get(self.rotation, {}).get(self.world_size)
+        return None if shape is None else shape[0]
+
+
+def record(group: Any, call: Call) -> tuple[list[Message], list[Message]]:
+    """Messages of this rank's forward and of its backward."""
+    q, k, v, do = (lhcp.shard(x, group, layout=call.layout) for x in call.problem.inputs())
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    where: dict[str, Any] = {"group": group, "layout": call.layout, "rotation": call.rotation}
+    with Recorder() as forward:
+        if call.lighthouse:
+            o = lhcp.lighthouse_attention(q, k, v, config=call.problem.config, **where)
+        else:
+            o = lhcp.ring_attention(q, k, v, **where)
+    with Recorder() as backward:
+        torch.autograd.grad(o, (q, k, v), do)
+    return forward.messages, backward.messages
+
+
+def expected(call: Call) -> tuple[Counter[Message], Counter[Message]]:
+    """What every rank should send, from sizes alone."""
+    p, world = call.problem, call.world_size
+    slots = 2 if call.layout == "zigzag" else 1
+    whole = p.config.subsequence_length(p.seqlen) if call.lighthouse else p.seqlen
+    tokens = whole // world
+    heads = p.num_kv_heads * p.groups
+    kv = p.batch * tokens * p.num_kv_heads * p.head_dim
+    wide = torch.float64 if call.dtype == torch.float64 else torch.float32
+    forward: Counter[Message] = Counter()
+    backward: Counter[Message] = Counter()
+    if call.rotation == "p2p":
+        forward["send", 2 * kv, call.dtype, 1] = world - 1
+        backward["send", 2 * kv, call.dtype, 1] += world - 1
+        backward["send", 2 * kv, wide, 1] += world
+    elif call.rotation == "allgather":
+        forward["gather", kv // slots, call.dtype, world] = 2 * slots
+        backward["gather", kv // slots, call.dtype, world] = 2 * slots
+        backward["reduce", kv // slots, wide, world] = 2 * slots
+    elif call.rotation == "hierarchical":
+        nodes, size = TWO_AXES["hierarchical"][world]
+        forward["send", 2 * kv, call.dtype, 1] = nodes - 1
+        forward["gather", kv // slots, call.dtype, size] = 2 * slots * nodes
+        backward.update(forward)
+        backward["send", 2 * kv, wide, 1] += nodes
+        backward["reduce", kv // slots, wide, size] = 2 * slots * nodes
+    else:
+        assert call.rotation == "alltoall", "a new rotation: say what it sends"
+        row = p.batch * tokens
+        out, packed = row * heads * p.head_dim, row * (heads + 2 * p.num_kv_heads) * p.head_dim
+        forward["alltoall", packed, call.dtype, world] += 1
+        forward["alltoall", out, call.dtype, world] += 1
+        forward["alltoall", row * heads, wide, world] += 1
+        backward["alltoall", packed, call.dtype, world] += 1
+        backward["alltoall", out, call.dtype, world] += 1
+    if call.lighthouse:
+        # The first chunk owes the next rank, the second one the previous.
+        rows = p.batch * (p.num_levels - 1) * heads * p.head_dim
+        for distance in (1, world - 1)[:slots]:
+            forward["send", rows, call.dtype, distance] += 1
+            backward["send", rows, wide, world - distance] += 1
+    return forward, backward
+
+
+CALLS = [
+    Call(
+        rotation=rotation,
+        layout=layout,
+        world_size=world_size,
+        lighthouse=lighthouse,
+        dtype=torch.bfloat16,
+    )
+    for rotation in ROTATIONS
+    for layout in LAYOUTS
+    for world_size in (2, 3, 4)
+    for lighthouse in (True, False)
+    # The dense mode differs by its length alone: once is enough.
+    if lighthouse or world_size == 4
+]
+
+
+def name(call: Call) -> str:
+    mode = "lighthouse" if call.lighthouse else "dense"
+    return f"W{call.world_size}-{call.layout}-{call.rotation}-{mode}"
+
+
+@pytest.mark.parametrize("call", CALLS, ids=name)
+def test_every_message_is_accounted_for(ranks: RankPool, call: Call) -> None:
+    """Fails if kv travels repeated or twice, a sum travels narrow, or ranks differ in their order."""
+    recorded = ranks.run(record, call.world_size, call, num_nodes=call.nodes)
+    for forward, backward in recorded:
+        assert (Counter(forward), Counter(backward)) == expected(call)
+        assert recorded[0] == (forward, backward)
+
+
+def test_float64_travels_as_float64(ranks: RankPool) -> None:
+    """Fails if sums over ranks of exact inputs are rounded to float32 on the way."""
+    call = Call(rotation="p2p", layout="zigzag", world_size=2, lighthouse=True, dtype=torch.float64)
+    for forward, backward in ranks.run(record, 2, call):
+        assert (Counter(forward), Counter(backward)) == expected(call)
+
+
+def quiet(group: Any, layout: LayoutName) -> list[Message]:
+    """Messages of everything that should send nothing."""
+    problem = Problem()
+    with Recorder() as recorder:
+        q, k, _, _ = (lhcp.shard(x, group, layout=layout) for x in problem.inputs())
+        lhcp.positions(problem.seqlen, group, layout=layout)
+        lhcp.select(q, k, config=problem.config, group=group, layout=layout)
+    return recorder.messages
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selection_and_sharding_send_nothing(ranks: RankPool, layout: LayoutName) -> None:
+    """Fails if steps 1 to 4 need another rank."""
+    assert ranks.run(quiet, 4, layout) == [[]] * 4
+
+
+def test_one_rank_sends_nothing(ranks: RankPool) -> None:
+    """Fails if a group of one rank talks to itself."""
+    for rotation in set(ROTATIONS) - set(TWO_AXES):
+        call = Call(
+            rotation=rotation, layout="zigzag", world_size=1, lighthouse=True, dtype=torch.float32
+        )
+        assert ranks.run(record, 1, call) == [([], [])]
+
+
+def gathers(group: Any) -> tuple[list[Message], list[Message]]:
+    """Messages of `unshard` and of its backward."""
+    part = torch.ones(2, 6, 3, requires_grad=True)
+    with Recorder() as forward:
+        whole = lhcp.unshard(part, group)
+    with Recorder() as backward:
+        whole.sum().backward()
+    return forward.messages, backward.messages
+
+
+def test_unshard_is_one_gather(ranks: RankPool) -> None:
+    """Fails if unshard sends more than each part once, or its backward more than a sum of them."""
+    gather, reduce = ("gather", 36, torch.float32, 3), ("reduce", 36, torch.float32, 3)
+    assert ranks.run(gathers, 3) == [([gather], [reduce])] * 3
