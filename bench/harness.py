@@ -255,7 +255,7 @@ def gate(
         exact = torch.float64 if device.type == "cpu" else dtype
         chosen = "auto" if device.type == "cpu" else backend
         whole = qkv(
-            512 * ranks.world_size,
+            256 * ranks.world_size,
             num_heads=heads[0],
             num_kv_heads=heads[1],
             head_dim=head_dim,

@@ -98,11 +98,11 @@ def main() -> None:
     if "share" in args.only:
         more.share(page, copy)
     if "dilated" in args.only:
-        more.dilated(page)
+        more.dilated(page, [98304, 2**18, 2**20])
     if "deterministic" in args.only:
         more.determinism(page, [n for n in args.seqlens if 2**15 <= n <= 2**17])
     if "crossover" in args.only:
-        more.crossover(page, args.backend)
+        more.crossover(page, args.backend, [2**11, 2**12, 2**13, 2**14, 24576, 2**15])
     page.close(args.out)
     sys.exit(1 if page.wrong else 0)
 

@@ -58,11 +58,11 @@ def share(page: Page, copy: float) -> None:
     page.record("share", {"stages": found, "whole": whole})
 
 
-def dilated(page: Page) -> None:
+def dilated(page: Page, seqlens: list[int]) -> None:
     """Cost of the dilated scorer, both attentions and their norms."""
     note = "scorer_window 8192 (or a stratum), dilation 4; H=8, d=128, C=16. Linear in N."
     page.section("The dilated scorer", ["N", "eager ms", "graph ms", "ns a token"], note)
-    for seqlen in (98304, 262144, 1048576):
+    for seqlen in seqlens:
         size = Size(seqlen)
         config = replace(size.config, scorer="dilated")
         geom = Geometry.local(config, seqlen, 1, 1, 0)
@@ -145,12 +145,12 @@ def determinism(page: Page, seqlens: list[int]) -> None:
         page.record("deterministic", {"seqlen": seqlen, **ms})
 
 
-def crossover(page: Page, backend: str) -> None:
+def crossover(page: Page, backend: str, seqlens: list[int]) -> None:
     """The length below which dense attention is faster, f+b."""
     header = ["N", "dense eager", "dense graph", "layer eager", "layer graph"]
     page.section("Where dense is faster", header, "f+b, ms, k = N / 64, the same backend in both.")
     points: dict[str, list[tuple[int, float]]] = {"eager": [], "graph": []}
-    for seqlen in (2048, 4096, 8192, 16384, 24576, 32768):
+    for seqlen in seqlens:
         size = Size(seqlen, backend=backend)
         try:
             check(size)

@@ -259,7 +259,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         before = network.sent_bytes(0)
         text = network.torchrun(8, arguments, args.timeout)
         print(text)
-        return {"output": text[-4000:], "node_0_sent_bytes": network.sent_bytes(0) - before}
+        report = json.loads(Path(f"{folder}/report.json").read_text())
+        return {"report": report, "node_0_sent_bytes": network.sent_bytes(0) - before}
 
 
 def main() -> None:

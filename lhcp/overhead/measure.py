@@ -146,12 +146,14 @@ def _measure(
 
 def _device(ranks: Ranks, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
-    if ranks.flat is None:
-        use_gpu = torch.cuda.is_available()
+        where = torch.device(device)
+    elif ranks.flat is None:
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
-        use_gpu = "nccl" in str(dist.get_backend(ranks.flat))
-    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+        where = torch.device("cuda" if "nccl" in dist.get_backend_config(ranks.flat) else "cpu")
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return where
 
 
 def _barrier(ranks: Ranks, device: torch.device) -> None:
