@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.ring.merge_kernel import merge_fused
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -80,6 +81,9 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     scatter.scatter_edges(out, sub[0], places, halo, geom)
     scatter_backward.scatter_backward(out, places, geom)
     scatter_backward.edge_grads(out, geom)
+    lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
+    for merged in (out, out.float()):
+        merge_fused(merged, lse, q, lse.clone())
 
 
 def main() -> None:
