@@ -51,7 +51,7 @@ class BoundaryExchange:
             dist.P2POp(dist.irecv, self._received[slot], group=ranks.flat, group_peer=to[1 - slot])
             for slot in range(slots)
         ]
-        self._work = dist.batch_isend_irecv(sends + receives)
+        self._work = dist.batch_isend_irecv(receives + sends)
 
     def wait(self) -> Tensor:
         """Return, for each of this rank's chunks, what arrived: [B, num_chunks, L-1, H, D].

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from lhcp.calibration import Calibration, Direction, Link
 from lhcp.layout import Layout, LayoutName, make_layout
-from lhcp.ring.rotation.allgather import MIN_GROUP_BYTES, split_heads
+from lhcp.ring.rotation.allgather import head_groups
 from lhcp.ring.schedule import Call, Step, allgather_steps, hierarchical_steps, p2p_steps
 
 
@@ -60,7 +60,7 @@ class Sizes:
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         """Runs of kv heads that `allgather` gathers one after another."""
         gathered = self.kv_elements * self.element_bytes * self.world_size
-        return split_heads(self.num_kv_heads, gathered // MIN_GROUP_BYTES)
+        return head_groups(self.num_kv_heads, self.chunk, gathered)
 
 
 def single_seconds(sizes: Sizes, calibration: Calibration, direction: Direction) -> float:

@@ -274,11 +274,11 @@ def whole_answer(ranks: Any, case: Case) -> Answer:
 
 
 def covering(
-    factors: dict[str, tuple[Any, ...]], fits: Callable[[dict[str, Any]], bool]
+    factors: dict[str, tuple[Any, ...]], fits: Callable[[dict[str, Any]], bool], seed: int = 0
 ) -> list[dict[str, Any]]:
     """A few choices that hold each pair of values of each two factors at least once.
 
-    Greedy over random draws of one seed, so the same every time. A pair with which no draw `fits`
+    Greedy over random draws, the same every time for a seed. A pair with which no draw `fits`
     is left out.
     """
     names = list(factors)
@@ -287,7 +287,7 @@ def covering(
         for a, b in itertools.combinations(names, 2)
         for x, y in itertools.product(factors[a], factors[b])
     ]
-    generator = random.Random(0)
+    generator = random.Random(seed)
     chosen = []
     while missing:
         draws = [

@@ -1,5 +1,6 @@
 """The layer: its modes, torch.compile and checkpointing around it, and the ranks' agreement."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_same_bits_on_two_ranks(ranks: RankPool, how: str, rotation: str, mode: 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_same_values_when_compiled_by_inductor(mode: Mode, one_thread: None) -> None:
     """Fails if generated code around the operators reads them in another layout."""

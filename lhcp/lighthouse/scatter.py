@@ -101,14 +101,13 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
 
 def last_places(places: Tensor, geom: Geometry) -> Tensor:
     """Places of the last entry of levels 1 to L-1 of each chunk: [B, Hk, num_chunks, L-1]."""
-    columns = [
-        [
-            geom.offset(level) + (chunk + 1) * (geom.chunk_size // geom.window(level)) - 1
-            for level in range(1, geom.num_levels)
-        ]
-        for chunk in range(geom.num_chunks)
-    ]
-    return places[..., torch.tensor(columns, device=places.device)]
+    # Slices, not an index tensor: a CUDA graph can capture them.
+    columns = []
+    for level in range(1, geom.num_levels):
+        per_chunk = geom.chunk_size // geom.window(level)
+        entries = places[..., geom.offset(level) : geom.offset(level + 1)]
+        columns.append(entries[..., per_chunk - 1 :: per_chunk])
+    return torch.stack(columns, 3)
 
 
 def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:

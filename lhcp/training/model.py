@@ -95,6 +95,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm whose result a compiled backward makes again from x and one scale per token.
+
+    The kernels of that backward read x anyway, so this costs one write and keeps a sixth less
+    memory in a block. Without torch.compile the products would keep the result all the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., dim] divided by its root mean square, times the weight."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return super().forward(x)
+        assert self.eps is not None
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(_scaled, x, scale, self.weight, **options)
+
+
+def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() * scale * weight).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Projections and RoPE around the attention of one layer."""
 
@@ -138,23 +159,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, core: nn.Module, *, always_dense: bool) -> None:
         super().__init__()
         self.always_dense = always_dense
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config, core)
-        self.mlp_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x [B, n, dim] after this layer."""
-        x = x + self.attention(self._attention_input(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
-
-    def _attention_input(self, x: Tensor) -> Tensor:
-        # A compiled block keeps x and what comes after the norm; to make the latter again costs one
-        # pass over x and saves a tenth of the memory. Eager products keep their inputs anyway.
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(self.attention_norm, x, **options)
-        return self.attention_norm(x)
 
 
 class Decoder(nn.Module):
@@ -177,7 +190,7 @@ class Decoder(nn.Module):
             Block(config, attention(dense), always_dense=dense)
             for dense in (i in config.dense_layers for i in range(config.num_layers))
         )
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight

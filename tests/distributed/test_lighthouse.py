@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from lhcp.layout import LayoutName
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64
 from tests.cases import (
@@ -14,6 +15,7 @@ from tests.cases import (
     Problem,
     covering,
     ids,
+    library_answer,
     reference_answer,
     serves,
     whole_answer,
@@ -55,7 +57,16 @@ def fits(choice: dict[str, Any]) -> bool:
     return size < 100_000 and serves(choice["rotation"], choice["world_size"], p.num_kv_heads)
 
 
-CASES = [make(choice, seed) for seed, choice in enumerate(covering(FACTORS, fits))]
+def cases(factors: dict[str, tuple[Any, ...]], seed: int) -> list[Case]:
+    """A covering set of cases, another one for each seed."""
+    chosen = covering(factors, fits, seed)
+    return [make(choice, 100 * seed + i) for i, choice in enumerate(chosen)]
+
+
+CASES = cases(FACTORS, 0)
+MORE_CASES = [case for seed in range(1, 6) for case in cases(FACTORS, seed)]
+EIGHT = FACTORS | {"world_size": (8,), "num_kv_heads": (1, 2, 8), "strata_per_chunk": (1, 3)}
+EIGHT_CASES = cases(EIGHT, 0)
 
 
 def check(pool: Any, case: Case) -> None:
@@ -72,3 +83,38 @@ def test_equals_the_reference(ranks: RankPool, case: Case) -> None:
     """Fails if any step, exchange or gradient differs from the method, on one rank or several."""
     check(None, Case(problem=case.problem))
     check(ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES, ids=ids(MORE_CASES))
+def test_equals_the_reference_at_more_sizes(ranks: RankPool, case: Case) -> None:
+    """Fails as above, for other combinations."""
+    check(None, Case(problem=case.problem))
+    check(ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EIGHT_CASES, ids=ids(EIGHT_CASES))
+def test_equals_the_reference_on_eight_ranks(eight_ranks: RankPool, case: Case) -> None:
+    """Fails as above, where a rank's neighbours are all different ranks."""
+    check(eight_ranks, case)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+def test_a_group_of_one_is_no_group(ranks: RankPool, backend: str) -> None:
+    """Fails if one rank of a group takes another path than no group."""
+    case = Case(problem=Problem(groups=2, batch=2, dtype=torch.float32), backend=backend)
+    (in_a_group,) = ranks.run(library_answer, 1, case)
+    for ours, theirs in zip(in_a_group, library_answer(None, case), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_block_backend_is_free(ranks: RankPool, layout: LayoutName) -> None:
+    """Fails if a result depends on which backend attends, beyond rounding."""
+    problem = Problem(groups=2, num_kv_heads=4, seed=9)
+    for rotation in ROTATIONS:
+        check(
+            ranks,
+            Case(problem=problem, world_size=4, layout=layout, rotation=rotation, backend="math"),
+        )

@@ -230,13 +230,14 @@ def test_hierarchical_on_any_shape_of_nodes(
 def in_head_groups(group: Any, case: Dense) -> Results:
     """`ring` with the gather cut into as many groups of heads as there are."""
     from lhcp.ring.rotation import allgather
+    from lhcp.ring.rotation.allgather import split_heads
 
-    before = allgather.MIN_GROUP_BYTES
-    allgather.MIN_GROUP_BYTES = 1
+    before = allgather.head_groups
+    allgather.head_groups = lambda num_kv_heads, *_: split_heads(num_kv_heads, num_kv_heads)
     try:
         return ring(group, case)
     finally:
-        allgather.MIN_GROUP_BYTES = before
+        allgather.head_groups = before
 
 
 @pytest.mark.parametrize("num_kv_heads", [3, 4])

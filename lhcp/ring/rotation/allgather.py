@@ -17,6 +17,9 @@ from lhcp.ring.schedule import Step, allgather_steps
 MIN_GROUP_BYTES = 16 * 2**20
 """A group of heads gathers at least this much: below, latency costs more than overlap gains."""
 
+MIN_GROUP_ROWS = 132 * 128
+"""kv heads x query rows of a chunk in a group: fewer leave multiprocessors without work."""
+
 
 def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ...]:
     """Cut kv heads into at most `num_groups` runs of equal length: [start, stop) each."""
@@ -27,16 +30,28 @@ def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ..
     return tuple((start, start + size) for start in range(0, num_kv_heads, size))
 
 
+def head_groups(num_kv_heads: int, chunk: int, gathered_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Return the runs of kv heads that are gathered one after another.
+
+    Args:
+        chunk: tokens of a chunk. gathered_bytes: of all ranks' k and v, all heads.
+    """
+    by_rows = num_kv_heads * chunk // MIN_GROUP_ROWS
+    return split_heads(num_kv_heads, min(gathered_bytes // MIN_GROUP_BYTES, by_rows))
+
+
 class AllGather:
     """`Rotation` by all-gather and reduce-scatter."""
 
     def __init__(self, trip: Trip, k: Tensor) -> None:
         self._trip, self._like = trip, k
         gathered_bytes = 2 * k.numel() * k.element_size() * trip.ranks.world_size
-        self._groups = split_heads(k.shape[2], gathered_bytes // MIN_GROUP_BYTES)
+        chunk = k.shape[1] // trip.layout.chunks_per_rank
+        self._groups = head_groups(k.shape[2], chunk, gathered_bytes)
         self.steps = allgather_steps(trip.ranks.rank, trip.layout, trip.causal, self._groups)
         self._slots = trip.layout.chunks_per_rank
-        self._leaving: list[ReduceScatter] = []
+        self._leaving: ReduceScatter | None = None
+        self._parts: list[Tensor] = []
         self._local = None if trip.causal else zeros_wide(k, 2, *k.shape)
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
@@ -61,16 +76,22 @@ class AllGather:
         chunk = like.shape[1] // self._slots
         total = zeros_wide(like, 2, chunks, like.shape[0], chunk, heads, like.shape[3])
         add_chunks(total, grads)
-        self._leaving.append(ReduceScatter(self._trip.group, total))
+        # One group's gradients are on their way at a time, so that one group's sum is in memory.
+        self._arrive()
+        self._leaving = ReduceScatter(self._trip.group, total)
 
     def home(self) -> tuple[Tensor, Tensor]:
-        trip, parts = self._trip, []
-        for group, leaving in enumerate(self._leaving):
-            with trip.spans.span(trip.stage, "wait", len(self._groups) + group, self._like.device):
-                parts.append(leaving.wait())
+        self._arrive()
         assert self._local is not None
-        dk, dv = torch.cat(parts, 3).add_(self._local)
+        dk, dv = torch.cat(self._parts, 3).add_(self._local)
         return dk, dv
+
+    def _arrive(self) -> None:
+        if self._leaving is None:
+            return
+        trip, step = self._trip, len(self._groups) + len(self._parts)
+        with trip.spans.span(trip.stage, "wait", step, self._like.device):
+            self._parts.append(self._leaving.wait())
 
     def _gather(self, k: Tensor, v: Tensor, group: int) -> Gather:
         heads = slice(*self._groups[group])

@@ -12,10 +12,11 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, outgoing: Tensor, incoming: Tensor) -> None:
         rank, world = group.rank(), group.size()
+        # The receive first: after a send, gloo's link between two ranks runs one way at a time.
         self._work = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, outgoing, group=group, group_peer=(rank + 1) % world),
                 dist.P2POp(dist.irecv, incoming, group=group, group_peer=(rank - 1) % world),
+                dist.P2POp(dist.isend, outgoing, group=group, group_peer=(rank + 1) % world),
             ]
         )
 

@@ -1,0 +1,46 @@
+"""torch.compile in one graph around a transformer block, in both modes, on every device."""
+
+import pytest
+import torch
+
+from lhcp.testing.tolerance import assert_within_budget
+from tests.devices import PLACES, Place
+from tests.transformer import answer, attention_of, exact_answer, make_block
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_left():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_graph_in_both_modes_and_none_stale(place: Place) -> None:
+    block, inputs, dout = make_block(place)
+    compiled = torch.compile(block, backend=place.compiler, fullgraph=True)
+    outputs = []
+    for mode in ("lighthouse", "dense", "lighthouse"):
+        attention_of(block).mode = mode
+        plain, exact = answer(block, inputs, dout), exact_answer(block, inputs, dout)
+        got = answer(compiled, inputs, dout)
+        for i, results in enumerate(zip(got, plain, exact, strict=True)):
+            assert_within_budget(f"{mode}, result {i}", *results)
+        outputs.append(got[0])
+    # The modes differ by far more than rounding, so a graph kept from the other one would show.
+    far = (outputs[1] - outputs[0]).abs().max()
+    assert far > 0.1
+    assert (outputs[2] - outputs[0]).abs().max() < far / 10
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_compiled_block_takes_new_inputs_without_compiling_anew(place: Place) -> None:
+    block, inputs, dout = make_block(place)
+    compiled = torch.compile(block, backend=place.compiler, fullgraph=True)
+    answer(compiled, inputs, dout)
+    other = (torch.randn_like(inputs[0]).requires_grad_(), *inputs[1:])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = answer(compiled, other, dout)
+    plain, exact = answer(block, other, dout), exact_answer(block, other, dout)
+    for i, results in enumerate(zip(got, plain, exact, strict=True)):
+        assert_within_budget(f"result {i}", *results)
