@@ -7,7 +7,8 @@
 The limit is attention over the sub-sequence by the stock kernel of `--backend`, plus what must move
 at the rate of a copy. Everything about one size is timed in turn: CUDA events, medians, half the
 distance of the quartiles behind ±. A size whose output is wrong prints no number, and the bench
-then ends with status 1. The last line is JSON. On an H200: 100 s up to 256K, 60 s more for 512K.
+then ends with status 1. The last line is JSON. On an H200 about three minutes, of
+which the table takes one up to 256K and half of one more for 512K.
 """
 
 import argparse

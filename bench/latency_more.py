@@ -18,7 +18,7 @@ from latency_timing import Arm, captured, interleaved
 import lhcp
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, select
-from lhcp.lighthouse.scatter import last_rows
+from lhcp.lighthouse.kernels.last_rows import last_rows
 from lhcp.lighthouse.score import dilated_scores
 from lhcp.reference import causal_attention
 

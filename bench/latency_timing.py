@@ -44,12 +44,12 @@ class Arm:
     """One thing to time: called back to back until `target_ms` have passed, in up to `rounds`."""
 
     run: Run
-    rounds: int = 15
-    target_ms: float = 5.0
+    rounds: int = 11
+    target_ms: float = 40.0
 
 
 def interleaved(arms: dict[str, Arm]) -> dict[str, Spread]:
-    """Time the arms in turn, round after round, so that all of them see the same clocks.
+    """Time the arms in turn, there and back again, so that all of them see the same clocks.
 
     A sample is the time of a few calls in a row on a GPU that was idle before: what one call costs
     in a run of many, host included where the host is the slower one.
@@ -60,8 +60,8 @@ def interleaved(arms: dict[str, Arm]) -> dict[str, Spread]:
         once = sample(arm.run, 1)
         inner[name] = max(1, min(16, int(arm.target_ms / once)))
         samples[name] = [once] if once > LONG_MS else []
-    for _ in range(max(arm.rounds for arm in arms.values())):
-        for name, arm in arms.items():
+    for i in range(max(arm.rounds for arm in arms.values())):
+        for name, arm in list(arms.items())[:: -1 if i % 2 else 1]:
             if len(samples[name]) < arm.rounds:
                 samples[name].append(sample(arm.run, inner[name]))
     return {name: Spread.of(found) for name, found in samples.items()}

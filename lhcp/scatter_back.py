@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lhcp.boundary import BoundaryExchange
 from lhcp.layout import Layout, make_layout
-from lhcp.lighthouse.scatter import add_last_grads, last_rows
+from lhcp.lighthouse.scatter import add_last_grads
 from lhcp.lighthouse.stages import from_list, stages
 from lhcp.mesh import Ranks
 from lhcp.operators import operator
@@ -31,7 +31,7 @@ def scatter_back(
     geom, local = from_list(geom_list), stages(kernels)
     if ranks.world_size == 1:
         return local.scatter(o, places, geom)
-    rows = last_rows(o, places, geom)
+    rows = local.last_rows(o, places, geom)
     exchange = BoundaryExchange(rows, ranks, layout, back=False, spans=spans)
     out = local.scatter(o, places, geom)
     local.scatter_edges(out, o, places, exchange.wait(), geom)

@@ -33,15 +33,6 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
-def unpoisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty as torch made it, for tests that trace."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        original = getattr(getattr(owner, name), "__wrapped__", None)
-        if original is not None:
-            monkeypatch.setattr(owner, name, original)
-
-
-@pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, as ranks have: sums inside torch then have one order."""
     before = torch.get_num_threads()

@@ -32,7 +32,7 @@ class Scored(nn.Module):
 def make_block(place: Place, seed: int = 0) -> tuple[Block, tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return a block of RMSNorm, qkv, RoPE, the layer and SwiGLU; its inputs; dout."""
     torch.manual_seed(seed)
-    config, seqlen = small_config(pool_factor=4, num_strata=4, picks=4)
+    config, seqlen = small_config(num_strata=4, picks=2)
     sizes = ModelConfig(
         dim=2 * HEAD_DIM,
         num_layers=1,
@@ -48,9 +48,6 @@ def make_block(place: Place, seed: int = 0) -> tuple[Block, tuple[Tensor, Tensor
     x, dout = torch.randn(2, 1, seqlen, sizes.dim).unbind(0)
     cos, sin = rope_table(torch.arange(seqlen), HEAD_DIM, 10000.0)
     block = block.to(place.device, place.dtype)
-    # Scores of the same bits in every arithmetic.
-    for name, buffer in (("score_q", scored.score_q), ("score_k", scored.score_k)):
-        setattr(scored, name, buffer.to(place.dtype))
     x, dout = (t.to(place.device, place.dtype) for t in (x, dout))
     return block, (x.requires_grad_(), cos.to(place.device), sin.to(place.device)), dout
 

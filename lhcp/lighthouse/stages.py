@@ -36,6 +36,8 @@ class Stages:
     """(q, k, v, pooled q, pooled k, pooled v, entries, geom) -> sub-sequences of q, k, v."""
     gather_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(dq, dk, dv of the sub-sequence, places, geom) -> dq, dk, dv of the tokens."""
+    last_rows: Callable[[Tensor, Tensor, Geometry], Tensor]
+    """(o, places, geom) -> what each chunk owes the next: [B, num_chunks, L-1, H, D]."""
     scatter: Callable[[Tensor, Tensor, Geometry], Tensor]
     scatter_edges: Callable[[Tensor, Tensor, Tensor, Tensor, Geometry], None]
     scatter_backward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
@@ -98,6 +100,7 @@ TORCH = Stages(
     select=select.select,
     gather=_torch_gather,
     gather_backward=_torch_gather_backward,
+    last_rows=scatter.last_rows,
     scatter=scatter.scatter,
     scatter_edges=scatter.scatter_edges,
     scatter_backward=_torch_scatter_backward,

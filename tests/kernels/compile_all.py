@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lhcp.geometry import Geometry
-from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
 from lhcp.ring.merge_kernel import merge_fused
 
 TYPES = {
@@ -79,6 +79,7 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     halo = rows(geom.num_chunks * (geom.num_levels - 1), heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
     scatter.scatter_edges(out, sub[0], places, halo, geom)
+    last_rows.last_rows(sub[0], places, geom)
     scatter_backward.scatter_backward(out, places, geom)
     scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")

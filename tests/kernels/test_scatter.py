@@ -8,6 +8,7 @@ import torch
 from lhcp.lighthouse import scatter as torch_path
 from lhcp.lighthouse.kernels import scatter as kernels
 from lhcp.lighthouse.kernels import scatter_backward as backward
+from lhcp.lighthouse.kernels.last_rows import last_rows
 from tests.kernels.cases import CASES, STRIDED, assert_close, strided
 
 
@@ -45,6 +46,15 @@ def test_edges_complete_a_cut_sequence_bit_for_bit(name):
     halo[:, 0] = 0
     kernels.scatter_edges(out, o, places, halo, case.geom)
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_owed_to_the_next_chunk(name):
+    """Fails if a row is another entry's, or an absent entry's is not zero."""
+    case = CASES[name]
+    _, places = case.selection()
+    o = case.rows(case.geom.subsequence, case.num_heads)
+    assert torch.equal(last_rows(o, places, case.geom), torch_path.last_rows(o, places, case.geom))
 
 
 @pytest.mark.parametrize("name", CASES)

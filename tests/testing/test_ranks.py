@@ -61,7 +61,7 @@ def test_more_ranks_than_there_are(ranks: RankPool) -> None:
 )
 def test_a_bad_rank_is_reported_and_the_pool_starts_anew(how: str, message: str) -> None:
     """Fails if a test could hang, or poison the next one."""
-    pool = RankPool(2, timeout=25, grace=1)
+    pool = RankPool(2, timeout=15, grace=1)
     try:
         begin = time.monotonic()
         with pytest.raises(RankError, match=message):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lhcp.geometry import Geometry
-from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
 from lhcp.lighthouse.stages import Stages
 
 
@@ -17,6 +17,7 @@ TRITON = Stages(
     select=select.select,
     gather=gather.gather,
     gather_backward=gather.gather_backward,
+    last_rows=last_rows.last_rows,
     scatter=scatter.scatter,
     scatter_edges=scatter.scatter_edges,
     scatter_backward=_scatter_backward,

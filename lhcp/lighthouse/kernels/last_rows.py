@@ -1,0 +1,78 @@
+"""The rows that chunks owe the next ones, in one small launch: they are posted before all else."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lhcp.geometry import Geometry
+from lhcp.lighthouse.kernels.primitives import level_offset, rows_contiguous
+
+
+@triton.jit
+def last_rows_kernel(
+    o,
+    places,
+    rows,
+    n,
+    chunk_size,
+    num_chunks,
+    o_stride_b,
+    o_stride_s,
+    o_stride_h,
+    H: tl.constexpr,
+    HK: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Copy the L-1 rows of one chunk and head. Grid: (chunks * heads, batch).
+
+    Chunks of 32 tokens, p=4, L=3: chunk 1 owes entry 15 of level 1 and entry 3 of level 2.
+    """
+    i_b = tl.program_id(1).to(tl.int64)
+    i_chunk, i_head = tl.program_id(0) // H, tl.program_id(0) % H
+    o_d = tl.arange(0, DP)
+    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_o = o + i_b * o_stride_b + i_head.to(tl.int64) * o_stride_h + o_d
+    p_rows = rows + ((i_b * num_chunks + i_chunk) * (L - 1) * H + i_head) * D + o_d
+    for level in tl.static_range(1, L):
+        entry = (i_chunk + 1) * (chunk_size // (P**level)) - 1
+        # One place for all lanes, loaded as a vector for the sake of the mask.
+        b_place = tl.load(p_place + level_offset(n, level, P) + entry + o_d * 0).to(tl.int64)
+        m_row = (o_d < D) & (b_place >= 0)
+        b_row = tl.load(p_o + b_place * o_stride_s, mask=m_row, other=0.0)
+        tl.store(p_rows + (level - 1) * H * D, b_row, mask=o_d < D)
+
+
+def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+    """Read, for each chunk, the row of the last entry of levels 1 to L-1, zero where it is absent.
+
+    Args:
+        o: [B, S, H, D]. places: [B, Hk, pyramid_size] int32.
+
+    Returns:
+        [B, num_chunks, L-1, H, D] in the dtype of `o`.
+    """
+    batch, _, num_heads, head_dim = o.shape
+    o = rows_contiguous(o)
+    shape = (batch, geom.num_chunks, geom.num_levels - 1, num_heads, head_dim)
+    rows = torch.empty(shape, dtype=o.dtype, device=o.device)
+    last_rows_kernel[(geom.num_chunks * num_heads, batch)](
+        o,
+        places.contiguous(),
+        rows,
+        geom.num_tokens,
+        geom.chunk_size,
+        geom.num_chunks,
+        *o.stride()[:3],
+        H=num_heads,
+        HK=places.shape[1],
+        L=geom.num_levels,
+        P=geom.pool_factor,
+        D=head_dim,
+        DP=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+    return rows
