@@ -332,7 +332,7 @@ def backends(dtype: torch.dtype, head_dim: int, device: torch.device) -> list[st
     able = [
         name
         for name, block in BLOCKS.items()
-        if block.missing() is None and block.refuses(dtype, head_dim, device) is None
+        if block.missing is None and block.refuses(dtype, head_dim, device) is None
     ]
     return [name for name in able if name != "math"] or able
 

@@ -109,6 +109,9 @@ TORCH = Stages(
 
 KERNELS = ("torch", "triton")
 
+# Looked up once and outside of what torch.compile traces.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 @cache
 def stages(kernels: str) -> Stages:
@@ -120,11 +123,6 @@ def stages(kernels: str) -> Stages:
     return TRITON
 
 
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> str:
     """Resolve "auto" and check an explicit name: a function of device, dtype and packages alone.
 
@@ -134,10 +132,10 @@ def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> st
     """
     fits = device.type == "cuda" and dtype != torch.float64
     if kernels == "auto":
-        return "triton" if fits and has_triton() else "torch"
+        return "triton" if fits and HAS_TRITON else "torch"
     if kernels not in KERNELS:
         raise ValueError(f"kernels={kernels!r}: must be one of auto, {', '.join(KERNELS)}")
-    if kernels == "triton" and not has_triton():
+    if kernels == "triton" and not HAS_TRITON:
         raise ImportError("kernels='triton': Triton is missing; pip install 'lhcp[triton]'")
     if kernels == "triton" and dtype == torch.float64:
         raise ValueError("kernels='triton': inputs are float64; use kernels='torch'")

@@ -1,10 +1,11 @@
 """The online merge of partial attentions: outputs weighted by their share of the softmax."""
 
 import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -18,7 +19,7 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
         lse: [B, H, S], float32 (float64 for float64 inputs).
         block_out: [B, S, H, D], any float dtype. block_lse: [B, H, S], the dtype of `lse`.
     """
-    if out.device.type == "cuda" and lse.dtype == torch.float32 and _has_triton():
+    if out.device.type == "cuda" and lse.dtype == torch.float32 and _HAS_TRITON:
         from lhcp.ring.merge_kernel import merge_fused
 
         merge_fused(out, lse, block_out, block_lse)
@@ -27,8 +28,3 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     keep, take = ((part - total).exp().transpose(1, 2)[..., None] for part in (lse, block_lse))
     out.copy_(out * keep + block_out * take)
     lse.copy_(total)
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -108,8 +108,10 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         assert self.eps is not None
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(_scaled, x, scale, self.weight, **options)
+        product: Tensor = checkpoint(
+            _scaled, x, scale, self.weight, use_reentrant=False, preserve_rng_state=False
+        )
+        return product
 
 
 def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:

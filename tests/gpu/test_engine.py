@@ -14,7 +14,7 @@ from lhcp.testing.tolerance import assert_within_budget
 
 @pytest.fixture
 def group():
-    if BLOCKS["flash_attn"].missing() or importlib.util.find_spec("ring_flash_attn") is None:
+    if BLOCKS["flash_attn"].missing or importlib.util.find_spec("ring_flash_attn") is None:
         pytest.skip("flash-attn or ring-flash-attn is missing")
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD

@@ -16,7 +16,7 @@ from tests.cases import dense_reference, strided
 HERE = [
     name
     for name, block in BLOCKS.items()
-    if block.missing() is None and block.refuses(torch.float64, 8, torch.device("cpu")) is None
+    if block.missing is None and block.refuses(torch.float64, 8, torch.device("cpu")) is None
 ]
 
 

@@ -39,7 +39,7 @@ def choose_block(name: str, dtype: torch.dtype, head_dim: int, device: torch.dev
         candidates = _PREFERENCE.get(device.type, ("math",))
         for candidate in candidates:
             block = BLOCKS[candidate]
-            if block.missing() is None and block.refuses(dtype, head_dim, device) is None:
+            if block.missing is None and block.refuses(dtype, head_dim, device) is None:
                 if not torch.compiler.is_compiling():
                     _announce(candidate, device.type, str(dtype), head_dim)
                 return block
@@ -47,13 +47,13 @@ def choose_block(name: str, dtype: torch.dtype, head_dim: int, device: torch.dev
     if name not in BLOCKS:
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BLOCKS)}")
     block = BLOCKS[name]
-    if (missing := block.missing()) is not None:
+    if (missing := block.missing) is not None:
         raise ImportError(f"backend={name!r}: {missing}")
     if (reason := block.refuses(dtype, head_dim, device)) is not None:
         able = [
             other.name
             for other in BLOCKS.values()
-            if other.missing() is None and other.refuses(dtype, head_dim, device) is None
+            if other.missing is None and other.refuses(dtype, head_dim, device) is None
         ]
         raise ValueError(f"backend={name!r}: {reason}; backends that can: {', '.join(able)}")
     return block

@@ -12,10 +12,6 @@ Backward = Callable[
 ]
 
 
-def always_there() -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Block:
     """Attention of one run of queries to one run of keys and values.
@@ -37,7 +33,7 @@ class Block:
     head_dim_multiple: int = 1
     can_be_deterministic: bool = True
     """Whether the backward obeys `torch.use_deterministic_algorithms(True)`."""
-    missing: Callable[[], str | None] = always_there
+    missing: str | None = None
     """Why the backend cannot be used at all, with what to install; None if it can."""
 
     def refuses(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:

@@ -6,8 +6,8 @@ what comes back is checked: the number of results, the shape and dtype of lse.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +23,15 @@ def _load(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def _package(module: str, install: str) -> Callable[[], str | None]:
-    @cache
-    def missing() -> str | None:
-        parent = module.split(".")[0]
-        if importlib.util.find_spec(parent) is None:
-            return f"the package is not installed; {install}"
-        try:
-            found = importlib.util.find_spec(module)  # imports the parent
-        except ImportError as error:
-            return f"the installed {parent} does not import: {error}"
-        return None if found else f"the installed {parent} has no {module}; {install}"
-
-    return missing
+def _missing(package: str, submodule: str, install: str) -> str | None:
+    """Look for a submodule without importing anything, as importing lhcp must stay quick."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return f"the package is not installed; {install}"
+    for folder in map(Path, spec.submodule_search_locations):
+        if (folder / submodule).is_dir() or (folder / f"{submodule}.py").is_file():
+            return None
+    return f"the installed {package} has no {submodule}; {install}"
 
 
 def _out_and_lse(results: Any, q: Tensor, source: str) -> tuple[Tensor, Tensor]:
@@ -149,7 +145,7 @@ FA4 = Block(
     dtypes=_HALF,
     max_head_dim=256,
     head_dim_multiple=8,
-    missing=_package("flash_attn.cute", "pip install 'lhcp[fa4]'"),
+    missing=_missing("flash_attn", "cute", "pip install 'lhcp[fa4]'"),
 )
 
 FLASH_ATTN = Block(
@@ -160,5 +156,5 @@ FLASH_ATTN = Block(
     dtypes=_HALF,
     max_head_dim=256,
     head_dim_multiple=8,
-    missing=_package("flash_attn.flash_attn_interface", "pip install 'lhcp[flash]'"),
+    missing=_missing("flash_attn", "flash_attn_interface", "pip install 'lhcp[flash]'"),
 )

@@ -5,7 +5,6 @@ An operator whose schema is not recognised is named in a warning at import, and 
 """
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,14 +64,11 @@ for _name, _what in _UNRECOGNISED.items():
     warnings.warn(f"lhcp does not recognise aten::{_name}: {_what}", stacklevel=2)
 
 
-def _known(*operators: str) -> Callable[[], str | None]:
-    def missing() -> str | None:
-        bad = [name for name in operators if name in _UNRECOGNISED]
-        if not bad:
-            return None
-        return f"aten::{bad[0]} is not the operator that lhcp knows: {_UNRECOGNISED[bad[0]]}"
-
-    return missing
+def _missing(*operators: str) -> str | None:
+    bad = [name for name in operators if name in _UNRECOGNISED]
+    if not bad:
+        return None
+    return f"aten::{bad[0]} is not the operator that lhcp knows: {_UNRECOGNISED[bad[0]]}"
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -194,7 +190,7 @@ CPU = Block(
     backward=_cpu_backward,
     devices=("cpu",),
     dtypes=(torch.float64, torch.float32, *_HALF),
-    missing=_known(
+    missing=_missing(
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
@@ -209,7 +205,7 @@ CUDNN = Block(
     max_head_dim=128,
     head_dim_multiple=8,
     can_be_deterministic=False,
-    missing=_known(
+    missing=_missing(
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"
     ),
 )
@@ -222,7 +218,7 @@ FLASH = Block(
     dtypes=_HALF,
     max_head_dim=256,
     head_dim_multiple=8,
-    missing=_known(
+    missing=_missing(
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
     ),
 )
