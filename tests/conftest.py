@@ -1,5 +1,6 @@
 """Pools of ranks that live as long as the session, started when first asked for."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 
 from lhcp.testing.inputs import poisoned_empty
 from lhcp.testing.ranks import RankPool
+
+# Before anything imports a kernel: Triton decides at the decorator whether it interprets.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
