@@ -167,6 +167,35 @@ def test_low_precision_is_within_budget(ranks: RankPool, dtype: torch.dtype, rot
     assert_within_budget("lse", got[4], alone, exact[4])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_are_merged_wide(ranks: RankPool, layout: LayoutName) -> None:
+    """Fails if out or dq is kept in bf16 from step to step.
+
+    Each part is rounded once, as the backend alone rounds the whole, and so is their sum: together
+    sqrt(2) times the error of one rounding at most. A rounding a step is more.
+    """
+    case = Dense(
+        world_size=4,
+        layout=layout,
+        causal=False,
+        chunk=64,
+        groups=2,
+        head_dim=16,
+        dtype=torch.bfloat16,
+    )
+    got = whole(ranks.run(ring, 4, case), layout)
+    exact = expected(case, torch.float64)
+    q, k, v, do = case.inputs()
+    out, lse = CPU.forward(q, k, v, False, 0.25)
+    dq, *_ = CPU.backward(do, q, k, v, out, lse, False, 0.25)
+
+    def rms(x: Tensor, i: int) -> float:
+        return (x.double() - exact[i]).square().mean().sqrt().item()
+
+    assert rms(got[0], 0) < 2**0.5 * rms(out, 0)
+    assert rms(got[1], 1) < 2**0.5 * rms(dq, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "math"])
 def test_one_rank_is_the_backend_itself(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:

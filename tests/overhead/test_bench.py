@@ -100,6 +100,7 @@ def network() -> Iterator[Nodes]:
         pytest.skip(str(error))
 
 
+@pytest.mark.soak  # compares times: for a quiet machine
 def test_link_between_namespaces(network: Nodes, tmp_path: Path) -> None:
     """Fails if messages beat the link's rate, or if the model misses what a slow link exposes.
 
