@@ -94,12 +94,12 @@ def calibrate(
     ]
     tiny = torch.zeros(1, device=device)
     between = Link(latency=0.0, bandwidth=1e18)
-    gather_factor = reduce_scatter_factor = 1.0
+    gather_factor = alltoall_factor = 1.0
     if ranks.world_size > 1:
         found = link(ranks, device, large_message)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
         large = large_message or (2**26 if device.type == "cuda" else 2**22)
-        gather_factor, reduce_scatter_factor, four = collective_factors(ranks, device, rate, large)
+        gather_factor, alltoall_factor, four = collective_factors(ranks, device, rate, large)
         hop = max(0.0, four / 4 - latency) / max(1, ranks.world_size - 2)
         between = Link(latency=latency, bandwidth=rate, hop=hop)
     cuda = device.type == "cuda"
@@ -118,7 +118,7 @@ def calibrate(
         inner=between,
         outer=between,
         gather_factor=gather_factor,
-        reduce_scatter_factor=reduce_scatter_factor,
+        alltoall_factor=alltoall_factor,
     )
     if ranks.world_size > 1:
         said = [calibration]

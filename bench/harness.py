@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lhcp.attention import lighthouse_attention
-from lhcp.collectives import all_gather, reduce_scatter
+from lhcp.collectives import all_gather, all_to_all
 from lhcp.layout import LayoutName
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
@@ -190,38 +190,44 @@ def latency_and_rate(
 def collective_factors(
     ranks: Ranks, device: torch.device, rate: float, large: int
 ) -> tuple[float, float, float]:
-    """Gathers and reduce-scatters, four at once as rotations post them, over neighbour messages.
+    """Gathers and all-to-alls, four at once as rotations post them, over neighbour messages.
 
     Args:
         rate: bytes a second of neighbour messages; large: bytes of one rank's part.
 
     Returns:
-        time of a gather over that of as many bytes from neighbours; the same of a reduce-scatter;
+        time of a gather over that of as many bytes from neighbours; the same of an all-to-all;
         seconds of a gather without bytes.
     """
-    world = ranks.world_size
+    world, ones = ranks.world_size, [1] * ranks.world_size
+    assert ranks.flat is not None
+    group = ranks.flat
 
-    def make(collective: Callable[..., Any], scatter: bool) -> Callable[[int], Callable[[], None]]:
-        def of(num_bytes: int) -> Callable[[], None]:
-            part = torch.ones(4, num_bytes // 16, device=device)
-            whole = torch.ones(4, world * num_bytes // 16, device=device)
-            into, source = (part, whole) if scatter else (whole, part)
+    def gather(num_bytes: int) -> Callable[[], None]:
+        source = torch.ones(4, num_bytes // 16, device=device)
+        into = torch.ones(4, world * num_bytes // 16, device=device)
 
-            def run() -> None:
-                works = [
-                    collective(into[i], source[i], group=ranks.flat, async_op=True)
-                    for i in range(4)
-                ]
-                for work in works:
+        def run() -> None:
+            works = [all_gather(into[i], source[i], group=group, async_op=True) for i in range(4)]
+            for work in works:
+                work.wait()
+
+        return run
+
+    def exchange(num_bytes: int) -> Callable[[], None]:
+        source, into = torch.ones(2, 4, world, num_bytes // 16, device=device)
+
+        def run() -> None:
+            works = [all_to_all(into[i], source[i], ones, ones, group) for i in range(4)]
+            for work in works:
+                if work is not None:
                     work.wait()
 
-            return run
+        return run
 
-        return of
-
-    latency, gathered = latency_and_rate(make(all_gather, False), large, ranks, device)
-    _, scattered = latency_and_rate(make(reduce_scatter, True), large, ranks, device)
-    return (rate / (gathered * (world - 1)), rate / (scattered * (world - 1)), latency)
+    latency, gathered = latency_and_rate(gather, large, ranks, device)
+    _, exchanged = latency_and_rate(exchange, large, ranks, device)
+    return rate / (gathered * (world - 1)), rate / (exchanged * (world - 1)), latency
 
 
 def slowest(seconds: float, ranks: Ranks) -> float:

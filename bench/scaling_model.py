@@ -21,11 +21,11 @@ from calibrate import calibrate
 from harness import card, gate, join, last_line, print_card, run_to_exit
 
 from lhcp.calibration import CALIBRATIONS, Calibration
+from lhcp.clocks import Sizes
 from lhcp.config import LighthouseConfig
 from lhcp.cost_model import boundary_bytes, choose, predict, rotation_memory
 from lhcp.mesh import Ranks
 from lhcp.overhead import measure_overhead
-from lhcp.schedule_model import Sizes
 
 Row = dict[str, Any]
 

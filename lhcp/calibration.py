@@ -1,6 +1,6 @@
 """Measured times that the cost model reads: blocks of attention, memory and links, by machine.
 
-A calibration is data: made by `bench/scaling_model.py --calibrate`, kept as JSON, read back here.
+A calibration is data: made by `bench/calibrate.py`, kept as JSON, read back here.
 """
 
 import json
@@ -60,8 +60,8 @@ class Calibration:
     """Between nodes, for one rank."""
     gather_factor: float = 1.0
     """Time of a gather over that of neighbour messages of as many bytes."""
-    reduce_scatter_factor: float = 1.0
-    """The same of a reduce-scatter: gloo does an all-reduce, which sends twice as much."""
+    alltoall_factor: float = 1.0
+    """The same of an all-to-all."""
 
     def block_seconds(
         self,
@@ -218,7 +218,6 @@ CPU = Calibration(
     launch=20e-6,
     inner=Link(latency=100e-6, bandwidth=1e9),
     outer=Link(latency=200e-6, bandwidth=100e6),
-    reduce_scatter_factor=2.0,
 )
 
 CALIBRATIONS = {calibration.name: calibration for calibration in (H200, B200, CPU)}

@@ -9,48 +9,78 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lhcp.calibration import Calibration, Direction
-from lhcp.schedule_model import SCHEDULES, Clocks, Sizes, single_seconds
+from lhcp.clocks import Clocks, Sizes, single_seconds
+from lhcp.ring.parts import gather_segments, shard_run
+from lhcp.schedule_model import SCHEDULES, parts_sent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Traffic:
     """What one rank sends in one direction of one attention."""
 
     num_bytes: int
-    """A gather counts W - 1 times the rank's own part, a reduce-scatter likewise, an all-to-all
-    what is for others: what a ring of them has to move."""
+    """A gather counts W - 1 times the rank's own part: what a ring of them has to move. An
+    all-to-all counts what is for others."""
     num_messages: int
     """Sends and collectives that are posted."""
 
 
-def traffic(rotation: str, sizes: Sizes, direction: Direction) -> Traffic:
+def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Traffic:
     """Count the messages of one rank, exactly.
 
     Raises:
         ValueError: the model does not know the rotation.
     """
-    world, slots = sizes.world_size, sizes.cut.chunks_per_rank
-    kv, grads = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
+    world, slots, cut = sizes.world_size, sizes.cut.chunks_per_rank, sizes.cut
+    kv = sizes.kv_elements * sizes.element_bytes
     back = direction == "backward"
     if rotation not in SCHEDULES:
         raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(SCHEDULES)}")
     if world == 1:
         return Traffic(0, 0)
     if rotation == "p2p":
-        return Traffic((world - 1) * kv + back * world * grads, world - 1 + back * world)
+        runs = [shard_run(cut, sizes.causal, rank, other) for other in range(world)]
+        given = [stop - start for r, (start, stop) in enumerate(runs) if r != rank]
+        parts = Traffic(sum(given) * sizes.chunk_bytes, 2 * sum(map(bool, given)))
+        return Traffic(
+            (world - 1) * kv + back * parts.num_bytes, world - 1 + back * parts.num_messages
+        )
     if rotation == "allgather":
-        collectives = 2 * slots * len(sizes.head_groups)
-        return Traffic((world - 1) * (kv + back * grads), collectives * (1 + back))
+        everyone = range(world)
+        plan = gather_segments(cut, sizes.causal, everyone, everyone)
+        parts_bytes = parts_sent(plan, world)[rank] * sizes.chunk_bytes
+        collectives = 2 * len(sizes.head_groups)
+        return Traffic(
+            (world - 1) * kv + back * parts_bytes, collectives * (slots + back * len(plan))
+        )
     if rotation == "hierarchical":
-        nodes, inner = sizes.num_nodes, world // sizes.num_nodes
-        across = (nodes - 1) * kv + back * nodes * grads
-        inside = nodes * (inner - 1) * (kv + back * grads)
-        sends = nodes - 1 + back * nodes
-        return Traffic(across + inside, sends + nodes * 2 * slots * (1 + back))
+        return _hierarchical_traffic(sizes, back, rank)
     wide = 8 if sizes.element_bytes == 8 else 4
     q, lse = sizes.q_elements * sizes.element_bytes, sizes.q_elements // sizes.head_dim * wide
     sent = 2 * q + kv + (0 if back else lse)
     return Traffic(sent * (world - 1) // world, 2 if back else 3)
+
+
+def _hierarchical_traffic(sizes: Sizes, back: bool, rank: int) -> Traffic:
+    kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
+    nodes, inner = sizes.num_nodes, sizes.world_size // sizes.num_nodes
+    num_bytes = (nodes - 1) * kv + nodes * (inner - 1) * kv
+    messages = nodes - 1 + nodes * 2 * sizes.cut.chunks_per_rank
+    if back:
+        num_bytes += (nodes - 1) * sums
+        messages += 2 * (nodes - 1)
+        own, place = divmod(rank, inner)
+        for node in range(nodes):
+            pair = (range(n * inner, (n + 1) * inner) for n in (own, node))
+            plan = gather_segments(sizes.cut, sizes.causal, *pair)
+            num_bytes += parts_sent(plan, inner)[place] * sizes.chunk_bytes
+            messages += 2 * len(plan)
+    return Traffic(num_bytes, messages)
+
+
+def most_traffic(rotation: str, sizes: Sizes, direction: Direction) -> Traffic:
+    """Return the traffic of the rank that sends most."""
+    return max(traffic(rotation, sizes, direction, rank) for rank in range(sizes.world_size))
 
 
 def rotation_memory(rotation: str, sizes: Sizes) -> int:
@@ -59,14 +89,16 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     Raises:
         ValueError: the model does not know the rotation.
     """
-    kv, grads = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
+    kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
     world, num_groups = sizes.world_size, len(sizes.head_groups)
     inner = world // sizes.num_nodes
     held = {
-        "p2p": 2 * (kv + grads),
-        # Two groups of heads as they come and as they are used; all gradients until they are home.
-        "allgather": world * kv * min(2, num_groups) // num_groups + world * grads + 2 * grads,
-        "hierarchical": (2 * inner + 2) * kv + (inner + 4) * grads,
+        # Three buffers of the ring; two parts on their way, one being made; the sum.
+        "p2p": 3 * kv + 3 * kv + sums,
+        # Keys of two groups of heads, as they come and as they are used; parts of three: being
+        # made, sent, received; the diagonal's own.
+        "allgather": world * kv * (min(2, num_groups) + min(3, num_groups)) // num_groups + kv,
+        "hierarchical": 3 * kv + inner * kv * 2 + 3 * inner * kv + 3 * sums,
         "alltoall": 2 * (sizes.q_elements * sizes.element_bytes + kv),
     }
     if rotation not in held:
@@ -154,7 +186,7 @@ def predict(rotation: str, sizes: Sizes, calibration: Calibration) -> Prediction
                 SCHEDULES[rotation](clocks)
             return clocks
 
-        sent = traffic(rotation, sizes, direction)
+        sent = most_traffic(rotation, sizes, direction)
         alone = play(True, False)
         return PhasePrediction(
             play(True, True).seconds,

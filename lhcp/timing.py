@@ -1,7 +1,7 @@
 """Named, timed spans: every stage and ring step in a profile, and how long the rotation waited."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,12 +35,39 @@ UNTIMED = Spans()
 
 @dataclass(frozen=True)
 class Span:
-    """One measured range."""
+    """One measured range, in seconds since its `Timers` were reset."""
 
     stage: str
     kind: str
     step: int
-    seconds: float
+    start: float
+    stop: float
+
+    @property
+    def seconds(self) -> float:
+        return self.stop - self.start
+
+
+def uncovered(waits: Iterable[tuple[float, float]], work: Iterable[tuple[float, float]]) -> float:
+    """Return how long some interval of `waits` runs and none of `work` does.
+
+    On a GPU a message is waited for in one stream while other streams compute: only what no work
+    covers is lost.
+    """
+    edges = [
+        edge
+        for kind, intervals in enumerate((waits, work))
+        for start, stop in intervals
+        for edge in ((start, kind, 1), (stop, kind, -1))
+    ]
+    running = [0, 0]
+    total = since = 0.0
+    for moment, kind, change in sorted(edges):
+        if running[0] and not running[1]:
+            total += moment - since
+        since = moment
+        running[kind] += change
+    return total
 
 
 class Timers(Spans):
@@ -53,6 +80,8 @@ class Timers(Spans):
     def __init__(self) -> None:
         self._done: list[Span] = []
         self._events: list[tuple[str, str, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._base: torch.cuda.Event | None = None
+        self._begin = time.perf_counter()
 
     @contextmanager
     def span(self, stage: str, kind: str, step: int, device: torch.device) -> Iterator[None]:
@@ -60,31 +89,45 @@ class Timers(Spans):
             if device.type == "cuda":
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
+                if self._base is None:
+                    self._base = start
                 yield
                 stop.record()
                 self._events.append((stage, kind, step, start, stop))
             else:
-                begin = time.perf_counter()
+                start_s = time.perf_counter() - self._begin
                 yield
-                self._done.append(Span(stage, kind, step, time.perf_counter() - begin))
+                stop_s = time.perf_counter() - self._begin
+                self._done.append(Span(stage, kind, step, start_s, stop_s))
 
     def spans(self) -> list[Span]:
         """Return all spans since `reset`, in order of their end; waits for a GPU to finish them."""
         for stage, kind, step, start, stop in self._events:
             stop.synchronize()
-            self._done.append(Span(stage, kind, step, start.elapsed_time(stop) / 1e3))
+            assert self._base is not None
+            edges = (self._base.elapsed_time(event) / 1e3 for event in (start, stop))
+            self._done.append(Span(stage, kind, step, *edges))
         self._events.clear()
         return list(self._done)
 
-    def seconds(self, kind: str, stage: str = "") -> float:
-        """Sum of the spans of one kind, of all stages or of those that start with `stage`."""
-        return sum(s.seconds for s in self.spans() if s.kind == kind and s.stage.startswith(stage))
+    def waited(self, stage: str = "") -> float:
+        """Seconds in which this rank waited for messages and computed nothing meanwhile.
+
+        Args:
+            stage: of waits whose stage starts so; "" for all.
+        """
+        spans = self.spans()
+        waits = [s for s in spans if s.kind == "wait" and s.stage.startswith(stage)]
+        work = [s for s in spans if s.kind == "compute"]
+        return uncovered(*([(s.start, s.stop) for s in some] for some in (waits, work)))
 
     def rotation_share(self, step_seconds: float) -> float:
         """Share of `step_seconds` that this rank spent waiting for the rotation's messages."""
-        return self.seconds("wait") / step_seconds
+        return self.waited() / step_seconds
 
     def reset(self) -> None:
-        """Forget all spans."""
+        """Forget all spans; time starts again."""
         self._done.clear()
         self._events.clear()
+        self._base = None
+        self._begin = time.perf_counter()

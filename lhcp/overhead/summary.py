@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from lhcp.cost_model import boundary_bytes, traffic
+from lhcp.clocks import Sizes
+from lhcp.cost_model import boundary_bytes, most_traffic
 from lhcp.overhead.report import PHASES, Mark, OverheadReport, PhaseReport, StepReport, Timing
 from lhcp.overhead.runs import Job, Sample
-from lhcp.schedule_model import Sizes
+from lhcp.timing import uncovered
 
 Samples = dict[tuple[str, str], list[Sample]]
 """(run, phase) -> one sample a repeat, on one rank."""
@@ -79,7 +80,7 @@ def _bytes(job: Job, sizes: Sizes, phase: str, layer: bool = False) -> int | Non
         if phase not in (direction, "both"):
             continue
         try:
-            total += traffic(job.plan.rotation, sizes, direction).num_bytes
+            total += most_traffic(job.plan.rotation, sizes, direction).num_bytes
         except ValueError:
             return None
         if layer and job.config is not None:
@@ -107,9 +108,12 @@ def _phase(
     waits = []
     for repeat in zip(*(samples[real, phase] for samples in by_rank), strict=True):
         sample = max(repeat, key=lambda s: s.seconds)
-        waits.append([stop - start for _, kind, _, start, stop in sample.spans if kind == "wait"])
-    calls = by_rank[0][real, phase][0].calls
-    waited = Timing.of([sum(w) / calls for w in waits]).median if any(waits) else None
+        found: dict[str, list[tuple[float, float]]] = {"wait": [], "compute": []}
+        for _, kind, _, start, stop in sample.spans:
+            found.setdefault(kind, []).append((start, stop))
+        if found["wait"]:
+            waits.append(uncovered(found["wait"], found["compute"]) / sample.calls)
+    waited = Timing.of(waits).median if waits else None
     return PhaseReport(
         phase=phase,
         real=Timing.of(_slowest(by_rank, real, phase)),

@@ -1,6 +1,10 @@
 """Exact attention across ranks: one loop forward, one backward, over any rotation and backend."""
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,11 +12,14 @@ from torch import Tensor
 from lhcp.layout import Layout
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
+from lhcp.ring.lanes import Lanes, Started
 from lhcp.ring.merge import merge
 from lhcp.ring.rotation import ROTATIONS
 from lhcp.ring.rotation.base import Grads, Rotation, Trip, wide
 from lhcp.ring.schedule import Call, Step, most_parts
 from lhcp.timing import Spans
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -46,24 +53,58 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
     rotation = ROTATIONS[plan.rotation](trip, k)
     out = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
     lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
-    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
+
+    def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
-            for call in step.calls:
-                block_out, block_lse = block.forward(
-                    views.queries(q, call, step),
-                    views.keys(k_i, call),
-                    views.keys(v_i, call),
-                    call.causal,
-                    plan.scale,
-                )
-                at, lse_at = views.rows(call, step)
-                block_out = views.unfold(block_out, call)
-                block_lse = views.unfold_lse(block_lse, call)
-                if step.first:
-                    out[at], lse[lse_at] = block_out, block_lse
-                else:
-                    merge(out[at], lse[lse_at], block_out, block_lse)
+            return block.forward(
+                views.queries(q, call, step),
+                views.keys(k_i, call),
+                views.keys(v_i, call),
+                call.causal,
+                plan.scale,
+            )
+
+    def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for call, (block_out, block_lse) in zip(step.calls, results, strict=True):
+            at, lse_at = views.rows(call, step)
+            block_out = views.unfold(block_out, call)
+            block_lse = views.unfold_lse(block_lse, call)
+            if step.first:
+                out[at], lse[lse_at] = block_out, block_lse
+            else:
+                merge(out[at], lse[lse_at], block_out, block_lse)
+
+    _take_steps(rotation, k, v, start, finish)
     return out.to(q.dtype), lse
+
+
+def _take_steps(
+    rotation: Rotation,
+    k: Tensor,
+    v: Tensor,
+    start: Callable[[int, Step, Call, Tensor, Tensor], R],
+    finish: Callable[[int, Step, Sequence[R]], None],
+) -> None:
+    """The one loop: start each step's calls on what is delivered; finish steps in order.
+
+    On a GPU the calls run side by side, and a step is finished once the next one's calls are under
+    way, so that what finishing waits for does not hold those up.
+    """
+    lanes = Lanes(k.device)
+    # What calls read is kept until they are waited for.
+    waiting: deque[tuple[int, Step, Tensor, Tensor, list[Started[R]]]] = deque()
+
+    def finish_first() -> None:
+        i, step, _, _, calls = waiting.popleft()
+        finish(i, step, [call.result() for call in calls])
+
+    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
+        calls = [lanes.start(partial(start, i, step, call, k_i, v_i)) for call in step.calls]
+        waiting.append((i, step, k_i, v_i, calls))
+        while len(waiting) > lanes.depth:
+            finish_first()
+    while waiting:
+        finish_first()
 
 
 def attend_backward(
@@ -95,30 +136,34 @@ def attend_backward(
     rotation = ROTATIONS[plan.rotation](trip, k)
     views = _Views(plan.layout, q, k)
     dq = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
-    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
+
+    def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, ...]:
         with spans.span("ring_backward", "compute", i, q.device):
-            grads = []
-            for call in step.calls:
-                dq_part, dk_part, dv_part = block.backward(
-                    views.queries(dout, call, step),
-                    views.queries(q, call, step),
-                    views.keys(k_i, call),
-                    views.keys(v_i, call),
-                    views.queries(out, call, step),
-                    views.lse(lse, call, step),
-                    call.causal,
-                    plan.scale,
-                )
-                at, _ = views.rows(call, step)
-                if step.first:
-                    dq[at] = views.unfold(dq_part, call)
-                else:
-                    dq[at] += views.unfold(dq_part, call)
-                grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
+            return block.backward(
+                views.queries(dout, call, step),
+                views.queries(q, call, step),
+                views.keys(k_i, call),
+                views.keys(v_i, call),
+                views.queries(out, call, step),
+                views.lse(lse, call, step),
+                call.causal,
+                plan.scale,
+            )
+
+    def finish(i: int, step: Step, results: Sequence[tuple[Tensor, ...]]) -> None:
+        grads = []
+        for call, (dq_part, dk_part, dv_part) in zip(step.calls, results, strict=True):
+            at, _ = views.rows(call, step)
+            if step.first:
+                dq[at] = views.unfold(dq_part, call)
+            else:
+                dq[at] += views.unfold(dq_part, call)
+            grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
         rotation.collect(i, grads)
+
+    _take_steps(rotation, k, v, start, finish)
     dk, dv = rotation.home()
-    # Rotations keep dk and dv in one buffer: copies, so that the results do not share memory.
-    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+    return dq.to(q.dtype), dk, dv
 
 
 def _sum_dtype(rotation: Rotation, dtype: torch.dtype) -> torch.dtype:

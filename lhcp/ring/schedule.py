@@ -26,6 +26,11 @@ class Call:
     per_chunk: bool = False
     """Each chunk of the run attends within itself alone: chunks go into the batch axis."""
 
+    @property
+    def num_keys(self) -> int:
+        """Chunks of keys."""
+        return self.kv[1] - self.kv[0]
+
 
 @dataclass(frozen=True)
 class Step:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lhcp
-from lhcp.layout import LayoutName
+from lhcp.layout import LayoutName, make_layout
 from lhcp.testing.ranks import RankPool
 from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, Problem
 
 Message = tuple[str, int, torch.dtype, int]
-"""What kind, how many elements this rank gives (or, reduced, gets), their dtype, and to how many
-ranks on: for a send the distance to its receiver round the group, else the group's size."""
+"""What kind, how many elements this rank gives (or, reduced, gets), their dtype, and to whom: for a
+send the distance to its receiver round the group, else the group's size."""
 
 
 class Recorder(TorchDispatchMode):
@@ -38,9 +38,9 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> "Recorder":
         original = self._all_to_all = dist.all_to_all_single
 
-        def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> Any:
+        def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup, **kwargs: Any) -> Any:
             self.messages.append(("alltoall", given.numel(), given.dtype, group.size()))
-            return original(output, given, group=group)
+            return original(output, given, group=group, **kwargs)
 
         dist.all_to_all_single = wrapped
         super().__enter__()
@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
         size = group.size()
         given: Tensor
-        if op == "recv_":
+        if op in ("recv_", "alltoall_base_"):
             return
         if op == "send":
             (given,), distance = args[0], (args[2] - group.rank()) % size
@@ -119,8 +119,30 @@ def record(group: Any, call: Call) -> tuple[list[Message], list[Message]]:
     return forward.messages, backward.messages
 
 
-def expected(call: Call) -> tuple[Counter[Message], Counter[Message]]:
-    """What every rank should send, from sizes alone."""
+def parts(layout: LayoutName, world: int, rank: int, queries: range, keys: range) -> list[int]:
+    """Chunks of `keys` in each all-to-all that `rank` of `queries` sends parts of gradients in.
+
+    Query chunks that see the same keys share a call; each call has an all-to-all a slot of keys,
+    unless it sees no key of that slot on any rank.
+    """
+    cut = make_layout(layout, world)
+    found: dict[tuple[tuple[int, ...], int], dict[int, int]] = {}
+    for other in queries:
+        seen = {
+            place: frozenset(k for r in keys for k in cut.chunks(r) if k < q)
+            for place, q in enumerate(cut.chunks(other))
+        }
+        for keys_seen in set(seen.values()):
+            call = tuple(place for place, s in seen.items() if s == keys_seen)
+            for slot in range(cut.chunks_per_rank):
+                rows = sum(cut.owner(k)[1] == slot for k in keys_seen)
+                if rows:
+                    found.setdefault((call, slot), {})[other] = rows
+    return [by_rank.get(rank, 0) for by_rank in found.values()]
+
+
+def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]:
+    """What a rank should send, from sizes alone."""
     p, world = call.problem, call.world_size
     slots = 2 if call.layout == "zigzag" else 1
     whole = p.config.subsequence_length(p.seqlen) if call.lighthouse else p.seqlen
@@ -133,18 +155,30 @@ def expected(call: Call) -> tuple[Counter[Message], Counter[Message]]:
     if call.rotation == "p2p":
         forward["send", 2 * kv, call.dtype, 1] = world - 1
         backward["send", 2 * kv, call.dtype, 1] += world - 1
-        backward["send", 2 * kv, wide, 1] += world
+        for step in range(1, world):
+            owner = (rank - step) % world
+            # Zigzag: a lower rank's first chunk, both of a higher one; contiguous: lower ranks'.
+            rows = (2 - (owner < rank)) if slots == 2 else int(owner < rank)
+            if rows:
+                backward["send", rows * kv // slots, call.dtype, world - step] += 2
     elif call.rotation == "allgather":
         forward["gather", kv // slots, call.dtype, world] = 2 * slots
         backward["gather", kv // slots, call.dtype, world] = 2 * slots
-        backward["reduce", kv // slots, wide, world] = 2 * slots
+        everyone = range(world)
+        for rows in parts(call.layout, world, rank, everyone, everyone):
+            backward["alltoall", rows * kv // slots, call.dtype, world] += 2
     elif call.rotation == "hierarchical":
         nodes, size = TWO_AXES["hierarchical"][world]
         forward["send", 2 * kv, call.dtype, 1] = nodes - 1
         forward["gather", kv // slots, call.dtype, size] = 2 * slots * nodes
         backward.update(forward)
-        backward["send", 2 * kv, wide, 1] += nodes
-        backward["reduce", kv // slots, wide, size] = 2 * slots * nodes
+        own = rank // size
+        for node in range(nodes):
+            pair = [range(n * size, (n + 1) * size) for n in (own, node)]
+            for rows in parts(call.layout, world, rank, *pair):
+                backward["alltoall", rows * kv // slots, call.dtype, size] += 2
+            if node != own:
+                backward["send", kv, wide, (node - own) % nodes] += 2
     else:
         assert call.rotation == "alltoall", "a new rotation: say what it sends"
         row = p.batch * tokens
@@ -187,18 +221,23 @@ def name(call: Call) -> str:
 
 @pytest.mark.parametrize("call", CALLS, ids=name)
 def test_every_message_is_accounted_for(ranks: RankPool, call: Call) -> None:
-    """Fails if kv travels repeated or twice, a sum travels narrow, or ranks differ."""
+    """Fails if kv travels repeated or twice, parts that no one needs travel, or ranks differ."""
     recorded = ranks.run(record, call.world_size, call, num_nodes=call.nodes)
-    for forward, backward in recorded:
-        assert (Counter(forward), Counter(backward)) == expected(call)
-        assert recorded[0] == (forward, backward)
+    for rank, (forward, backward) in enumerate(recorded):
+        assert (Counter(forward), Counter(backward)) == expected(call, rank)
+        assert recorded[0][0] == forward
+        # The ranks of one collective; those of a hierarchical gather are a node.
+        size = call.world_size // (call.nodes or 1)
+        first = recorded[rank // size * size][1]
+        collectives = [[m for m in sent if m[0] != "send"] for sent in (first, backward)]
+        assert [(m[0], m[2:]) for m in collectives[0]] == [(m[0], m[2:]) for m in collectives[1]]
 
 
 def test_float64_travels_as_float64(ranks: RankPool) -> None:
     """Fails if sums over ranks of exact inputs are rounded to float32 on the way."""
     call = Call(rotation="p2p", layout="zigzag", world_size=2, lighthouse=True, dtype=torch.float64)
-    for forward, backward in ranks.run(record, 2, call):
-        assert (Counter(forward), Counter(backward)) == expected(call)
+    for rank, (forward, backward) in enumerate(ranks.run(record, 2, call)):
+        assert (Counter(forward), Counter(backward)) == expected(call, rank)
 
 
 def quiet(group: Any, layout: LayoutName) -> list[Message]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lhcp.calibration import CALIBRATIONS, CPU, H200, Calibration, Link, interpolate
-from lhcp.cost_model import attention_flops, choose, predict, traffic
+from lhcp.clocks import Sizes, step_seconds
+from lhcp.cost_model import attention_flops, choose, most_traffic, predict
 from lhcp.ring.rotation import NAMES
 from lhcp.ring.schedule import allgather_steps, p2p_steps
-from lhcp.schedule_model import Sizes, step_seconds
 
 BASE = Sizes(seqlen=65_536, world_size=8, num_heads=8, num_kv_heads=8, head_dim=128, node_size=4)
 
@@ -42,8 +42,8 @@ def test_monotone_in_sizes(rotation: str) -> None:
     )
     assert total(rotation, BASE, slow) > 2 * time
     for direction in ("forward", "backward"):
-        few = traffic(rotation, BASE, direction)  # type: ignore[arg-type]
-        many = traffic(rotation, replace(BASE, seqlen=2 * BASE.seqlen), direction)  # type: ignore[arg-type]
+        few = most_traffic(rotation, BASE, direction)  # type: ignore[arg-type]
+        many = most_traffic(rotation, replace(BASE, seqlen=2 * BASE.seqlen), direction)  # type: ignore[arg-type]
         assert many.num_bytes == 2 * few.num_bytes
 
 
@@ -53,7 +53,7 @@ def test_one_rank_costs_one_device(rotation: str) -> None:
     alone = replace(BASE, world_size=1, node_size=None)
     prediction = predict(rotation, alone, H200)
     assert prediction.overhead == pytest.approx(0.0)
-    assert traffic(rotation, alone, "backward").num_bytes == 0
+    assert most_traffic(rotation, alone, "backward").num_bytes == 0
 
 
 @pytest.mark.parametrize("steps", [p2p_steps, allgather_steps])
@@ -125,12 +125,12 @@ def test_two_equal_steps_by_hand() -> None:
     )
     # kv: 2 tensors x 1 token x 2 bytes = 4 bytes: 4.5 s, the step 3 s.
     assert predict("p2p", sizes, calibration).forward.real == pytest.approx(4.5 + 3)
-    # Gradients: 8 bytes, 8.5 s, posted after the first step's 6 s, and again after they arrive; the
-    # kv's 4.5 s are over by then.
+    # Gradients of the other rank's token: 4 bytes, 4.5 s, posted after the second step.
     backward = predict("p2p", sizes, calibration).backward
-    assert backward.real == pytest.approx(6 + 8.5 + 8.5)
+    assert backward.real == pytest.approx(6 + 6 + 4.5)
     assert backward.compute == pytest.approx(12)
-    assert backward.communication == pytest.approx(4 + 8.5 + 8.5)
+    # One link carries one message at a time, and its latency beside the next one's bytes.
+    assert backward.communication == pytest.approx(4.5 + 4.5)
 
 
 def test_choice_follows_the_machine() -> None:
@@ -167,4 +167,4 @@ def test_interpolation() -> None:
 def test_unknown_rotation() -> None:
     """Fails if a rotation that the model does not know gets a number."""
     with pytest.raises(ValueError, match="the cost model knows"):
-        traffic("carrier pigeon", BASE, "forward")
+        most_traffic("carrier pigeon", BASE, "forward")

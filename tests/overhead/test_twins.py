@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lhcp.clocks import Sizes
 from lhcp.cost_model import boundary_bytes, traffic
 from lhcp.layout import LAYOUTS, LayoutName
 from lhcp.mesh import Ranks, as_ranks
@@ -16,7 +17,6 @@ from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
 from lhcp.ring.rotation import NAMES
 from lhcp.ring.rotation.twins import silent
-from lhcp.schedule_model import Sizes
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
 from tests.overhead.counting import Messages
@@ -124,13 +124,13 @@ def test_messages_and_blocks(
         layout=layout,
         node_size=2 if rotation == "hierarchical" else None,
     )
-    for found in ranks.run(count, world, rotation, layout, dtype):
+    for rank, found in enumerate(ranks.run(count, world, rotation, layout, dtype)):
         for phase in ("forward", "backward"):
             real, real_blocks = found["real", phase]
             assert found["compute", phase] == ([], real_blocks)
             assert found["communication", phase] == (real, 0)
             assert real_blocks > 0
-            expected = traffic(rotation, sizes, phase)  # type: ignore[arg-type]
+            expected = traffic(rotation, sizes, phase, rank)  # type: ignore[arg-type]
             assert sum(size for _, _, size in real) == expected.num_bytes
             assert len(real) == expected.num_messages
 

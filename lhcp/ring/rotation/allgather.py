@@ -1,24 +1,25 @@
 """Gather all keys and values; attend to the local diagonal meanwhile, then to prefixes.
 
 The gather goes by groups of kv heads: while one group is computed, the next one's bytes travel. In
-the backward each group's gradients leave by a reduce-scatter in the same way. A rank opens one
-gather a group, slot and tensor in each direction, and as many reduce-scatters in the backward.
+the backward each group's parts of the gradients go to their owners by all-to-all in the same way.
 """
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from lhcp.ring.rotation.base import Grads, Trip, add_chunks, zeros_wide
-from lhcp.ring.rotation.messages import Gather, ReduceScatter, pack_chunks
+from lhcp.ring.parts import gather_segments
+from lhcp.ring.rotation.base import Grads, Trip
+from lhcp.ring.rotation.messages import Gather, PartsHome
 from lhcp.ring.schedule import Step, allgather_steps
+from lhcp.ring.sum_parts import sum_parts
 
 MIN_GROUP_BYTES = 16 * 2**20
 """A group of heads gathers at least this much: below, latency costs more than overlap gains."""
 
-MIN_GROUP_ROWS = 132 * 128
-"""kv heads x query rows of a chunk in a group: fewer leave multiprocessors without work."""
+MIN_GROUP_ROWS = 64 * 128
+"""kv heads x query rows of a chunk in a group: fewer leave multiprocessors without work, with the
+calls of both chunks side by side."""
 
 
 def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ...]:
@@ -30,29 +31,34 @@ def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ..
     return tuple((start, start + size) for start in range(0, num_kv_heads, size))
 
 
-def head_groups(num_kv_heads: int, chunk: int, gathered_bytes: int) -> tuple[tuple[int, int], ...]:
+def head_groups(
+    num_kv_heads: int, chunk: int, gathered_bytes: int, world_size: int
+) -> tuple[tuple[int, int], ...]:
     """Return the runs of kv heads that are gathered one after another.
 
     Args:
         chunk: tokens of a chunk. gathered_bytes: of all ranks' k and v, all heads.
+        world_size: with few ranks the diagonal is long enough to hide a gather on its own.
     """
     by_rows = num_kv_heads * chunk // MIN_GROUP_ROWS
-    return split_heads(num_kv_heads, min(gathered_bytes // MIN_GROUP_BYTES, by_rows))
+    return split_heads(
+        num_kv_heads, min(gathered_bytes // MIN_GROUP_BYTES, by_rows, world_size // 2)
+    )
 
 
 class AllGather:
-    """`Rotation` by all-gather and reduce-scatter."""
+    """`Rotation` by all-gather and all-to-all."""
 
     def __init__(self, trip: Trip, k: Tensor) -> None:
         self._trip, self._like = trip, k
-        gathered_bytes = 2 * k.numel() * k.element_size() * trip.ranks.world_size
-        chunk = k.shape[1] // trip.layout.chunks_per_rank
-        self._groups = head_groups(k.shape[2], chunk, gathered_bytes)
+        self._slots, world = trip.layout.chunks_per_rank, trip.ranks.world_size
+        gathered_bytes = 2 * k.numel() * k.element_size() * world
+        self._groups = head_groups(k.shape[2], k.shape[1] // self._slots, gathered_bytes, world)
         self.steps = allgather_steps(trip.ranks.rank, trip.layout, trip.causal, self._groups)
-        self._slots = trip.layout.chunks_per_rank
-        self._leaving: ReduceScatter | None = None
-        self._parts: list[Tensor] = []
-        self._local = None if trip.causal else zeros_wide(k, 2, *k.shape)
+        self._own: tuple[Tensor, Tensor] | None = None
+        self._leaving: PartsHome | None = None
+        self._home: tuple[Tensor, Tensor] | None = None
+        self._arrived = 0
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         trip = self._trip
@@ -67,32 +73,42 @@ class AllGather:
             yield step, *gathered
 
     def collect(self, step: int, grads: Sequence[Grads]) -> None:
-        if self._local is None:
+        trip = self._trip
+        if trip.causal and step == 0:
             # The diagonal: a call over all chunks, each within itself.
-            self._local = torch.stack((grads[0].dk, grads[0].dv))
+            self._own = (grads[0].dk, grads[0].dv)
             return
-        like, heads = self._like, self._groups[0][1] - self._groups[0][0]
-        chunks = self._trip.layout.num_chunks
-        chunk = like.shape[1] // self._slots
-        total = zeros_wide(like, 2, chunks, like.shape[0], chunk, heads, like.shape[3])
-        add_chunks(total, grads)
-        # One group's gradients are on their way at a time, so that one group's sum is in memory.
+        # One group's gradients are on their way at a time, so that one group's parts are in memory.
         self._arrive()
-        self._leaving = ReduceScatter(self._trip.group, total)
+        everyone = range(trip.ranks.world_size)
+        plan = gather_segments(trip.layout, trip.causal, everyone, everyone)
+        like = self._like[:, :, slice(*self._groups[self._arrived])]
+        self._leaving = PartsHome(trip.group, plan, grads, like, self._slots)
 
     def home(self) -> tuple[Tensor, Tensor]:
         self._arrive()
-        assert self._local is not None
-        dk, dv = torch.cat(self._parts, 3).add_(self._local)
-        return dk, dv
+        assert self._home is not None
+        return self._home
 
     def _arrive(self) -> None:
         if self._leaving is None:
             return
-        trip, step = self._trip, len(self._groups) + len(self._parts)
-        with trip.spans.span(trip.stage, "wait", step, self._like.device):
-            self._parts.append(self._leaving.wait())
+        trip, like = self._trip, self._like
+        step = len(self._groups) + self._arrived
+        with trip.spans.span(trip.stage, "wait", step, like.device):
+            parts = self._leaving.wait()
+        if self._home is None:
+            self._home = like.new_empty(like.shape), like.new_empty(like.shape)
+        heads = slice(*self._groups[self._arrived])
+
+        def group(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return pair[0][:, :, heads], pair[1][:, :, heads]
+
+        own = None if self._own is None else group(self._own)
+        sum_parts(parts, self._leaving.first, own, group(self._home))
+        self._arrived += 1
+        self._leaving = None
 
     def _gather(self, k: Tensor, v: Tensor, group: int) -> Gather:
         heads = slice(*self._groups[group])
-        return Gather(self._trip.group, pack_chunks(k[:, :, heads], v[:, :, heads], self._slots))
+        return Gather(self._trip.group, k[:, :, heads], v[:, :, heads], self._slots)

@@ -53,41 +53,24 @@ class Rotation(Protocol):
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield (step, k, v) in order, with the next exchange already under way.
 
-        k, v: [B, tokens, heads of the step, D], valid until the next is asked for. The calls of the
-        first step of each run of heads cover every query.
+        k, v: [B, tokens, heads of the step, D], valid while they are referred to and until the one
+        after the next is asked for. The calls of the first step of each run of heads cover every
+        query.
         """
         ...
 
     def collect(self, step: int, grads: Sequence[Grads]) -> None:
-        """Take the gradients of step number `step`, right after it was delivered."""
+        """Take the gradients of step number `step`, in order; once for every step."""
         ...
 
     def home(self) -> tuple[Tensor, Tensor]:
-        """Return dk and dv of this rank's own tokens, wide, once all ranks' parts have arrived."""
+        """Return dk and dv of this rank's own tokens, once all ranks' parts have arrived.
+
+        Summed wide and rounded once to the dtype of k, in memory of their own.
+        """
         ...
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over steps: float64 for float64, else float32."""
+    """The dtype of sums over calls: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def zeros_wide(like: Tensor, *shape: int) -> Tensor:
-    """A zeroed sum over steps, of the given shape."""
-    return torch.zeros(shape, dtype=wide(like.dtype), device=like.device)
-
-
-def add_tokens(total: Tensor, grads: Sequence[Grads], chunk: int) -> None:
-    """Add gradients to a sum [2, B, tokens, heads, D] over chunks of `chunk` tokens."""
-    for part in grads:
-        run = slice(part.call.kv[0] * chunk, part.call.kv[1] * chunk)
-        total[0][:, run] += part.dk
-        total[1][:, run] += part.dv
-
-
-def add_chunks(total: Tensor, grads: Sequence[Grads]) -> None:
-    """Add gradients to a sum [2, chunks, B, tokens of a chunk, heads, D]."""
-    for part in grads:
-        start, stop = part.call.kv
-        for kind, grad in enumerate((part.dk, part.dv)):
-            total[kind, start:stop] += grad.unflatten(1, (stop - start, -1)).movedim(1, 0)

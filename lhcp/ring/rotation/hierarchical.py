@@ -3,7 +3,8 @@
 Each rank's shard goes round the ranks in its place on every node; where it arrives, the node
 gathers it. Links between nodes carry each shard once a node, as a ring does, in messages of one
 shard; links inside carry the rest. While a step is computed the next node's shards are gathered and
-those of the node after it are on their way.
+those of the node after it are on their way. Gradients go back the same way: a node's ranks send
+their parts to the rank in the owner's place, and that one sends their sum, wide, to the owner.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lhcp.ring.rotation.base import Grads, Trip, add_chunks, zeros_wide
-from lhcp.ring.rotation.messages import Gather, ReduceScatter, RingBuffers, pack_chunks
+from lhcp.ring.parts import gather_segments
+from lhcp.ring.rotation.base import Grads, Trip, wide
+from lhcp.ring.rotation.messages import Exchange, Gather, PartsHome, RingBuffers, arriving
 from lhcp.ring.schedule import Step, hierarchical_steps
+from lhcp.ring.sum_parts import sum_parts
 
 
 class Hierarchical:
@@ -27,14 +30,16 @@ class Hierarchical:
             trip.ranks.rank, trip.layout, trip.causal, k.shape[2], inner.size()
         )
         self._slots = trip.layout.chunks_per_rank
-        self._local = None if trip.causal else zeros_wide(k, 2, *k.shape)
-        self._leaving: ReduceScatter | None = None
-        self._grads: RingBuffers | None = None
+        self._own: tuple[Tensor, Tensor] | None = None
+        self._parts: PartsHome | None = None
+        self._sum: Exchange | None = None
+        self._total: tuple[Tensor, Tensor] | None = None
+        self._node = 0
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         trip, nodes = self._trip, self._outer.size()
-        packed = RingBuffers(self._outer, pack_chunks(k, v, self._slots))
-        gather = Gather(self._inner, packed.current)
+        packed = RingBuffers(self._outer, torch.stack((k, v)))
+        gather = self._gather(packed.current)
         if nodes > 1:
             packed.post()
         if trip.causal:
@@ -45,43 +50,59 @@ class Hierarchical:
                 if node + 1 < nodes:
                     packed.arrive()
             if node + 1 < nodes:
-                # A copy: the gather must not read the buffer that the next exchange fills.
-                gather = Gather(self._inner, packed.current.clone())
+                gather = self._gather(packed.current)
             if node + 2 < nodes:
                 packed.post()
             yield step, *gathered
 
     def collect(self, step: int, grads: Sequence[Grads]) -> None:
-        if self._local is None:
-            self._local = torch.stack((grads[0].dk, grads[0].dv))
+        if self._trip.causal and step == 0:
+            self._own = (grads[0].dk, grads[0].dv)
             return
-        like, chunks = self._like, self._slots * self._inner.size()
-        chunk = like.shape[1] // self._slots
-        total = zeros_wide(like, 2, chunks, like.shape[0], chunk, *like.shape[2:])
-        add_chunks(total, grads)
-        self._pass_on(step)
-        self._leaving = ReduceScatter(self._inner, total)
+        self._pass_on()
+        size = self._inner.size()
+        own, keys = self._outer.rank(), (self._outer.rank() - self._node) % self._outer.size()
+        queries, owners = (range(node * size, (node + 1) * size) for node in (own, keys))
+        plan = gather_segments(self._trip.layout, self._trip.causal, queries, owners)
+        self._parts = PartsHome(self._inner, plan, grads, self._like, self._slots)
 
     def home(self) -> tuple[Tensor, Tensor]:
-        self._pass_on(len(self.steps))
-        trip = self._trip
-        assert self._grads is not None and self._local is not None
-        with trip.spans.span(trip.stage, "wait", len(self.steps) + 1, self._like.device):
-            self._grads.arrive()
-        dk, dv = self._grads.current.add_(self._local)
+        self._pass_on()
+        self._arrive()
+        assert self._total is not None
+        dk, dv = (x.to(self._like.dtype) for x in self._total)
         return dk, dv
 
-    def _pass_on(self, step: int) -> None:
-        """Add this node's part to the sum that goes round, and send it on."""
-        if self._leaving is None:
+    def _gather(self, packed: Tensor) -> Gather:
+        return Gather(self._inner, packed[0], packed[1], self._slots)
+
+    def _pass_on(self) -> None:
+        """Sum this node's parts and send the sum to the owner of the keys."""
+        if self._parts is None:
             return
-        trip = self._trip
+        trip, like, j = self._trip, self._like, self._node
+        with trip.spans.span(trip.stage, "wait", self._outer.size() + j, like.device):
+            parts = self._parts.wait()
+        dtype = wide(like.dtype)
+        total = like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape, dtype=dtype)
+        sum_parts(parts, self._parts.first, self._own if j == 0 else None, total)
+        self._parts = None
+        self._node += 1
+        if j == 0:
+            self._total = total
+            return
+        self._arrive()
+        incoming = [arriving(x, *x.shape) for x in total]
+        self._sum = Exchange(self._outer, total, incoming, distance=-j)
+
+    def _arrive(self) -> None:
+        """Add what another node summed for this rank's keys."""
+        if self._sum is None:
+            return
+        trip, step = self._trip, 2 * self._outer.size() + self._node
         with trip.spans.span(trip.stage, "wait", step, self._like.device):
-            part = self._leaving.wait()
-            if self._grads is not None:
-                self._grads.arrive()
-        if self._grads is None:
-            self._grads = RingBuffers(self._outer, part.contiguous())
-        else:
-            self._grads.current.add_(part)
-        self._grads.post()
+            self._sum.wait()
+        assert self._total is not None
+        for own, part in zip(self._total, self._sum.incoming, strict=True):
+            own += part
+        self._sum = None

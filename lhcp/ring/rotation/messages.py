@@ -1,24 +1,38 @@
-"""The messages that rotations are made of: neighbour exchanges, gathers, travelling gradients."""
+"""The messages that rotations are made of: exchanges, rings, gathers, parts on their way home."""
 
-import torch
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.collectives import all_gather, reduce_scatter
+from lhcp.collectives import all_gather, all_to_all
+from lhcp.ring.parts import Segment
+from lhcp.ring.rotation.base import Grads
+
+
+def arriving(like: Tensor, *shape: int) -> Tensor:
+    """Memory that a message will fill."""
+    return like.new_empty(shape)
 
 
 class Exchange:
-    """One message to the next rank of a group and one from the previous, under way."""
+    """Tensors to the rank `distance` further on, and others from the one as far back, under way."""
 
-    def __init__(self, group: dist.ProcessGroup, outgoing: Tensor, incoming: Tensor) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        outgoing: Sequence[Tensor],
+        incoming: Sequence[Tensor],
+        distance: int = 1,
+    ) -> None:
         rank, world = group.rank(), group.size()
-        # The receive first: after a send, gloo's link between two ranks runs one way at a time.
-        self._work = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.irecv, incoming, group=group, group_peer=(rank - 1) % world),
-                dist.P2POp(dist.isend, outgoing, group=group, group_peer=(rank + 1) % world),
-            ]
-        )
+        to, back = (rank + distance) % world, (rank - distance) % world
+        self.incoming = incoming
+        self._outgoing = outgoing  # must outlive the messages
+        # Receives first: after a send, gloo's link between two ranks runs one way at a time.
+        ops = [dist.P2POp(dist.irecv, x, group=group, group_peer=back) for x in incoming]
+        ops += [dist.P2POp(dist.isend, x, group=group, group_peer=to) for x in outgoing]
+        self._work = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> None:
         for work in self._work:
@@ -26,95 +40,136 @@ class Exchange:
 
 
 class RingBuffers:
-    """A tensor that goes round a group: two buffers take turns, nothing is allocated on the way."""
+    """A tensor that goes round a group: three buffers take turns, nothing is allocated on the way.
+
+    What was current stays as it is until the exchange after the next is posted, so a step may still
+    read it while the next one starts.
+    """
 
     def __init__(self, group: dist.ProcessGroup, own: Tensor) -> None:
         self._group = group
-        self.current = own
-        self._spare = torch.empty_like(own)
-        self._alone = group.size() == 1
+        self._buffers = [own]
+        self._turn = 0
         self._exchange: Exchange | None = None
+
+    @property
+    def current(self) -> Tensor:
+        return self._buffers[self._turn]
 
     def post(self) -> None:
         """Send `current` on and start to receive the previous rank's; on one rank, keep it."""
-        if self._alone:
+        if self._group.size() == 1:
             return
-        self._exchange = Exchange(self._group, self.current, self._spare)
+        if len(self._buffers) < 3:
+            own = self._buffers[0]
+            self._buffers.append(arriving(own, *own.shape))
+        into = self._buffers[(self._turn + 1) % 3]
+        self._exchange = Exchange(self._group, [self.current], [into])
 
     def arrive(self) -> None:
         """Wait for the exchange that was posted; `current` is what came."""
-        if self._alone:
+        if self._group.size() == 1:
             return
         assert self._exchange is not None, "arrive() without post()"
         self._exchange.wait()
         self._exchange = None
-        self.current, self._spare = self._spare, self.current
+        self._turn = (self._turn + 1) % 3
 
 
 class Gather:
     """k and v of all ranks of a group, in the order of `gathered_order`, under way.
 
+    Each slot of all ranks is one collective, straight into its place.
+
     Args:
-        packed: [2, slots, B, tokens of a chunk, heads, D], the last slot first (`pack_chunks`).
+        k, v: [B, slots * tokens, heads, D], this rank's.
     """
 
-    def __init__(self, group: dist.ProcessGroup, packed: Tensor) -> None:
-        world, slots = group.size(), packed.shape[1]
-        self._packed = packed  # must outlive the messages
-        self._buffer = packed.new_empty((2, slots * world, *packed.shape[2:]))
+    def __init__(self, group: dist.ProcessGroup, k: Tensor, v: Tensor, slots: int) -> None:
+        world = group.size()
+        self._own = [chunks(x, slots) for x in (k, v)]  # must outlive the messages
+        self._buffers = [arriving(k, slots * world, *own[0].shape) for own in self._own]
         self._work = [
             all_gather(
-                self._buffer[kind, slot * world : (slot + 1) * world].flatten(0, 1),
-                packed[kind, slot],
+                buffer[place * world : (place + 1) * world].flatten(0, 1),
+                own[slots - 1 - place],
                 group=group,
                 async_op=True,
             )
-            for kind in range(2)
-            for slot in range(slots)
+            for own, buffer in zip(self._own, self._buffers, strict=True)
+            for place in range(slots)
         ]
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Return k and v, each [B, tokens of all chunks, heads, D]; views where B is 1."""
         for work in self._work:
             work.wait()
-        k, v = (chunks.movedim(0, 1).flatten(1, 2) for chunks in self._buffer)
+        k, v = (buffer.movedim(0, 1).flatten(1, 2) for buffer in self._buffers)
         return k, v
 
 
-class ReduceScatter:
-    """Gradients of gathered k and v on their way to the ranks that own them.
+class PartsHome:
+    """Gradients of gathered k and v on their way to the ranks that own the keys.
+
+    One all-to-all a segment, for dk and for dv.
 
     Args:
-        total: [2, slots * world, B, tokens of a chunk, heads, D], wide, in the gather's order.
+        plan: of this gather, the same on every rank of the group.
+        grads: of this rank's calls, in the order of the gather.
+        like: this rank's k, [B, slots * tokens, heads, D].
     """
 
-    def __init__(self, group: dist.ProcessGroup, total: Tensor) -> None:
-        world = group.size()
-        slots = total.shape[1] // world
-        self._total = total  # must outlive the messages
-        self._own = total.new_empty((2, slots, *total.shape[2:]))
-        self._work = [
-            reduce_scatter(
-                self._own[kind, slot],
-                total[kind, slot * world : (slot + 1) * world].flatten(0, 1),
-                group=group,
-                async_op=True,
-            )
-            for kind in range(2)
-            for slot in range(slots)
-        ]
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        plan: Sequence[Segment],
+        grads: Sequence[Grads],
+        like: Tensor,
+        slots: int,
+    ) -> None:
+        rank, world = group.rank(), group.size()
+        row = (like.shape[0], like.shape[1] // slots, *like.shape[2:])
+        givers = [segment.givers(rank) for segment in plan]
+        self.first = sum(len(g) for g, s in zip(givers, plan, strict=True) if s.slot == 0)
+        """Parts of the first chunk; those of the second follow."""
+        self._parts = arriving(like, 2, sum(map(len, givers)), *row)
+        self._sent: list[Tensor] = []  # must outlive the messages
+        self._work = []
+        for kind in range(2):
+            place = 0
+            for segment, giving in zip(plan, givers, strict=True):
+                start, stop = segment.runs[rank]
+                sent = like.new_empty((0, *row))
+                if start < stop:
+                    part = next(part for part in grads if part.call.q == segment.q)
+                    by_chunk = chunks((part.dk, part.dv)[kind], part.call.num_keys, copy=False)
+                    first = (slots - 1 - segment.slot) * world - part.call.kv[0]
+                    sent = by_chunk[first + start : first + stop].contiguous()
+                self._sent.append(sent)
+                work = all_to_all(
+                    self._parts[kind, place : place + len(giving)],
+                    sent,
+                    [int(r in giving) for r in range(world)],
+                    [int(start <= r < stop) for r in range(world)],
+                    group,
+                )
+                if work is not None:
+                    self._work.append(work)
+                place += len(giving)
 
     def wait(self) -> Tensor:
-        """Return dk and dv of this rank's tokens, packed: [2, B, tokens, heads, D]."""
+        """Return the parts [2, givers, B, tokens of a chunk, heads, D]: `first` rows of slot 0."""
         for work in self._work:
             work.wait()
-        return self._own.flip(1).movedim(1, 2).flatten(2, 3)
+        self._sent.clear()
+        return self._parts
 
 
-def pack_chunks(k: Tensor, v: Tensor, slots: int) -> Tensor:
-    """Pack k and v [B, slots * tokens, heads, D] as [2, slots, B, tokens, heads, D].
+def chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:
+    """View [B, count * tokens, heads, D] as [count, B, tokens, heads, D], each chunk contiguous.
 
-    The last slot comes first. The copy is also what makes a run of heads contiguous.
+    Args:
+        copy: make it contiguous where it is not; else the caller does, for what it takes of it.
     """
-    halves = [x.unflatten(1, (slots, -1)).movedim(1, 0).flip(0) for x in (k, v)]
-    return torch.stack(halves)
+    by_chunk = x.unflatten(1, (count, -1)).movedim(1, 0)
+    return by_chunk.contiguous() if copy else by_chunk

@@ -1,0 +1,79 @@
+"""Whose gradients go where: pure functions from schedules to what each rank gives to each owner.
+
+Every rank computes dk and dv of the keys that it attended to: parts, which their owners sum. A part
+travels as the kernel wrote it and is summed wide at its owner, in one order: the same as sums that
+travel wide, at half the bytes, and with nothing to send for keys that a rank did not see.
+
+    zigzag, W = 4, gathered order 7 6 5 4 | 0 1 2 3; rank 1 holds chunks (1, 6)
+    late chunk 6 saw  5 4 | 0 1 2 3:  slot 1 of ranks 2, 3; slot 0 of all ranks
+    early chunk 1 saw 0:              slot 0 of rank 0
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from lhcp.layout import Layout
+from lhcp.ring.schedule import Call, attend, gathered_order, prefixes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Parts of the keys in one slot of a gather, from the call of one run of query chunks."""
+
+    q: tuple[int, int]
+    """The run of query chunks, which names the call."""
+    slot: int
+    runs: tuple[tuple[int, int], ...]
+    """For each rank that computes: the owners [start, stop) that it has a part for."""
+
+    def givers(self, owner: int) -> tuple[int, ...]:
+        """The ranks that have a part for `owner`, in the order in which it sums them."""
+        return tuple(r for r, (start, stop) in enumerate(self.runs) if start <= owner < stop)
+
+
+def segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]:
+    """Return the segments of a gather's calls, slot by slot, the same on every rank.
+
+    Args:
+        calls: of each rank of the gather, over keys in the order of `gathered_order`.
+        slots: chunks of each rank.
+    """
+    world = len(calls)
+    found = []
+    for slot in range(slots):
+        # A gather stores the last slot first.
+        base = (slots - 1 - slot) * world
+        for q in sorted({call.q for of_rank in calls for call in of_rank}):
+            runs = []
+            for of_rank in calls:
+                start, stop = next((call.kv for call in of_rank if call.q == q), (0, 0))
+                start, stop = (min(max(edge - base, 0), world) for edge in (start, stop))
+                runs.append((start, stop) if start < stop else (0, 0))
+            if any(start < stop for start, stop in runs):
+                found.append(Segment(q, slot, tuple(runs)))
+    return tuple(found)
+
+
+@cache
+def gather_segments(
+    layout: Layout, causal: bool, queries: range, keys: range
+) -> tuple[Segment, ...]:
+    """Return the segments of a gather of the keys of ranks `keys` by the ranks `queries`.
+
+    Owners count inside `keys`, which has as many ranks as `queries`.
+    """
+    order = gathered_order(layout, keys)
+    calls = [
+        prefixes(layout.chunks(rank), order)
+        if causal
+        else attend(layout.chunks(rank), order, False)
+        for rank in queries
+    ]
+    return segments(calls, layout.chunks_per_rank)
+
+
+def shard_run(layout: Layout, causal: bool, computing: int, owner: int) -> tuple[int, int]:
+    """Return the run of `owner`'s chunks [start, stop) that rank `computing` attends to."""
+    calls = attend(layout.chunks(computing), layout.chunks(owner), causal)
+    return calls[0].kv if calls else (0, 0)
