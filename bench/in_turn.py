@@ -1,15 +1,14 @@
 """All ranks in turn on one device, without messages: what the rotation's compute alone costs.
 
 Each rank runs its own schedule in a world of ranks that send nothing, beside the fastest kernel
-on the whole, one after the other in every repeat. Instead of what others would have sent, a rank
-gets copies of its own, so that kernels meet real numbers (zeros draw less power and run faster);
-the copying is timed and taken off. Rotations are checked on gloo ranks in float64 first, kernels on
-this device against float64.
+on the whole, in turns. What others would have sent is random numbers that were there before, so
+that kernels meet real data (zeros draw less power and run faster) and nothing is copied. On a GPU
+every run is timed as a CUDA graph, and launched eagerly as well. Rotations are checked on gloo
+ranks in float64 first, kernels on this device against float64.
 """
 
 import argparse
-import math
-import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import gate
+from latency_timing import Arm, Run, Spread, captured, interleaved
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -25,15 +25,17 @@ from lhcp.config import LighthouseConfig
 from lhcp.layout import make_layout
 from lhcp.mesh import Ranks, as_ranks
 from lhcp.overhead.report import PHASES
-from lhcp.overhead.runs import Job, Recorder, Runner, take
+from lhcp.overhead.runs import Job, Runner
+from lhcp.ring import heads
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import messages
+from lhcp.ring.rotation import hierarchical, messages, p2p
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
+from lhcp.timing import UNTIMED
 
-Times = dict[str, dict[str, list[float]]]
-"""Run -> phase -> seconds, one a repeat."""
+Times = dict[str, dict[str, Spread]]
+"""Run -> phase -> milliseconds."""
 
 
 @contextmanager
@@ -53,44 +55,31 @@ def world_without_messages(rank: int, world_size: int, nodes: int) -> Iterator[R
 
 
 @contextmanager
-def stand_ins(spans: Recorder) -> Iterator[None]:
-    """Let every message deliver a copy of what this rank sends, in spans of the kind "fill"."""
-    names = ((messages, "all_gather"), (messages, "reduce_scatter"))
-    names += ((dist, "all_to_all_single"), (dist, "batch_isend_irecv"))
-    originals = [getattr(owner, name) for owner, name in names]
-    gather, reduce_scatter, all_to_all, exchange = originals
+def filled() -> Iterator[None]:
+    """Let all memory that messages would fill hold random numbers, drawn once.
 
-    def fill(into: Tensor, source: Tensor) -> None:
-        with spans.span("stand_in", "fill", 0, into.device):
-            into.copy_(source)
+    Up to eight buffers of each size take turns: what is read together is not the same memory.
+    """
+    drawn: dict[tuple[Any, ...], list[Tensor]] = {}
+    turns: dict[tuple[Any, ...], int] = {}
 
-    def stand_in_gather(output: Tensor, input: Tensor, **kwargs: Any) -> Any:
-        fill(output.view(-1, input.numel()), input.reshape(1, -1))
-        return gather(output, input, **kwargs)
+    def random(like: Tensor, *shape: int) -> Tensor:
+        key = (shape, like.dtype, like.device)
+        buffers, turn = drawn.setdefault(key, []), turns.get(key, 0)
+        turns[key] = turn + 1
+        if len(buffers) <= turn % 8:
+            buffers.append(torch.randn(shape, dtype=like.dtype, device=like.device))
+        return buffers[turn % 8]
 
-    def stand_in_reduce_scatter(output: Tensor, input: Tensor, **kwargs: Any) -> Any:
-        fill(output.view(-1), input.view(-1)[: output.numel()])
-        return reduce_scatter(output, input, **kwargs)
-
-    def stand_in_all_to_all(output: Tensor, input: Tensor, **kwargs: Any) -> Any:
-        fill(output, input)
-        return all_to_all(output, input, **kwargs)
-
-    def stand_in_exchange(ops: list[Any]) -> Any:
-        sent = next(op.tensor for op in ops if op.op is dist.isend)
-        for op in ops:
-            if op.op is dist.irecv:
-                fill(op.tensor, sent)
-        return exchange(ops)
-
-    replaced = (stand_in_gather, stand_in_reduce_scatter, stand_in_all_to_all, stand_in_exchange)
-    for (owner, name), function in zip(names, replaced, strict=True):
-        setattr(owner, name, function)
+    users = (messages, p2p, hierarchical, heads)
+    originals = [user.arriving for user in users]
+    for user in users:
+        user.arriving = random  # type: ignore[assignment]
     try:
         yield
     finally:
-        for (owner, name), function in zip(names, originals, strict=True):
-            setattr(owner, name, function)
+        for user, original in zip(users, originals, strict=True):
+            user.arriving = original  # type: ignore[assignment]
 
 
 def _gate_on_gloo(group: Any, rotation: str, layout: Any, heads: tuple[int, int]) -> str | None:
@@ -116,7 +105,7 @@ def check(args: argparse.Namespace, rotation: str, device: torch.device, dtype: 
 def _check_kernel(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     like = torch.empty(1, 1, args.heads, args.head_dim, dtype=dtype, device=device)
     name = make_plan(
-        like, like[:, :, : args.kv_heads], Ranks(), args.layout, "auto", args.backend, True, None
+        like, like[:, :, : args.kv_heads], Ranks(), args.layout, "auto", args.backend, True, None, 1
     ).backend
     for queries, keys, causal in ((512, 512, True), (512, 1536, False)):
         shapes = ((queries, args.heads), (keys, args.kv_heads), (keys, args.kv_heads))
@@ -148,47 +137,47 @@ def in_turn(
     """Check, measure and print one rotation; return its numbers."""
     check(args, rotation, device, dtype)
     alone = _job(args, config, "auto", seqlen, device, dtype, Ranks())
-    fastest, single_times = _fastest(alone, kernels, args.repeats)
+    fastest, single_ms = _fastest(alone, kernels, args.repeats)
     world = args.simulate_ranks
     ranks = []
     for rank in range(world):
-        with world_without_messages(rank, world, args.nodes) as without:
+        with world_without_messages(rank, world, args.nodes) as without, filled():
             job = _job(args, config, rotation, seqlen, device, dtype, without)
-            ranks.append(_one_rank(job, alone, fastest, args.repeats, facts["copy_gb_s"] * 1e9))
+            ranks.append(_one_rank(job, alone, fastest, args.repeats, facts["copy_gb_s"] * 1e6))
     row: dict[str, Any] = {
-        "rotation": rotation,
+        "rotation": job.plan.rotation,
         "seqlen": seqlen,
         "subsequence": alone.entries,
         "world_size": world,
         "backend": job.plan.backend,
         "fastest": fastest,
-        "single_ms": {name: {p: 1e3 * t[p] for p in t} for name, t in single_times.items()},
+        "single_ms": single_ms,
         "ranks": ranks,
     }
-    for phase in PHASES:
-        row[phase] = max(r["ratio"][phase] for r in ranks)
-        if config is not None:
-            row["layer_" + phase] = max(r["layer_over_limit"][phase] for r in ranks)
+    for name in ranks[0]["ratio"]:
+        row[name] = {phase: max(r["ratio"][name][phase] for r in ranks) for phase in PHASES}
     _print(row, config)
     return row
 
 
 def _print(row: dict[str, Any], config: LighthouseConfig | None) -> None:
     print(
-        f"{row['rotation']} S={row['subsequence']:,} W={row['world_size']} {row['backend']}: "
-        f"slowest rank x W over {row['fastest']} on one device: forward {row['forward']:.3f}, "
-        f"backward {row['backward']:.3f}, both {row['both']:.3f}"
+        f"{row['rotation']} S={row['subsequence']:,} N={row['seqlen']:,} W={row['world_size']} "
+        f"{row['backend']}: slowest rank x W over {row['fastest']} on one device"
     )
+    for name in row["ranks"][0]["ratio"]:
+        what = "whole layer over its limit" if "layer" in name else "attention"
+        ratios = ", ".join(f"{phase} {row[name][phase]:.3f}" for phase in PHASES)
+        print(f"  {what}, {'eager' if 'eager' in name else 'graph'}: {ratios}")
     if config is not None:
-        peak = max(r["peak_gib"] for r in row["ranks"])
-        print(
-            f"  whole layer, N={row['seqlen']:,}, over the limit: forward "
-            f"{row['layer_forward']:.3f}, backward {row['layer_backward']:.3f}, both "
-            f"{row['layer_both']:.3f}; peak {peak:.2f} GiB"
-        )
+        print(f"  peak {max(r['peak_gib'] for r in row['ranks']):.2f} GiB on a rank")
     for rank, r in enumerate(row["ranks"]):
-        times = ", ".join(f"{phase} {r['ms'][phase]:.3f}" for phase in PHASES)
-        print(f"  rank {rank}: ms {times}; ratio {r['ratio']['both']:.3f}")
+        cells = [
+            f"{name} f {r['ms'][name]['forward']:.3f} f+b {r['ms'][name]['both']:.3f} "
+            f"±{r['spread'][name]:.1f}%"
+            for name in r["ms"]
+        ]
+        print(f"  rank {rank}: ms " + ", ".join(cells))
     print(flush=True)
 
 
@@ -202,7 +191,8 @@ def _job(
     ranks: Ranks,
 ) -> Job:
     entries = seqlen if config is None else config.subsequence_length(seqlen)
-    like = torch.empty((1, 1, args.heads, args.head_dim), dtype=dtype, device=device)
+    like = torch.empty((args.batch, 1, args.heads, args.head_dim), dtype=dtype, device=device)
+    local = entries // ranks.world_size
     kv = like[:, :, : args.kv_heads]
     return Job(
         config=config,
@@ -213,77 +203,96 @@ def _job(
         batch=args.batch,
         dtype=dtype,
         device=device,
-        plan=make_plan(like, kv, ranks, args.layout, rotation, args.backend, True, None),
+        plan=make_plan(like, kv, ranks, args.layout, rotation, args.backend, True, None, local),
         kernels=args.kernels,
     )
 
 
-def _alternate(runs: dict[str, Runner], spans: Recorder, device: Any, repeats: int) -> Times:
-    """Time the runs in turn, every phase, each long enough; two unmeasured rounds before."""
-    times: Times = {name: {phase: [] for phase in PHASES} for name in runs}
-    calls = dict.fromkeys(runs, 1)
-    for repeat in range(repeats + 2):
-        for phase in PHASES:
-            for name, runner in runs.items():
-                sample = take(runner, phase, spans, calls[name])
-                fills = sum(b - a for _, kind, _, a, b in sample.spans if kind == "fill")
-                seconds = sample.seconds - fills / sample.calls
-                if repeat >= 2:
-                    times[name][phase].append(seconds)
-                elif repeat == 1 and phase == "both" and device.type == "cuda":
-                    calls[name] = min(100, math.ceil(0.02 / seconds))
+def _time(runners: dict[str, Runner], device: torch.device, repeats: int) -> Times:
+    """Time forwards and forwards with backwards, all in turns; a backward is the difference."""
+    arms: dict[str, Run] = {}
+    for name, runner in runners.items():
+        for phase in ("forward", "both"):
+            arms[f"{name} {phase}"] = _run(runner, phase, device, graph="eager" not in name)
+    if device.type == "cuda":
+        found = interleaved({name: Arm(run, repeats, 20.0) for name, run in arms.items()})
+    else:
+        found = _on_the_host(arms, repeats)
+    times: Times = {}
+    for name in runners:
+        forward, both = found[f"{name} forward"], found[f"{name} both"]
+        backward = Spread(
+            both.median - forward.median, both.low - forward.high, both.high - forward.low, repeats
+        )
+        times[name] = {"forward": forward, "backward": backward, "both": both}
     return times
 
 
-def _single(job: Job, backend: str, spans: Recorder) -> Runner:
+def _run(runner: Runner, phase: str, device: torch.device, graph: bool) -> Run:
+    def run() -> None:
+        runner.run(phase)
+
+    return captured(run) if graph and device.type == "cuda" else run
+
+
+def _on_the_host(arms: dict[str, Run], repeats: int) -> dict[str, Spread]:
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats + 1):
+        for name, run in arms.items():
+            begin = time.perf_counter()
+            run()
+            if repeat:
+                samples[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: Spread.of(found) for name, found in samples.items()}
+
+
+def _single(job: Job, backend: str) -> Runner:
     plan = replace(
         job.plan, ranks=Ranks(), layout=make_layout(job.plan.layout.name, 1), backend=backend
     )
-    return job.attention(plan, spans, job.entries)
+    return job.attention(plan, UNTIMED, job.entries)
 
 
 def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str, dict[str, float]]]:
-    """The kernel that takes least for forward and backward on the whole, and all their seconds."""
-    spans = Recorder(job.device)
-    runs = {name: _single(job, name, spans) for name in kernels}
-    times = _alternate(runs, spans, job.device, repeats)
-    medians = {
-        name: {phase: statistics.median(s) for phase, s in by_phase.items()}
-        for name, by_phase in times.items()
-    }
+    """The kernel that takes least for forward and backward on the whole, and all their times."""
+    times = _time({name: _single(job, name) for name in kernels}, job.device, min(repeats, 5))
+    medians = {name: {p: t[p].median for p in t} for name, t in times.items()}
     return min(medians, key=lambda name: medians[name]["both"]), medians
 
 
-def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bandwidth: float) -> dict[str, Any]:
+def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bytes_ms: float) -> dict[str, Any]:
     device, world = job.device, job.plan.ranks.world_size
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    spans = Recorder(device)
-    runs = {
-        "single": _single(alone, fastest, spans),
-        "rank": job.attention(job.plan, spans, job.entries // world),
-    }
+    runners = {"single": _single(alone, fastest)}
+    runners["rank"] = job.attention(job.plan, UNTIMED, job.entries // world)
     if job.config is not None:
-        runs["layer"] = job.layer(job.plan.ranks, spans, job.tokens // world)
-    with stand_ins(spans):
-        times = _alternate(runs, spans, device, repeats)
-    if not runs["rank"].finite():
+        runners["layer"] = job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
+    runners["rank"].run("both")
+    if not runners["rank"].finite():
         raise SystemExit("a message delivered nothing, so these times mean nothing")
-    found: dict[str, Any] = {"ms": {}, "ratio": {}, "layer_ms": {}, "layer_over_limit": {}}
-    heads, rows = sum(job.heads), 2 * job.batch * (job.tokens + job.entries)
-    moved = rows * heads * job.head_dim * job.dtype.itemsize / world / bandwidth
-    for phase in PHASES:
-        pairs = zip(times["rank"][phase], times["single"][phase], strict=True)
-        found["ms"][phase] = 1e3 * statistics.median(times["rank"][phase])
-        found["ratio"][phase] = statistics.median(world * mine / one for mine, one in pairs)
-        if "layer" in runs:
-            limit = statistics.median(times["single"][phase]) / world
-            limit += moved * (2 if phase == "both" else 1)
-            layer = statistics.median(times["layer"][phase])
-            found["layer_ms"][phase] = 1e3 * layer
-            found["layer_over_limit"][phase] = layer / limit
+    peak = 0.0
     if device.type == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
-        found["peak_gib"] = 0.0
+        peak = _peak(runners[list(runners)[-1]], device)
+        runners |= {f"{name} eager": runners[name] for name in runners if name != "single"}
+    times = _time(runners, device, repeats)
+    single = {phase: times["single"][phase].median / world for phase in PHASES}
+    rows, width = 2 * job.batch * (job.tokens + job.entries), job.head_dim * job.dtype.itemsize
+    moved = rows * sum(job.heads) * width / world / bytes_ms
+    limits = {p: single[p] + moved * (2 if p == "both" else 1) for p in PHASES}
+    found: dict[str, Any] = {"ratio": {}, "ms": {}, "spread": {}, "peak_gib": peak}
+    for name, by_phase in times.items():
+        both = by_phase["both"]
+        found["ms"][name] = {phase: t.median for phase, t in by_phase.items()}
+        found["spread"][name] = 50 * (both.high - both.low) / both.median
+        if name != "single":
+            over = limits if "layer" in name else single
+            found["ratio"][name] = {p: t.median / over[p] for p, t in by_phase.items()}
     return found
+
+
+def _peak(runner: Runner, device: torch.device) -> float:
+    """GiB that a run of forward and backward holds at most, all inputs included."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner.run("both")
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30

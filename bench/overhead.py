@@ -30,7 +30,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"], choices=NAMES)
+    known = ("auto", *NAMES)
+    parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"], choices=known)
     parser.add_argument("--seqlens", type=int, nargs="*", default=[8192])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int)

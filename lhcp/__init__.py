@@ -4,6 +4,8 @@ Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains
 """
 
 from lhcp.attention import lighthouse_attention, select
+from lhcp.calibration import Calibration
+from lhcp.choice import read_calibration
 from lhcp.config import LighthouseConfig
 from lhcp.lighthouse.select import Selection
 from lhcp.module import LighthouseAttention
@@ -15,6 +17,7 @@ from lhcp.timing import Timers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "LighthouseAttention",
     "LighthouseConfig",
     "OverheadReport",
@@ -24,6 +27,7 @@ __all__ = [
     "measure_overhead",
     "pad_to_multiple",
     "positions",
+    "read_calibration",
     "ring_attention",
     "select",
     "shard",

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from lhcp.calibration import Calibration
 from lhcp.checks import check_qk, check_qkv, check_scores, shape_of
 from lhcp.config import LighthouseConfig
 from lhcp.geometry import Geometry
@@ -110,7 +111,7 @@ def lighthouse_attention(
     config: LighthouseConfig,
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
-    rotation: str = "auto",
+    rotation: str | Calibration = "auto",
     backend: str = "auto",
     kernels: str = "auto",
     scale: float | None = None,
@@ -133,7 +134,8 @@ def lighthouse_attention(
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), "ring_flash_attn" (the package), or "auto".
+            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
+            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
         backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.
@@ -153,7 +155,7 @@ def lighthouse_attention(
     check_qkv(q, k, v)
     ranks = as_ranks(group)
     geom = local_geometry(config, q.shape[1], ranks, layout)
-    plan = make_plan(q, k, ranks, layout, rotation, backend, True, scale)
+    plan = make_plan(q, k, ranks, layout, rotation, backend, True, scale, geom.subsequence)
     kernels = stages.choose_kernels(kernels, q.dtype, q.device)
     scoring_on = check_scores(score_q, score_k, q, k)
     if geom.subsequence >= geom.num_tokens:

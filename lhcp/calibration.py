@@ -7,6 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from math import exp, log
 from pathlib import Path
 from typing import Literal
@@ -63,6 +64,10 @@ class Calibration:
     alltoall_factor: float = 1.0
     """The same of an all-to-all."""
 
+    def __hash__(self) -> int:
+        # Equal tables have equal names; "auto" looks one up at every call.
+        return hash((self.name, self.source))
+
     def block_seconds(
         self,
         direction: Direction,
@@ -77,16 +82,10 @@ class Calibration:
         Args:
             num_heads: query heads, times the batch.
         """
-        column = 0 if direction == "forward" else 1
-        size = head_dim / self.head_dim
-        if self.full and not causal:
-            rows = queries * num_heads / self.num_heads
-            return max(self.launch, self._grid(column, rows, keys) * size)
-        work = queries * keys / (2 if causal else 1) * num_heads / self.num_heads * size
-        points = [(n * n / 2, seconds[column]) for n, *seconds in self.square]
-        return max(self.launch, interpolate(points, work))
+        return _block_seconds(self, direction, queries, keys, causal, num_heads, head_dim)
 
-    def _grid(self, column: int, queries: float, keys: float) -> float:
+    def grid_seconds(self, column: int, queries: float, keys: float) -> float:
+        """Read the grid of unmasked blocks: column 0 forward, 1 backward; `num_heads` heads."""
         by_queries = [
             (q, interpolate([(k, t[column]) for r, k, *t in self.full if r == q], keys))
             for q in sorted({row[0] for row in self.full})
@@ -121,6 +120,26 @@ class Calibration:
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold an lhcp calibration: {error}") from error
+
+
+@cache
+def _block_seconds(
+    table: Calibration,
+    direction: Direction,
+    queries: int,
+    keys: int,
+    causal: bool,
+    num_heads: int,
+    head_dim: int,
+) -> float:
+    column = 0 if direction == "forward" else 1
+    size = head_dim / table.head_dim
+    if table.full and not causal:
+        rows = queries * num_heads / table.num_heads
+        return max(table.launch, table.grid_seconds(column, rows, keys) * size)
+    work = queries * keys / (2 if causal else 1) * num_heads / table.num_heads * size
+    points = [(n * n / 2, seconds[column]) for n, *seconds in table.square]
+    return max(table.launch, interpolate(points, work))
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -164,10 +183,10 @@ def _full_blocks(
 H200 = Calibration(
     name="H200",
     source=(
-        "one NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 cuDNN. Blocks without "
-        "a mask: 600 and 540 TFLOP/s where they fill 128 tiles, after gathered prefixes that took "
-        "0.95 to 1.09 of one device. Links are not measured: NVLink 4 and 400 Gb/s InfiniBand at "
-        "80% of their rates"
+        "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 and -24. Blocks without a "
+        "mask: 690 and 600 TFLOP/s where they fill 128 tiles, after prefixes of 2,048 to 16,384 "
+        "queries. NVLink between two of them: 300 GB/s a direction. InfiniBand is not measured: "
+        "400 Gb/s at 80%"
     ),
     num_heads=8,
     head_dim=128,
@@ -184,11 +203,11 @@ H200 = Calibration(
         (131072, 61.1e-3, 163.9e-3),
         (262144, 268e-3, 649e-3),
     ),
-    full=_full_blocks((600e12, 540e12), 128),
+    full=_full_blocks((690e12, 600e12), 128),
     copy_bandwidth=4.2e12,
     merge_bandwidth=3.0e12,
     launch=5e-6,
-    inner=Link(latency=10e-6, bandwidth=360e9, hop=1e-6),
+    inner=Link(latency=15e-6, bandwidth=300e9, hop=1e-6),
     outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
 )
 
@@ -200,7 +219,7 @@ B200 = replace(
         "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates"
     ),
     square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
-    full=_full_blocks((600e12 * 2.27, 540e12 * 2.27), 148),
+    full=_full_blocks((690e12 * 2.27, 600e12 * 2.27), 148),
     copy_bandwidth=7.0e12,
     merge_bandwidth=5.0e12,
     inner=Link(latency=10e-6, bandwidth=720e9, hop=1e-6),

@@ -208,9 +208,13 @@ def step_seconds(
         queries, batch = chunks * sizes.chunk, sizes.batch
         if call.per_chunk:
             queries, keys, batch = sizes.chunk, sizes.chunk, sizes.batch * chunks
-        seconds += calibration.block_seconds(
-            direction, queries, keys, call.causal, heads * batch, sizes.head_dim
+        # Calls of other heads run beside this one, so that a few heads fill a GPU as all do.
+        whole = calibration.block_seconds(
+            direction, queries, keys, call.causal, sizes.num_heads * batch, sizes.head_dim
         )
+        # Beside the kernel itself, one small one in the forward and two in the backward.
+        small = calibration.launch * (1 if direction == "forward" else 2)
+        seconds += whole * heads / sizes.num_heads + small
         # A partial result is read, the sum written, and read as well unless it is new.
         per_element = sizes.element_bytes
         per_element += (sum_bytes or sizes.element_bytes) * (1 if step.first else 2)

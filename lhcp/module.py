@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from lhcp.agreement import check_agreement
 from lhcp.attention import lighthouse_attention, local_geometry
+from lhcp.calibration import Calibration
 from lhcp.checks import check_qkv, check_scores
 from lhcp.config import LighthouseConfig
-from lhcp.layout import LayoutName
+from lhcp.layout import LayoutName, make_layout
 from lhcp.lighthouse.select import Selection
 from lhcp.lighthouse.stages import choose_kernels
 from lhcp.mesh import Group, as_ranks
@@ -40,7 +41,7 @@ class LighthouseAttention(nn.Module):
         group: Group = None,
         *,
         layout: LayoutName = "zigzag",
-        rotation: str = "auto",
+        rotation: str | Calibration = "auto",
         backend: str = "auto",
         kernels: str = "auto",
         scale: float | None = None,
@@ -122,9 +123,10 @@ class LighthouseAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        rotation = self.rotation if isinstance(self.rotation, str) else self.rotation.name
         return (
             f"{self.config}, mode={self._mode!r}, world_size={self.ranks.world_size}, "
-            f"layout={self.layout!r}, rotation={self.rotation!r}, backend={self.backend!r}"
+            f"layout={self.layout!r}, rotation={rotation!r}, backend={self.backend!r}"
         )
 
     def _agree(
@@ -133,17 +135,17 @@ class LighthouseAttention(nn.Module):
         meaning, problem = "", None
         try:
             check_qkv(q, k, v)
-            plan = make_plan(
-                q, k, self.ranks, self.layout, self.rotation, self.backend, True, self.scale
-            )
-            kernels = "none"
+            kernels, tokens = "none", q.shape[1]
             if self._mode == "lighthouse":
                 assert self.config is not None
                 check_scores(score_q, score_k, q, k)
-                local_geometry(self.config, q.shape[1], self.ranks, self.layout)
-                kernels = choose_kernels(self.kernels, q.dtype, q.device)
+                geom = local_geometry(self.config, tokens, self.ranks, self.layout)
+                kernels, tokens = choose_kernels(self.kernels, q.dtype, q.device), geom.subsequence
             else:
-                plan.layout.check_seqlen(q.shape[1] * self.ranks.world_size)
+                layout = make_layout(self.layout, self.ranks.world_size)
+                layout.check_seqlen(tokens * self.ranks.world_size)
+            choices = (self.layout, self.rotation, self.backend, True, self.scale, tokens)
+            plan = make_plan(q, k, self.ranks, *choices)
             meaning = (
                 f"mode={self._mode} q={list(q.shape)} k={list(k.shape)} {q.dtype} {self.config} "
                 f"layout={self.layout} rotation={plan.rotation} backend={plan.backend} "

@@ -65,7 +65,7 @@ def test_same_bits_on_one_rank(how: str, mode: Mode, one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rotation", ["p2p", "allgather", "alltoall"])
+@pytest.mark.parametrize("rotation", ["auto", "p2p", "allgather", "alltoall"])
 @pytest.mark.parametrize("how", ["checkpoint", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_same_bits_on_two_ranks(ranks: RankPool, how: str, rotation: str, mode: Mode) -> None:
     """Fails if a recomputation sends other messages, or messages are traced out of order."""

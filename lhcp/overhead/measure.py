@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from lhcp.agreement import check_agreement
 from lhcp.attention import local_geometry
+from lhcp.calibration import Calibration
 from lhcp.config import LighthouseConfig
-from lhcp.layout import LayoutName
+from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.overhead.report import PHASES, OverheadReport
 from lhcp.overhead.runs import Job, Recorder, Runner, single, single_layer, take
@@ -32,7 +33,7 @@ def measure_overhead(
     dtype: torch.dtype = torch.bfloat16,
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
-    rotation: str = "auto",
+    rotation: str | Calibration = "auto",
     backend: str = "auto",
     kernels: str = "auto",
     device: torch.device | str | None = None,
@@ -77,9 +78,10 @@ def measure_overhead(
             raise ValueError(
                 f"repeats={repeats}, warmup={warmup}, calls={calls}: measure at least once"
             )
-        like = torch.empty((1, 1, heads[0], head_dim), dtype=dtype, device=where)
-        plan = make_plan(like, like[:, :, : heads[1]], ranks, layout, rotation, backend, True, None)
-        plan.layout.check_seqlen(entries)
+        like = torch.empty((batch, 1, heads[0], head_dim), dtype=dtype, device=where)
+        make_layout(layout, ranks.world_size).check_seqlen(entries)
+        choices = (layout, rotation, backend, True, None, entries // ranks.world_size)
+        plan = make_plan(like, like[:, :, : heads[1]], ranks, *choices)
         if config is not None:
             local_geometry(config, seqlen // ranks.world_size, ranks, layout)
         job = Job(
@@ -96,9 +98,10 @@ def measure_overhead(
         )
     except (TypeError, ValueError, ImportError) as error:
         problem = error
+    named = rotation if isinstance(rotation, str) else rotation.name
     meaning = (
         f"measure_overhead({config}, {seqlen}, {num_heads}, {num_kv_heads}, {head_dim}, {batch}, "
-        f"{dtype}, {layout}, {rotation}, {backend}, {kernels}, {repeats}, {warmup}, {calls})"
+        f"{dtype}, {layout}, {named}, {backend}, {kernels}, {repeats}, {warmup}, {calls})"
     )
     check_agreement(ranks, meaning, problem)
     assert job is not None

@@ -6,7 +6,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from lhcp.calibration import Calibration
 from lhcp.checks import check_qkv
+from lhcp.choice import built_in, fastest_rotation
 from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.operators import operator
@@ -14,7 +16,7 @@ from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
 from lhcp.ring.engine import check_ring_flash_attn, ring_flash_attn
 from lhcp.ring.heads import HeadsToTokens, TokensToHeads
-from lhcp.ring.rotation import choose_rotation
+from lhcp.ring.rotation import check_rotation
 from lhcp.timing import UNTIMED, Spans
 
 # A plan as an operator's arguments: group names, layout, rotation, backend a line; causal; scale.
@@ -131,24 +133,45 @@ def make_plan(
     k: Tensor,
     ranks: Ranks,
     layout: LayoutName,
-    rotation: str,
+    rotation: str | Calibration,
     backend: str,
     causal: bool,
     scale: float | None,
+    tokens: int,
 ) -> Plan:
     """Resolve every "auto" and check every name; no communication.
+
+    Args:
+        tokens: of this rank that attention runs on: of q, or entries of the sub-sequence.
 
     Raises:
         ValueError, ImportError: see `ring_attention`.
     """
     cut = make_layout(layout, ranks.world_size)
-    rotation = choose_rotation(rotation, ranks, k.shape[2])
-    if rotation == "ring_flash_attn":
+    if isinstance(rotation, str) and rotation != "auto":
+        name = rotation
+    elif ranks.world_size == 1:
+        name = "p2p"
+    else:
+        name = fastest_rotation(
+            tokens * ranks.world_size,
+            ranks.world_size,
+            None if ranks.inner is None else ranks.inner.size(),
+            (q.shape[2], k.shape[2]),
+            q.shape[3],
+            q.shape[0],
+            q.element_size(),
+            layout,
+            causal,
+            built_in(q.device) if isinstance(rotation, str) else rotation,
+        )
+    check_rotation(name, ranks, k.shape[2])
+    if name == "ring_flash_attn":
         check_ring_flash_attn(q.dtype, q.shape[3], q.device, cut, causal)
     return Plan(
         ranks,
         cut,
-        rotation,
+        name,
         choose_block(backend, q.dtype, q.shape[3], q.device).name,
         causal,
         q.shape[3] ** -0.5 if scale is None else scale,
@@ -163,7 +186,7 @@ def ring_attention(
     *,
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
-    rotation: str = "auto",
+    rotation: str | Calibration = "auto",
     backend: str = "auto",
     causal: bool = True,
     scale: float | None = None,
@@ -180,7 +203,7 @@ def ring_attention(
     *,
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
-    rotation: str = "auto",
+    rotation: str | Calibration = "auto",
     backend: str = "auto",
     causal: bool = True,
     scale: float | None = None,
@@ -196,7 +219,7 @@ def ring_attention(
     *,
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
-    rotation: str = "auto",
+    rotation: str | Calibration = "auto",
     backend: str = "auto",
     causal: bool = True,
     scale: float | None = None,
@@ -212,7 +235,8 @@ def ring_attention(
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
         rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), "ring_flash_attn" (the package), or "auto".
+            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
+            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
         backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
             "math", or "auto".
         causal: mask keys after the query's global position.
@@ -231,7 +255,7 @@ def ring_attention(
     """
     check_qkv(q, k, v)
     ranks = as_ranks(group)
-    plan = make_plan(q, k, ranks, layout, rotation, backend, causal, scale)
+    plan = make_plan(q, k, ranks, layout, rotation, backend, causal, scale, q.shape[1])
     plan.layout.check_seqlen(q.shape[1] * ranks.world_size)
     out, lse = attention(q, k, v, plan, timers)
     return (out, lse) if return_lse else out

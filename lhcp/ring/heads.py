@@ -13,11 +13,12 @@ from torch import Tensor
 from lhcp.layout import Layout, make_layout
 from lhcp.mesh import Ranks
 from lhcp.operators import operator
+from lhcp.ring.rotation.messages import arriving
 
 
 def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     """[W, B, n, heads / W, D] by destination to [B, N, heads / W, D] in sequence order."""
-    received = torch.empty_like(x)
+    received = arriving(x, *x.shape)
     dist.all_to_all_single(received, x, group=ranks.flat)
     chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
     owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
@@ -31,7 +32,7 @@ def heads_to_tokens(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     order = [chunk for rank in range(layout.world_size) for chunk in layout.chunks(rank)]
     by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
     sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
-    received = torch.empty_like(sent)
+    received = arriving(sent, *sent.shape)
     dist.all_to_all_single(received, sent, group=ranks.flat)
     return received
 

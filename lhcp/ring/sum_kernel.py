@@ -38,7 +38,7 @@ def _sum_kernel(
     m_td = (o_t < T)[:, None] & (o_d < HD)[None, :]
     o_row = i_slot.to(tl.int64) * T + o_t
 
-    b_sum = tl.zeros([BT, BD], dtype=WIDE)
+    b_sum = tl.full([BT, BD], 0.0, WIDE)
     if HAS_OWN:
         p_own = p_own_k if i_kind == 0 else p_own_v
         s_b = s_own_k_b if i_kind == 0 else s_own_v_b

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
 from lhcp.ring.merge_kernel import merge_fused
+from lhcp.ring.sum_kernel import sum_fused
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -85,6 +86,9 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
     for merged in (out, out.float()):
         merge_fused(merged, lse, q, lse.clone())
+    parts = torch.stack((k, k))[:, None].expand(2, 3, *k.shape)
+    for own in ((k, v), None):
+        sum_fused(parts, 3, own, (k, v))
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_ranks_in_turn(rotation: str) -> None:
     )
     (row,) = document["in_turn"]
     assert len(row["ranks"]) == 4 and row["rotation"] == rotation
-    assert row["both"] > 0.7
+    assert row["rank"]["both"] > 0.7
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def make_job(
     config, tokens = small_config(num_strata=8) if lighthouse else (None, 192)
     entries = tokens if config is None else config.subsequence_length(tokens)
     q = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=dtype)
-    plan = make_plan(q, q[:, :, :KV_HEADS], ranks, layout, rotation, "auto", True, None)
+    plan = make_plan(q, q[:, :, :KV_HEADS], ranks, layout, rotation, "auto", True, None, entries)
     return Job(
         config=config,
         tokens=tokens,

@@ -1,10 +1,7 @@
-"""Rotations: one table, and the rule for "auto"."""
+"""Rotations: one table."""
 
-import logging
 from collections.abc import Callable
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from lhcp.mesh import Ranks
@@ -26,22 +23,13 @@ NAMES = (*ROTATIONS, "alltoall")
 ENGINES = ("ring_flash_attn",)
 """Whole rings of other packages, taken by name only."""
 
-_log = logging.getLogger("lhcp")
 
-
-def choose_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> str:
-    """Return the name of a rotation, "auto" resolved from static sizes alone.
+def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
+    """Check that a rotation called so exists and can serve these ranks and heads.
 
     Raises:
-        ValueError: no rotation has this name, or it cannot serve these ranks or heads.
+        ValueError: it does not, or cannot.
     """
-    if name == "auto":
-        if ranks.world_size == 1:
-            return "p2p"
-        name = "hierarchical" if ranks.outer is not None else "allgather"
-        if not torch.compiler.is_compiling():
-            _announce(name, ranks.world_size)
-        return name
     if name not in (*NAMES, *ENGINES):
         known = ", ".join(("auto", *NAMES, *ENGINES))
         raise ValueError(f"rotation={name!r}: must be one of {known}")
@@ -57,10 +45,3 @@ def choose_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> str:
             f"ranks; world sizes that fit: {', '.join(map(str, fits))}; or use "
             "rotation='allgather' or 'p2p'"
         )
-    return name
-
-
-@cache
-def _announce(name: str, world_size: int) -> None:
-    reason = "the mesh has two axes" if name == "hierarchical" else "steps of a ring are smaller"
-    _log.info("rotation %r for %d ranks: %s", name, world_size, reason)
