@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import backends, card, gate, join, last_line, print_card, run_to_exit
-from in_turn import in_turn
+from in_turn import check, in_turn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lhcp.config import LighthouseConfig
@@ -198,8 +198,9 @@ def simulate(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else _default_dtype(device))
     kernels = backends(dtype, args.head_dim, device)
     rows = []
-    for seqlen in args.seqlens:
-        for rotation in args.rotations:
+    for rotation in args.rotations:
+        check(args, rotation, device, dtype)
+        for seqlen in args.seqlens:
             row = in_turn(args, config_of(args), rotation, seqlen, device, dtype, kernels, facts)
             rows.append(row)
     last_line({"card": facts, "in_turn": rows}, args.json)

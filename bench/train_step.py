@@ -11,6 +11,7 @@ last line is JSON.
 
 import argparse
 import datetime
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +56,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="for a copy that is no checkout")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--out", help="write markdown, JSON and PNGs into this folder")
+    parser.add_argument(
+        "--join", nargs="*", help="documents of runs on equal GPUs: write their pages as one"
+    )
     return parser.parse_args(arguments)
 
 
@@ -125,8 +129,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
+def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make one document of several that measured different rows with equal cards.
+
+    Raises:
+        SystemExit: the cards differ in hardware, versions or commit.
+    """
+    first, *others = documents
+    for other in others:
+        for fact in ("device", "torch", "cudnn", "triton", "commit", "backend", "compiler"):
+            if first["card"].get(fact) != other["card"].get(fact):
+                raise SystemExit(f"documents differ in {fact}: they cannot be one table")
+        first["card"]["command"] += " + " + other["card"]["command"]
+        first["rows"] += other["rows"]
+        first["profiles"] |= other["profiles"]
+    first["rows"].sort(key=lambda row: (row["seqlen"], row["checkpointed"]))
+    complete(first["rows"], ModelConfig(**first["model"]), first["card"]["copy_gb_s"] * 1e9)
+    return first | results(first["rows"])
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.join:
+        write(joined([json.loads(Path(path).read_text()) for path in args.join]), Path(args.out))
+        return
     # Two kinds of layer at each length, each of static shape.
     torch._dynamo.config.recompile_limit = 64
     document = measure(args)

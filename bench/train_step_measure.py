@@ -17,29 +17,37 @@ from lhcp.ring.block import BLOCKS
 from lhcp.training.model import Mode, ModelConfig
 
 
-def best_seconds(device: torch.device, run: Callable[[], object], repeats: int = 3) -> float:
-    """Least seconds of a call after an unmeasured one, which is what a limit wants."""
-    found = []
-    for _ in range(repeats + 1):
+def sustained_seconds(device: torch.device, run: Callable[[], object], least: float) -> float:
+    """Seconds of a call among calls in a row, after as many unmeasured: at a step's clocks.
+
+    An idle GPU runs a first call faster than a long step, which has its heat and power, does.
+
+    Args:
+        least: how long the measured calls should take in all.
+    """
+    if device.type != "cuda":
+        run()
         begin = time.perf_counter()
-        if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+        run()
+        return time.perf_counter() - begin
+    calls = 1
+    for _ in range(3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
             run()
-            stop.record()
-            stop.synchronize()
-            found.append(start.elapsed_time(stop) / 1e3)
-        else:
-            run()
-            found.append(time.perf_counter() - begin)
-    return min(found[1:])
+        stop.record()
+        stop.synchronize()
+        seconds = start.elapsed_time(stop) / 1e3 / calls
+        calls = max(1, min(200, round(least / seconds)))
+    return seconds
 
 
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of an 8192^3 bf16 product of random numbers (512^3 without a GPU)."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / best_seconds(device, lambda: torch.mm(a, b), 10)
+    return 2 * size**3 / sustained_seconds(device, lambda: torch.mm(a, b), 0.1)
 
 
 def attention_seconds(
@@ -49,13 +57,13 @@ def attention_seconds(
     shape = (1, seqlen, config.num_heads, config.head_dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
     block, scale = BLOCKS[backend], config.head_dim**-0.5
-    forward = best_seconds(device, lambda: block.forward(q, k, v, True, scale))
+    forward = sustained_seconds(device, lambda: block.forward(q, k, v, True, scale), 0.3)
     out, lse = block.forward(q, k, v, True, scale)
     out, lse = out.contiguous(), lse.contiguous()
-    return Attention(
-        forward,
-        best_seconds(device, lambda: block.backward(dout, q, k, v, out, lse, True, scale)),
+    backward = sustained_seconds(
+        device, lambda: block.backward(dout, q, k, v, out, lse, True, scale), 0.3
     )
+    return Attention(forward, backward)
 
 
 def summary(timings: list[Timing], seqlen: int) -> Row:
