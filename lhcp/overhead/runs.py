@@ -118,7 +118,9 @@ def differentiable(
     out: list[Tensor] = []
 
     def forward() -> None:
-        out[:] = [function(*inputs)]
+        # The last graph goes first: its nodes remember the stream that they were made on.
+        out.clear()
+        out.append(function(*inputs))
 
     def backward() -> None:
         torch.autograd.grad(out[0], inputs, dout, retain_graph=True)

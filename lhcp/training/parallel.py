@@ -107,7 +107,7 @@ def build(run: Run, device: torch.device) -> Trainee:
     everyone = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         if run.compile:
-            block.compile()
+            block.compile(dynamic=False)
         sharded.append(fully_shard(block, mesh=everyone, mp_policy=policy))
     sharded.append(fully_shard(model, mesh=everyone, mp_policy=policy))
     for module in sharded:

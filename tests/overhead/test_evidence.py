@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import error_by_ranks
 import long_cpu
+import netns
+from evidence import Page
 from long_formula import at_positions
 
 right_errors, right_long = error_by_ranks.answer, long_cpu.answer
@@ -191,3 +193,39 @@ def test_long_that_does_not_hold(
     monkeypatch.setattr(long_cpu, "answer", answer)
     code, document = end_of(long_cpu, ranks, LONG.format(dtype), tmp_path / "page")
     assert isinstance(code, str) and said in code and said in "; ".join(document["wrong"])
+
+
+def test_training_must_fall_in_both_stages() -> None:
+    """Fails if a loss that rises, stays or is missing in one stage passes for one that falls."""
+
+    def ok(lighthouse: list[float], dense: list[float]) -> list[bool]:
+        stages = {"lighthouse": lighthouse, "dense": dense}
+        steps = [
+            {"stage": stage, "loss": loss, "seconds": 1.0}
+            for stage, losses in stages.items()
+            for loss in losses
+        ]
+        return [row["ok"] for row in netns.falls({"history": {"steps": steps}})]
+
+    assert ok([5, 4, 4.5, 3], [3.2, 3, 2.9]) == [True, True]
+    assert ok([5, 4, 3], [3, 2, 3]) == [True, False]
+    assert ok([5, 6], [3, 2]) == [False, True]
+    assert ok([5, float("nan")], []) == [False, False]
+
+
+def test_exposed_time_off_the_model_is_named() -> None:
+    """Fails if a row beyond the bounds is shown as right, or an unshaped link is judged."""
+    times = {"T": 100.0, "C": 60.0, "M": 50.0, "exposed": 40.0}
+    right = {"bytes": 1, "predicted": times, "measured": times}
+    off = right | {"measured": times | {"exposed": 60.0}}
+    document = {
+        "records": [{"rotation": "p2p", "forward": right, "backward": off}],
+        "calibration": {"outer": {"bandwidth": 1e6, "latency": 1e-3}},
+    }
+    page = Page("a title")
+    netns.show(page, "free", None, document)
+    assert page.wrong == []
+    netns.show(page, "balanced", 100.0, document)
+    assert page.wrong == ["balanced, p2p backward: 1.50"]
+    with pytest.raises(SystemExit, match="p2p backward"):
+        page.close(None, [])

@@ -1,0 +1,154 @@
+"""What the cost model says of calls of bench/overhead.py, written down before they run.
+
+    python bench/predict_rows.py --json out.json \
+        --row l4_w8 "--world 8 --nodes 2 --rotations p2p allgather --seqlens 1048576 --topk 4096"
+
+Each --row has a name and the arguments of one call of bench/overhead.py, with --world in place of
+torchrun's --nproc-per-node; arguments that only say how to measure are passed over. For a layer the
+model plays the attention over its S entries, as overhead.py's first table measures it. All ranks
+are on one host, so both axes of a mesh have the inner link. The last line is JSON.
+"""
+
+import argparse
+import shlex
+from dataclasses import replace
+from typing import Any
+
+from harness import last_line
+
+from lhcp.calibration import CALIBRATIONS, Calibration
+from lhcp.clocks import Sizes
+from lhcp.config import LighthouseConfig
+from lhcp.cost_model import PhasePrediction, predict
+
+Row = dict[str, Any]
+
+
+def sizes_parser() -> argparse.ArgumentParser:
+    """The arguments of bench/overhead.py that decide what is computed, with its defaults."""
+    parser = argparse.ArgumentParser(prog="--row", add_help=False)
+    parser.add_argument("--world", type=int, required=True)
+    parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"])
+    parser.add_argument("--seqlens", type=int, nargs="*", default=[8192])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layout", default="zigzag")
+    parser.add_argument("--topk", type=int)
+    parser.add_argument("--levels", type=int, default=3)
+    parser.add_argument("--factor", type=int, default=4)
+    parser.add_argument("--strata", type=int, default=16)
+    parser.add_argument("--nodes", type=int, default=1)
+    return parser
+
+
+def on_one_host(calibration: Calibration) -> Calibration:
+    """The same machine with its inner link on both axes of a mesh."""
+    return replace(calibration, outer=calibration.inner)
+
+
+def predicted(
+    name: str, arguments: list[str], calibration: Calibration, element_bytes: int
+) -> list[Row]:
+    """A row a rotation and length of one call.
+
+    Args:
+        calibration: of one host.
+        element_bytes: of an element of q, k, v.
+
+    Raises:
+        SystemExit, ValueError: the sizes do not fit.
+    """
+    args, _ = sizes_parser().parse_known_args(arguments)
+    config = None
+    if args.topk is not None:
+        config = LighthouseConfig(
+            num_levels=args.levels,
+            pool_factor=args.factor,
+            topk=args.topk,
+            num_strata=args.strata,
+        )
+    rows = []
+    for rotation in args.rotations:
+        for seqlen in args.seqlens:
+            entries = seqlen if config is None else config.subsequence_length(seqlen)
+            sizes = Sizes(
+                seqlen=entries,
+                world_size=args.world,
+                num_heads=args.heads,
+                num_kv_heads=args.kv_heads or args.heads,
+                head_dim=args.head_dim,
+                batch=args.batch,
+                element_bytes=element_bytes,
+                layout=args.layout,
+                node_size=args.world // args.nodes if rotation == "hierarchical" else None,
+            )
+            found = predict(rotation, sizes, calibration)
+            rows.append(
+                {
+                    "row": name,
+                    "rotation": rotation,
+                    "seqlen": seqlen,
+                    "subsequence": entries,
+                    "world_size": args.world,
+                    "forward": _phase(found.forward),
+                    "backward": _phase(found.backward),
+                    "both": {
+                        key: _phase(found.forward)[key] + _phase(found.backward)[key]
+                        for key in ("T", "C", "M", "exposed", "bytes")
+                    },
+                    "single_ms": 1e3 * found.single,
+                    "overhead": found.overhead,
+                }
+            )
+    return rows
+
+
+def _phase(phase: PhasePrediction) -> dict[str, float]:
+    """Milliseconds by the names of lhcp.overhead, and bytes that a rank sends."""
+    return {
+        "T": 1e3 * phase.real,
+        "C": 1e3 * phase.compute,
+        "M": 1e3 * phase.communication,
+        "exposed": 1e3 * phase.exposed,
+        "bytes": phase.traffic.num_bytes,
+    }
+
+
+def print_rows(rows: list[Row]) -> None:
+    head = ("S", "T f", "T b", "T f+b", "exposed", "overhead")
+    print(f"{'call':<14}{'rotation':<14}" + "".join(f"{h:>12}" for h in head) + "   ms, predicted")
+    for r in rows:
+        cells = (
+            f"{r['subsequence']:,}",
+            *(f"{r[phase]['T']:.3f}" for phase in ("forward", "backward", "both")),
+            f"{r['both']['exposed']:.3f}",
+            f"{100 * r['overhead']:.1f}%",
+        )
+        print(f"{r['row']:<14}{r['rotation']:<14}" + "".join(f"{c:>12}" for c in cells))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--calibration", default="H200", help=f"a file, or one of {', '.join(CALIBRATIONS)}"
+    )
+    parser.add_argument("--element-bytes", type=int, default=2, help="2: bf16; 4: float32")
+    parser.add_argument("--row", nargs=2, action="append", default=[], metavar=("NAME", "ARGS"))
+    parser.add_argument("--json", help="write the JSON document here as well")
+    args = parser.parse_args(arguments)
+    known = CALIBRATIONS.get(args.calibration) or Calibration.load(args.calibration)
+    host = on_one_host(known)
+    rows = []
+    for name, text in args.row:
+        rows += predicted(name, shlex.split(text), host, args.element_bytes)
+    print(f"{known.name}: {known.source}")
+    print_rows(rows)
+    last_line({"calibration": known.name, "source": known.source, "rows": rows}, args.json)
+
+
+if __name__ == "__main__":
+    main()
