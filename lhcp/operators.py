@@ -4,12 +4,25 @@
 sequences; this is the plain define / impl pair that it wraps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("lhcp", "FRAGMENT")
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as one argument of an operator; `parted` is the way back.
+
+    On one line: torch.compile writes arguments into comments of the code that it generates.
+    """
+    return "|".join(words)
+
+
+def parted(argument: str) -> list[str]:
+    """Return the words of an argument that `joined` made."""
+    return argument.split("|")
 
 
 def operator(

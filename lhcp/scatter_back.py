@@ -14,7 +14,7 @@ from lhcp.layout import Layout, make_layout
 from lhcp.lighthouse.scatter import add_last_grads
 from lhcp.lighthouse.stages import from_list, stages
 from lhcp.mesh import Ranks
-from lhcp.operators import operator
+from lhcp.operators import joined, operator, parted
 from lhcp.timing import UNTIMED, Spans
 
 
@@ -95,11 +95,11 @@ def _scatter_back_backward(
 
 
 def _to_words(ranks: Ranks, layout: Layout) -> str:
-    return "\n".join([*ranks.names, layout.name])
+    return joined([*ranks.names, layout.name])
 
 
 def _from_words(words: str) -> tuple[Ranks, Layout]:
-    flat, outer, inner, layout = words.split("\n")
+    flat, outer, inner, layout = parted(words)
     ranks = Ranks.from_names((flat, outer, inner))
     return ranks, make_layout(layout, ranks.world_size)
 

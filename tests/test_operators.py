@@ -9,6 +9,7 @@ from lhcp.attention import local_geometry
 from lhcp.lighthouse import stages
 from lhcp.lighthouse.scatter import scatter
 from lhcp.mesh import Ranks
+from lhcp.operators import joined, parted
 from lhcp.testing.inputs import qkv, small_config
 
 
@@ -23,9 +24,9 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     sub = stages.gather_subsequence(q, k, v, pooled_q, pooled_k, pooled_v, entries, sizes, "torch")
     o = torch.randn_like(sub[0])
     assert scatter(o, places, geom).shape == q.shape
-    words = "\n".join(["", "", "", "zigzag", "p2p", "cpu"])
+    words = joined(["", "", "", "zigzag", "p2p", "cpu"])
     out, lse = torch.ops.lhcp.ring_forward(*sub, words, True, 0.25)
-    where = "\n".join(["", "", "", "zigzag"])
+    where = joined(["", "", "", "zigzag"])
     return {
         "pool_and_score": (q, k, v, sizes, True, "torch"),
         "score_tensors": (q, k, sizes, "torch"),
@@ -58,3 +59,10 @@ def test_without_scores_nothing_is_scored() -> None:
     sizes = stages.to_list(local_geometry(config, seqlen, Ranks(), "zigzag"))
     *_, sq, sk = stages.pool_and_score(q, k, v, sizes, False, "torch")
     assert sq.numel() == sk.numel() == 0
+
+
+def test_arguments_are_on_one_line() -> None:
+    """Fails if the comments that torch.compile writes with them would end in the middle."""
+    words = ["12", "", "", "zigzag", "p2p", "fa4"]
+    assert parted(joined(words)) == words
+    assert "\n" not in joined(words)

@@ -11,7 +11,7 @@ from lhcp.checks import check_qkv
 from lhcp.choice import built_in, fastest_rotation
 from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
-from lhcp.operators import operator
+from lhcp.operators import joined, operator, parted
 from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
 from lhcp.ring.engine import check_ring_flash_attn, ring_flash_attn
@@ -19,17 +19,17 @@ from lhcp.ring.heads import HeadsToTokens, TokensToHeads
 from lhcp.ring.rotation import check_rotation
 from lhcp.timing import UNTIMED, Spans
 
-# A plan as an operator's arguments: group names, layout, rotation, backend a line; causal; scale.
+# A plan as an operator's arguments: group names, layout, rotation, backend; causal; scale.
 _PlanArguments = tuple[str, bool, float]
 
 
 def _to_arguments(plan: Plan) -> _PlanArguments:
     words = [*plan.ranks.names, plan.layout.name, plan.rotation, plan.backend]
-    return "\n".join(words), plan.causal, plan.scale
+    return joined(words), plan.causal, plan.scale
 
 
 def _from_arguments(words: str, causal: bool, scale: float) -> Plan:
-    flat, outer, inner, layout, rotation, backend = words.split("\n")
+    flat, outer, inner, layout, rotation, backend = parted(words)
     ranks = Ranks.from_names((flat, outer, inner))
     return Plan(ranks, make_layout(layout, ranks.world_size), rotation, backend, causal, scale)
 

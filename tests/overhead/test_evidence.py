@@ -1,6 +1,7 @@
 """The evidence on gloo ranks: its formula, and that a wrong answer ends a program with status 1."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import long_cpu
 import netns
 from evidence import Page
 from long_formula import at_positions
+from namespaces import NotAllowed, nodes
 
 right_errors, right_long = error_by_ranks.answer, long_cpu.answer
 
@@ -229,3 +231,30 @@ def test_exposed_time_off_the_model_is_named() -> None:
     assert page.wrong == ["balanced, p2p backward: 1.50"]
     with pytest.raises(SystemExit, match="p2p backward"):
         page.close(None, [])
+
+
+def test_nodes_are_removed_when_told_to_end() -> None:
+    """Fails if a program that is ended leaves its namespaces, or what runs on them, behind."""
+    try:
+        with nodes(1):
+            pass
+    except NotAllowed as error:
+        pytest.skip(str(error))
+    program = (
+        "import subprocess, namespaces\n"
+        "with namespaces.nodes(1) as network:\n"
+        "    inside = subprocess.Popen(['ip', 'netns', 'exec', network.names[0], 'sleep', '60'])\n"
+        "    print(inside.pid, flush=True)\n"
+        "    inside.wait()\n"
+    )
+    bench = Path(netns.__file__).parent
+    running = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=bench, stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    inside = int(running.stdout.readline())
+    running.terminate()
+    assert running.wait(30) == 1
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert f"lhcp{running.pid}-" not in left
+    assert not Path(f"/proc/{inside}").exists()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lhcp.calibration import CALIBRATIONS
+from lhcp.clocks import Sizes
 from lhcp.cost_model import predict
-from lhcp.schedule_model import Sizes
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))

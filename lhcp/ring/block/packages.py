@@ -23,8 +23,15 @@ def _load(module: str) -> Any:
     return importlib.import_module(module)
 
 
-def _missing(package: str, submodule: str, install: str) -> str | None:
-    """Look for a submodule without importing anything, as importing lhcp must stay quick."""
+def _missing(package: str, submodule: str, install: str, needs: str | None = None) -> str | None:
+    """Look for a submodule without importing anything, as importing lhcp must stay quick.
+
+    Args:
+        needs: another package that the submodule imports, which not every release that ships the
+            submodule installs: flash-attn 2 has a copy of flash-attn-4 that does not import.
+    """
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return f"the package {needs} is not installed; {install}"
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return f"the package is not installed; {install}"
@@ -145,7 +152,7 @@ FA4 = Block(
     dtypes=_HALF,
     max_head_dim=256,
     head_dim_multiple=8,
-    missing=_missing("flash_attn", "cute", "pip install 'lhcp[fa4]'"),
+    missing=_missing("flash_attn", "cute", "pip install 'lhcp[fa4]'", needs="cutlass"),
 )
 
 FLASH_ATTN = Block(
