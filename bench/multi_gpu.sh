@@ -171,14 +171,17 @@ for name in $steps; do
   w="${name#*_w}"
   case "$name" in
     check_small)
-      on_ranks $name 200 20 $ranks bench/check_ranks.py $shape $check_lengths --compiler $compiler ;;
+      on_ranks $name 200 20 $ranks bench/check_ranks.py $shape $check_lengths \
+        --compiler $compiler ;;
     check_long)
       on_ranks $name 240 25 $ranks bench/check_ranks.py $shape $check_lengths --long-only \
         --compiler none --long-seqlens $long_lengths --long-topk $topk \
         --long-dense-seqlens $long_dense ;;
     l[34]_w[248] | dense_w[248])
       png=""
-      if (( draws && w == ranks )) && [[ $name != l3* ]]; then png="--png $OUT/timeline_$name.png"; fi
+      if (( draws && w == ranks )) && [[ $name != l3* ]]; then
+        png="--png $OUT/timeline_$name.png"
+      fi
       on_ranks $name 150 25 $w bench/overhead.py $(overhead_arguments $name) $png ;;
     peer_w[248])
       on_ranks $name 90 20 $w bench/peer_rings.py $shape --rotations p2p allgather \

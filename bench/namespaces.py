@@ -138,6 +138,8 @@ def nodes(count: int) -> Iterator[Nodes]:
             raise NotAllowed(f"there is no `{tool}`: install iproute2")
     if os.geteuid() != 0:
         raise NotAllowed("network namespaces need root")
+    # So that what is made here is removed again when this process is told to end, too.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     stem = f"lhcp{os.getpid()}"
     hub, made = f"{stem}-hub", Nodes([])
     bridged = [f"{stem}-{node}" for node in range(count)]
@@ -159,3 +161,4 @@ def nodes(count: int) -> Iterator[Nodes]:
         made.end_processes()
         for name in made.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        signal.signal(signal.SIGTERM, before)

@@ -200,9 +200,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"])
-    parser.add_argument("--seqlen", type=int, default=16384)
+    parser.add_argument("--seqlen", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--balance", type=float, nargs=3, default=[3.0, 1.0, 0.3], help="M / C of the three rates"

@@ -6,7 +6,7 @@ A calibration is data: made by `bench/calibrate.py`, kept as JSON, read back her
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import exp, log
 from pathlib import Path
@@ -100,9 +100,17 @@ class Calibration:
         """Seconds of adding or merging, with so many bytes read and written."""
         return self.launch + num_bytes / self.merge_bandwidth
 
+    text: str = field(init=False, repr=False, compare=False)
+    """This table as JSON."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", "")
+        values = {name: value for name, value in asdict(self).items() if name != "text"}
+        object.__setattr__(self, "text", json.dumps(values, indent=1))
+
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        Path(path).write_text(self.text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -111,15 +119,24 @@ class Calibration:
         Raises:
             ValueError: the file does not hold a calibration.
         """
+        return cls.from_text(Path(path).read_text(), str(path))
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> "Calibration":
+        """Read JSON that `save` wrote; `source` is where it is from.
+
+        Raises:
+            ValueError: it does not hold a calibration.
+        """
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = json.loads(text)
             for name in ("square", "full"):
                 fields[name] = tuple(tuple(row) for row in fields[name])
             for name in ("inner", "outer"):
                 fields[name] = Link(**fields[name])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold an lhcp calibration: {error}") from error
+            raise ValueError(f"{source} does not hold an lhcp calibration: {error}") from error
 
 
 @cache

@@ -40,11 +40,16 @@ def read_calibration(path: str, group: Group | Ranks = None) -> Calibration:
     return said[0]
 
 
-def built_in(device: torch.device) -> Calibration:
-    """Return the table that "auto" reads for a device: a B200's, else an H200's; or a CPU's."""
-    if device.type != "cuda":
+def built_in(device: str) -> Calibration:
+    """Return the table that "auto" reads: a B200's, else an H200's, or a CPU's."""
+    if device != "cuda":
         return CPU
-    return B200 if torch.cuda.get_device_capability(device)[0] >= 10 else H200
+    return B200 if torch.cuda.get_device_capability()[0] >= 10 else H200
+
+
+@cache
+def _from_text(text: str) -> Calibration:
+    return Calibration.from_text(text, "the table given as rotation")
 
 
 @torch.compiler.assume_constant_result
@@ -58,14 +63,19 @@ def fastest_rotation(
     element_bytes: int,
     layout: str,
     causal: bool,
-    calibration: Calibration,
+    device: str,
+    table: str | None,
 ) -> str:
     """Return the rotation that is predicted to be the fastest, and log it once.
 
+    Plain arguments, since torch.compile calls it while it traces and keeps the answer.
+
     Args:
         seqlen: tokens or entries of all ranks. node_size: ranks of a node; None for a mesh of one
-            axis. heads: of queries, of keys.
+            axis. heads: of queries, of keys. device: the type of device.
+        table: a `Calibration` as text; None for the built-in one of the device.
     """
+    calibration = built_in(device) if table is None else _from_text(table)
     return _fastest(
         Sizes(
             seqlen=seqlen,

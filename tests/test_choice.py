@@ -64,6 +64,6 @@ def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     arguments: Any = (4096, 4, None, (4, 4), 64, 1, 4, "zigzag", True)
     with caplog.at_level("INFO", logger="lhcp"):
         for _ in range(3):
-            lhcp.choice.fastest_rotation(*arguments, SLOW_NEIGHBOURS)
+            lhcp.choice.fastest_rotation(*arguments, "cpu", SLOW_NEIGHBOURS.text)
     (record,) = caplog.records
     assert "allgather" in record.getMessage() and "slow neighbours" in record.getMessage()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lhcp.calibration import Calibration
 from lhcp.checks import check_qkv
-from lhcp.choice import built_in, fastest_rotation
+from lhcp.choice import fastest_rotation
 from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.operators import joined, operator, parted
@@ -163,7 +163,8 @@ def make_plan(
             q.element_size(),
             layout,
             causal,
-            built_in(q.device) if isinstance(rotation, str) else rotation,
+            q.device.type,
+            None if isinstance(rotation, str) else rotation.text,
         )
     check_rotation(name, ranks, k.shape[2])
     if name == "ring_flash_attn":

@@ -102,13 +102,9 @@ class RMSNorm(nn.RMSNorm):
     memory in a block. Without torch.compile the products would keep the result all the same.
     """
 
-    inner_recompute = True
-    """Off where the whole layer is recomputed."""
-
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., dim] divided by its root mean square, times the weight."""
-        compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if not (compiled and self.inner_recompute):
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
             return super().forward(x)
         assert self.eps is not None
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
@@ -170,18 +166,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim)
 
-        self.recompute = False
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x [B, n, dim] after this layer."""
-        # In here, so that torch.compile and FSDP see one layer: a recomputation around them would
-        # gather weights and choose a graph once more.
-        if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._layer, x, cos, sin, use_reentrant=False)
-            return out
-        return self._layer(x, cos, sin)
-
-    def _layer(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -200,6 +186,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
             Block(config, attention(dense), always_dense=dense)
@@ -209,20 +196,6 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self.recompute = recompute
-
-    @property
-    def recompute(self) -> bool:
-        """Whether the backward recomputes each layer instead of keeping its activations."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, recompute: bool) -> None:
-        self._recompute = recompute
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.recompute = recompute
-            block.attention_norm.inner_recompute = block.mlp_norm.inner_recompute = not recompute
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return logits [B, n, V] of the byte after each token.
@@ -234,7 +207,10 @@ class Decoder(nn.Module):
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         return self.head(self.norm(x))
 
     @torch.no_grad()
