@@ -160,7 +160,8 @@ def draw(report: OverheadReport, path: str) -> None:
                 middle, mark.rank + height, str(mark.step), ha="center", va="center", fontsize=7
             )
 
-    for mark in report.timeline:
+    # Compute last: on a GPU it goes on in other streams while one waits, and covers that.
+    for mark in sorted(report.timeline, key=lambda m: m.kind, reverse=True):
         if mark.variant == "real":
             bar(mark, -0.2, _COLOURS[mark.kind])
         elif mark.kind == "wait":
