@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lhcp.ring.block import BLOCKS, choose_block
+from lhcp.ring.block import BLOCKS, choose_block, packages
 from lhcp.ring.block.torch_ops import unrecognised_schemas
 from lhcp.ring.merge import merge
 from lhcp.testing.inputs import qkv
@@ -139,3 +139,13 @@ def test_a_refusal_says_why(backend: str, dtype: torch.dtype, head_dim: int, rea
     """Fails if a backend is handed what it cannot do, or the reason is not the reason."""
     with pytest.raises(ValueError, match=f"backend='{backend}': {reason}.*backends that can: "):
         choose_block(backend, dtype, head_dim, torch.device("cuda"))
+
+
+def test_a_package_that_cannot_import_is_missing(tmp_path, monkeypatch) -> None:
+    """Fails if "auto" would take the copy of flash-attn-4 that flash-attn 2 brings, and crash."""
+    (tmp_path / "shipped" / "cute").mkdir(parents=True)
+    (tmp_path / "shipped" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages._missing("shipped", "cute", "install") is None
+    said = packages._missing("shipped", "cute", "pip install x", needs="what_it_imports")
+    assert said is not None and "what_it_imports" in said and "pip install x" in said
