@@ -52,7 +52,6 @@ def _from_text(text: str) -> Calibration:
     return Calibration.from_text(text, "the table given as rotation")
 
 
-@torch.compiler.assume_constant_result
 def fastest_rotation(
     seqlen: int,
     world_size: int,
@@ -92,6 +91,10 @@ def fastest_rotation(
         ),
         calibration,
     )
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
+fastest_rotation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

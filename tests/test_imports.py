@@ -65,6 +65,14 @@ print(sorted(set({OPTIONAL!r}) & set(sys.modules)))
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_is_light() -> None:
+    """Fails if `import lhcp` pulls in the compiler or Triton, which take seconds."""
+    heavy = ("torch._dynamo", "triton")
+    program = f"import sys, lhcp; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("path", files("lighthouse"), ids=lambda p: p.stem)
 def test_local_stages_never_communicate(path: Path) -> None:
     above = ("lhcp.ring", "lhcp.mesh", "lhcp.boundary", "lhcp.attention", "lhcp.module")
