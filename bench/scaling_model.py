@@ -184,7 +184,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
             if shown:
                 print_comparison(records[-1])
     if shown:
-        document = {"card": facts, "calibration": asdict(calibration), "records": records}
+        document = {"card": facts, "calibration": json.loads(calibration.text), "records": records}
         last_line(document, None if args.out is None else args.out + ".json")
 
 
@@ -289,7 +289,7 @@ def main() -> None:
     print_curves(rows, calibration)
     if args.out:
         draw(rows, calibration, args.out + ".png")
-    document = {"calibration": json.loads(json.dumps(asdict(calibration))), "rows": rows}
+    document = {"calibration": json.loads(calibration.text), "rows": rows}
     last_line(document, None if args.out is None else args.out + ".json")
 
 

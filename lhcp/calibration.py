@@ -63,6 +63,8 @@ class Calibration:
     """Time of a gather over that of neighbour messages of as many bytes."""
     alltoall_factor: float = 1.0
     """The same of an all-to-all."""
+    text: str = field(init=False, repr=False, compare=False)
+    """This table as JSON."""
 
     def __hash__(self) -> int:
         # Equal tables have equal names; "auto" looks one up at every call.
@@ -99,9 +101,6 @@ class Calibration:
     def merge_seconds(self, num_bytes: float) -> float:
         """Seconds of adding or merging, with so many bytes read and written."""
         return self.launch + num_bytes / self.merge_bandwidth
-
-    text: str = field(init=False, repr=False, compare=False)
-    """This table as JSON."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", "")
