@@ -99,8 +99,8 @@ def calibrate(
         found = link(ranks, device, large_message)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
         large = large_message or (2**26 if device.type == "cuda" else 2**22)
-        gather_factor, alltoall_factor, four = collective_factors(ranks, device, rate, large)
-        hop = max(0.0, four / 4 - latency) / max(1, ranks.world_size - 2)
+        gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
+        hop = max(0.0, empty - latency) / max(1, ranks.world_size - 2)
         between = Link(latency=latency, bandwidth=rate, hop=hop)
     cuda = device.type == "cuda"
     title = torch.cuda.get_device_name(device) if cuda else "cpu"

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lhcp.attention import lighthouse_attention
-from lhcp.collectives import all_gather, all_to_all
+from lhcp.collectives import Rows, all_gathers, all_to_alls
 from lhcp.layout import LayoutName
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
@@ -208,9 +208,7 @@ def collective_factors(
         into = torch.ones(4, world * num_bytes // 16, device=device)
 
         def run() -> None:
-            works = [all_gather(into[i], source[i], group=group, async_op=True) for i in range(4)]
-            for work in works:
-                work.wait()
+            all_gathers(list(zip(into, source, strict=True)), group).wait()
 
         return run
 
@@ -218,10 +216,8 @@ def collective_factors(
         source, into = torch.ones(2, 4, world, num_bytes // 16, device=device)
 
         def run() -> None:
-            works = [all_to_all(into[i], source[i], ones, ones, group) for i in range(4)]
-            for work in works:
-                if work is not None:
-                    work.wait()
+            rows = [Rows(into[i], ones, source[i], ones) for i in range(4)]
+            all_to_alls(rows, group).wait()
 
         return run
 

@@ -63,6 +63,9 @@ class Calibration:
     """Time of a gather over that of neighbour messages of as many bytes."""
     alltoall_factor: float = 1.0
     """The same of an all-to-all."""
+    byte_compute: float = 0.0
+    """Seconds of compute that a byte takes from its sender, and as many from its receiver, if they
+    compute while it is under way. 0: links move bytes by themselves, as a GPU's nearly do."""
     text: str = field(init=False, repr=False, compare=False)
     """This table as JSON."""
 
@@ -244,7 +247,10 @@ B200 = replace(
 
 CPU = Calibration(
     name="cpu",
-    source="a guess at one thread of a server's core, torch's CPU kernel, fp32; calibrate your own",
+    source=(
+        "a guess at one thread of a server's core, torch's CPU kernel, fp32, and at what gloo takes "
+        "of it for a byte; calibrate your own"
+    ),
     num_heads=4,
     head_dim=64,
     square=((256, 1.2e-3, 3.5e-3), (1024, 15e-3, 45e-3), (4096, 220e-3, 650e-3)),
@@ -253,6 +259,7 @@ CPU = Calibration(
     launch=20e-6,
     inner=Link(latency=100e-6, bandwidth=1e9),
     outer=Link(latency=200e-6, bandwidth=100e6),
+    byte_compute=0.4e-9,
 )
 
 CALIBRATIONS = {calibration.name: calibration for calibration in (H200, B200, CPU)}

@@ -1,11 +1,13 @@
 """Sizes of one attention, and clocks to play its schedule on: one a rank, links between them.
 
-A link carries one message at a time. `lhcp.schedule_model` plays the rotations, and
-`lhcp.cost_model` asks it for times.
+A link carries one message at a time. Where moving bytes takes compute from a rank, its own goes on
+more slowly beside a message; while it waits it loses nothing. `lhcp.schedule_model` plays the
+rotations, and `lhcp.cost_model` asks it for times.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lhcp.calibration import Calibration, Direction, Link
 from lhcp.layout import Layout, LayoutName, make_layout
@@ -60,7 +62,13 @@ class Sizes:
     def head_groups(self) -> tuple[tuple[int, int], ...]:
         """Runs of kv heads that `allgather` gathers one after another."""
         gathered = self.kv_elements * self.element_bytes * self.world_size
-        return head_groups(self.num_kv_heads, self.chunk, gathered, self.world_size)
+        query_rows = self.batch * self.chunk * self.num_heads
+        return head_groups(self.num_kv_heads, query_rows, gathered, self.world_size)
+
+    @property
+    def ring_pairs(self) -> int:
+        """Queries x keys x heads that a rank computes for one distance of the ring."""
+        return self.batch * (self.seqlen // self.world_size) * self.chunk * self.num_heads
 
     @property
     def chunk_bytes(self) -> int:
@@ -74,6 +82,33 @@ def single_seconds(sizes: Sizes, calibration: Calibration, direction: Direction)
     return calibration.block_seconds(
         direction, sizes.seqlen, sizes.seqlen, sizes.causal, heads, sizes.head_dim
     )
+
+
+class Message(NamedTuple):
+    """A message as one of its ends sees it."""
+
+    start: float
+    stop: float
+    share: float
+    """Of the end's compute, which it takes while it is under way."""
+
+
+MOST_SHARED = 0.9
+"""What messages under way at once take at most of a rank's compute: it is never slower beside them
+than after them, so that T is at most C + M."""
+
+
+def finish(now: float, seconds: float, messages: Sequence[Message]) -> float:
+    """Return when so many seconds of compute that start now end, beside one rank's messages."""
+    messages = [message for message in messages if message.stop > now]
+    edges = sorted({edge for m in messages for edge in (m.start, m.stop) if edge > now})
+    for edge in edges:
+        shared = sum(m.share for m in messages if m.start <= now < m.stop)
+        rate = 1 - min(shared, MOST_SHARED)
+        if (edge - now) * rate >= seconds:
+            return now + seconds / rate
+        now, seconds = edge, seconds - (edge - now) * rate
+    return now + seconds
 
 
 class Clocks:
@@ -95,6 +130,7 @@ class Clocks:
             "inner": [0.0] * sizes.world_size,
             "outer": [0.0] * sizes.world_size,
         }
+        self._messages: list[list[Message]] = [[] for _ in range(sizes.world_size)]
         self.steps: list[float] = []
         self.sum_bytes: int | None = None
         """Of an element of sums over more than two calls."""
@@ -106,12 +142,12 @@ class Clocks:
     def work(self, seconds: Sequence[float]) -> None:
         """Every rank computes for so long."""
         if self._compute:
-            self.now = [t + s for t, s in zip(self.now, seconds, strict=True)]
+            self._compute_for(seconds)
 
     def local(self, *passes: float) -> None:
         """Every rank makes elementwise passes over so many bytes, which is part of M as well."""
         seconds = sum(self.calibration.copy_seconds(b) for b in passes)
-        self.now = [t + seconds for t in self.now]
+        self._compute_for([seconds] * self.sizes.world_size)
 
     def step(self, steps: Sequence[Step]) -> None:
         """Every rank computes its own step's calls and merges them."""
@@ -131,32 +167,29 @@ class Clocks:
             return ready
         for rank in range(self.sizes.world_size):
             sender = before(rank)
-            if sender == rank:
+            if sender == rank or not num_bytes(sender):
                 continue
             name, link = self._link(sender, rank)
             start = max(ready[sender], ready[rank], free[name][sender])
             busy = num_bytes(sender) / link.bandwidth
             free[name][sender] = start + busy
             for end in (sender, rank):
+                self._share(end, start, busy, num_bytes(sender))
                 done[end] = max(done[end], start + busy + link.latency)
         return done
 
-    def gather(self, own_bytes: float, groups: Sequence[range], messages: int) -> list[float]:
+    def gather(self, own_bytes: float, groups: Sequence[range]) -> list[float]:
         """Post ring gathers in each group: every rank moves the others' `own_bytes`."""
         factor = self.calibration.gather_factor
-        return self._collective(
-            {group: factor * (len(group) - 1) * own_bytes for group in groups}, messages
-        )
+        return self._collective({group: factor * (len(group) - 1) * own_bytes for group in groups})
 
-    def all_to_all(
-        self, most_bytes: Sequence[float], groups: Sequence[range], messages: int
-    ) -> list[float]:
+    def all_to_all(self, most_bytes: Sequence[float], groups: Sequence[range]) -> list[float]:
         """Post all-to-alls in each group, whose busiest rank moves `most_bytes`."""
         factor = self.calibration.alltoall_factor
         moved = [factor * num_bytes for num_bytes in most_bytes]
-        return self._collective(dict(zip(groups, moved, strict=True)), messages)
+        return self._collective(dict(zip(groups, moved, strict=True)))
 
-    def _collective(self, moved: dict[range, float], messages: int) -> list[float]:
+    def _collective(self, moved: dict[range, float]) -> list[float]:
         ready, done = list(self.now), list(self.now)
         if not self._communicate:
             return ready
@@ -170,15 +203,27 @@ class Clocks:
                 # Rings that cross nodes use every rank's link, each a part of the bytes.
                 link, name = self.calibration.outer, "outer"
                 busy = max(busy, num_bytes / (len(group) // nodes) / link.bandwidth)
-            latency = messages * link.collective_latency(len(group))
+            latency = link.collective_latency(len(group))
             start = max(max(ready[r], self._free[name][r]) for r in group)
             for rank in group:
                 self._free[name][rank] = start + busy
+                # As much comes as goes.
+                self._share(rank, start, busy, 2 * num_bytes)
                 done[rank] = start + busy + latency
         return done
 
     def wait(self, done: Sequence[float]) -> None:
         self.now = [max(t, d) for t, d in zip(self.now, done, strict=True)]
+
+    def _compute_for(self, seconds: Sequence[float]) -> None:
+        ends = zip(self.now, seconds, self._messages, strict=True)
+        self.now = [finish(*end) for end in ends]
+
+    def _share(self, rank: int, start: float, busy: float, num_bytes: float) -> None:
+        """Charge a rank for bytes that it sends or receives while it computes."""
+        seconds = self.calibration.byte_compute * num_bytes
+        if seconds > 0:
+            self._messages[rank].append(Message(start, start + busy, seconds / busy))
 
     def _node(self, rank: int) -> int:
         return 0 if self.sizes.node_size is None else rank // self.sizes.node_size

@@ -1,6 +1,7 @@
 """Collectives under one name each, whatever torch and its backends call and refuse."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -15,30 +16,62 @@ reduce_scatter: Callable[..., Any] = getattr(
 """reduce_scatter(output, input, group=, async_op=): this rank's run of axis 0 of the sum."""
 
 
-def all_to_all(
-    output: Tensor,
-    input: Tensor,
-    output_rows: Sequence[int],
-    input_rows: Sequence[int],
-    group: dist.ProcessGroup,
-) -> dist.Work | None:
-    """Start an all-to-all of rows of axis 0; either side may be empty.
+@dataclass(frozen=True)
+class Works:
+    """Several messages under way."""
 
-    Args:
-        output_rows, input_rows: rows from and for each rank.
+    _works: Sequence[Any]
 
-    Returns:
-        what to wait for; None where nothing is under way.
+    def wait(self) -> None:
+        """Wait for all of them; on a GPU the current stream does."""
+        for work in self._works:
+            work.wait()
+
+
+def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> Works:
+    """Start the gathers of (output, input) as one collective.
+
+    One after another they would be as many kernels on a GPU, and each but the first would wait
+    until whatever computes meanwhile leaves a multiprocessor free.
     """
-    # The backend that sends nothing refuses to get rows for none.
-    if input.shape[0] == 0 and dist.get_backend(group) == "fake":
-        return None
-    work: dist.Work | None = dist.all_to_all_single(
-        output,
-        input,
-        output_split_sizes=list(output_rows),
-        input_split_sizes=list(input_rows),
+    with dist._coalescing_manager(group, async_ops=True) as together:
+        for output, given in pairs:
+            all_gather(output, given, group=group, async_op=True)
+    return Works((together,))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One all-to-all of rows of axis 0; either side may be empty."""
+
+    output: Tensor
+    output_rows: list[int]
+    """From each rank."""
+    input: Tensor
+    input_rows: list[int]
+    """For each rank."""
+
+
+def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
+    """Start all-to-alls, as one collective where the backend can."""
+    if dist.get_backend(group) == "fake":
+        # It refuses to get rows for none.
+        exchanges = [rows for rows in exchanges if rows.input.shape[0]]
+    device = exchanges[0].output.device if exchanges else None
+    if device is None or not group._get_backend(device).supports_coalescing:
+        return Works([_all_to_all(rows, group) for rows in exchanges])
+    with dist._coalescing_manager(group, device, async_ops=True) as together:
+        for rows in exchanges:
+            _all_to_all(rows, group)
+    return Works((together,))
+
+
+def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> Any:
+    return dist.all_to_all_single(
+        rows.output,
+        rows.input,
+        output_split_sizes=rows.output_rows,
+        input_split_sizes=rows.input_rows,
         group=group,
         async_op=True,
     )
-    return work

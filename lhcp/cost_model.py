@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from lhcp.calibration import Calibration, Direction
 from lhcp.clocks import Clocks, Sizes, single_seconds
-from lhcp.ring.parts import gather_segments, shard_run
+from lhcp.ring.parts import gather_segments, ring_givers
+from lhcp.ring.rotation.p2p import HELD_BYTES
+from lhcp.ring.schedule import ring_rounds, round_chunks
 from lhcp.schedule_model import SCHEDULES, parts_sent
 
 
@@ -22,7 +24,7 @@ class Traffic:
     """A gather counts W - 1 times the rank's own part: what a ring of them has to move. An
     all-to-all counts what is for others."""
     num_messages: int
-    """Sends and collectives that are posted."""
+    """Sends, and tensors that collectives gather or exchange, several of them in one."""
 
 
 def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Traffic:
@@ -39,20 +41,16 @@ def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Tra
     if world == 1:
         return Traffic(0, 0)
     if rotation == "p2p":
-        runs = [shard_run(cut, sizes.causal, rank, other) for other in range(world)]
-        given = [stop - start for r, (start, stop) in enumerate(runs) if r != rank]
-        parts = Traffic(sum(given) * sizes.chunk_bytes, 2 * sum(map(bool, given)))
-        return Traffic(
-            (world - 1) * kv + back * parts.num_bytes, world - 1 + back * parts.num_messages
-        )
+        others = range(1, world)
+        keys = sum(len(ring_givers(rank, cut, sizes.causal, [others])[i]) for i in range(slots))
+        parts = len(round_chunks(rank, cut, sizes.causal, others)) if back else 0
+        return Traffic((keys + parts) * sizes.chunk_bytes, 2 * (keys + parts))
     if rotation == "allgather":
         everyone = range(world)
         plan = gather_segments(cut, sizes.causal, everyone, everyone)
         parts_bytes = parts_sent(plan, world)[rank] * sizes.chunk_bytes
-        collectives = 2 * len(sizes.head_groups)
-        return Traffic(
-            (world - 1) * kv + back * parts_bytes, collectives * (slots + back * len(plan))
-        )
+        tensors = 2 * len(sizes.head_groups)
+        return Traffic((world - 1) * kv + back * parts_bytes, tensors * (slots + back * len(plan)))
     if rotation == "hierarchical":
         return _hierarchical_traffic(sizes, back, rank)
     wide = 8 if sizes.element_bytes == 8 else 4
@@ -92,9 +90,11 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
     world, num_groups = sizes.world_size, len(sizes.head_groups)
     inner = world // sizes.num_nodes
+    longest = max(map(len, ring_rounds(world, sizes.ring_pairs, True)), default=0)
+    parts = (world - 1) * kv if (world - 1) * kv <= HELD_BYTES else longest * kv
     held = {
-        # Three buffers of the ring; two parts on their way, one being made; the sum.
-        "p2p": 3 * kv + 3 * kv + sums,
+        # Keys of two rounds; parts of two more, made and sent; what others sent; the sums.
+        "p2p": 2 * longest * kv + 2 * longest * kv + parts + 2 * sums,
         # Keys of two groups of heads, as they come and as they are used; parts of three: being
         # made, sent, received; the diagonal's own.
         "allgather": world * kv * (min(2, num_groups) + min(3, num_groups)) // num_groups + kv,

@@ -6,11 +6,17 @@ decide nothing; `lhcp.cost_model` asks them for times.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 from lhcp.clocks import Clocks, single_seconds
-from lhcp.ring.parts import Segment, gather_segments, shard_run
-from lhcp.ring.schedule import allgather_steps, hierarchical_steps, p2p_steps
+from lhcp.ring.parts import Segment, gather_segments
+from lhcp.ring.rotation.p2p import HELD_BYTES
+from lhcp.ring.schedule import (
+    allgather_steps,
+    hierarchical_steps,
+    p2p_steps,
+    ring_rounds,
+    round_chunks,
+)
 
 
 def parts_received(plan: Sequence[Segment], num_ranks: int) -> list[int]:
@@ -30,40 +36,49 @@ def parts_sent(plan: Sequence[Segment], num_ranks: int) -> list[int]:
 def _p2p(clocks: Clocks) -> None:
     s = clocks.sizes
     world = s.world_size
-    steps = [p2p_steps(rank, s.cut, s.causal, s.num_kv_heads) for rank in range(world)]
-    kv = s.kv_elements * s.element_bytes
+    rounds = ring_rounds(world, s.ring_pairs, clocks.backward)
+    steps = [p2p_steps(rank, s.cut, s.causal, s.num_kv_heads, rounds) for rank in range(world)]
+    kv, sums = s.kv_elements * s.element_bytes, s.kv_elements * s.grad_bytes
+    held = (world - 1) * kv <= HELD_BYTES
 
-    def part(rank: int, step: int) -> float:
-        start, stop = shard_run(s.cut, s.causal, rank, (rank - step) % world)
-        return float((stop - start) * s.chunk_bytes)
+    def seen(rank: int, distance: int) -> float:
+        """Bytes of the keys that a rank attends to at a distance."""
+        one = range(distance, distance + 1)
+        return float(len(round_chunks(rank % world, s.cut, s.causal, one)) * s.chunk_bytes)
 
-    def ring() -> list[float]:
-        return clocks.exchange(lambda _: kv, lambda rank: (rank - 1) % world)
+    def exchange(i: int, home: bool) -> list[float]:
+        """Fetch the keys of a round, or send their gradients home."""
+        done = list(clocks.now)
+        for d in rounds[i]:
+            to = -d if home else d
 
-    def send_home(i: int) -> list[float]:
-        return clocks.exchange(partial(part, step=i), lambda rank: (rank + i) % world)
+            def num_bytes(sender: int, d: int = d, to: int = to) -> float:
+                return seen(sender if home else sender + to, d)
 
-    homeward: list[float] | None = None
+            def before(rank: int, to: int = to) -> int:
+                return (rank - to) % world
+
+            done = list(map(max, done, clocks.exchange(num_bytes, before)))
+        return done
+
     clocks.sum_bytes = s.grad_bytes
-    clocks.local(2 * kv)
-    for i in range(world):
-        arriving = (
-            clocks.exchange(lambda _: kv, lambda r: (r - 1) % world) if i + 1 < world else None
-        )
-        clocks.step([of_rank[i] for of_rank in steps])
-        if clocks.backward and i == 0:
-            clocks.local(kv + s.kv_elements * s.grad_bytes)
-        elif clocks.backward:
-            if homeward is not None:
-                clocks.wait(homeward)
-                clocks.local(kv + 2 * s.kv_elements * s.grad_bytes)
-            homeward = send_home(i)
-        if arriving is not None:
-            clocks.wait(arriving)
-    if homeward is not None:
-        clocks.wait(homeward)
-        clocks.local(kv + 2 * s.kv_elements * s.grad_bytes)
-        clocks.local(kv + s.kv_elements * s.grad_bytes)
+    coming = exchange(0, home=False)
+    leaving: list[float] | None = None
+    clocks.step([of_rank[0] for of_rank in steps])
+    for i in range(len(rounds)):
+        clocks.wait(coming)
+        if i + 1 < len(rounds):
+            coming = exchange(i + 1, home=False)
+        clocks.step([of_rank[i + 1] for of_rank in steps])
+        if clocks.backward:
+            if leaving is not None:
+                clocks.wait(leaving)
+                if not held:
+                    clocks.local(len(rounds[i - 1]) * kv + 2 * sums)
+            leaving = exchange(i, home=True)
+    if leaving is not None:
+        clocks.wait(leaving)
+        clocks.local(((world - 1) if held else len(rounds[-1])) * kv + sums + kv)
 
 
 def _allgather(clocks: Clocks) -> None:
@@ -77,7 +92,7 @@ def _allgather(clocks: Clocks) -> None:
 
     def gather() -> list[float]:
         clocks.local(2 * kv)
-        return clocks.gather(kv, [everyone], 2 * s.cut.chunks_per_rank)
+        return clocks.gather(kv, [everyone])
 
     arriving = gather()
     first = len(steps[0]) - len(groups)
@@ -98,7 +113,7 @@ def _allgather(clocks: Clocks) -> None:
         if clocks.backward:
             arrive()
             most = max(parts_sent(plan, world)) * chunk
-            leaving = clocks.all_to_all([most], [everyone], 2 * len(plan))
+            leaving = clocks.all_to_all([most], [everyone])
     arrive()
 
 
@@ -115,7 +130,7 @@ def _hierarchical(clocks: Clocks) -> None:
 
     def gather() -> list[float]:
         clocks.local(2 * kv)
-        return clocks.gather(kv, inside, 2 * s.cut.chunks_per_rank)
+        return clocks.gather(kv, inside)
 
     def ring() -> list[float]:
         return clocks.exchange(lambda _: kv, lambda rank: (rank - size) % s.world_size)
@@ -160,7 +175,7 @@ def _hierarchical(clocks: Clocks) -> None:
             ]
             most = [max(parts_sent(plan, size)) * s.chunk_bytes for plan in plans]
             received = max(max(parts_received(plan, size)) for plan in plans) * s.chunk_bytes
-            parts = clocks.all_to_all(most, inside, 2 * max(map(len, plans)))
+            parts = clocks.all_to_all(most, inside)
     if clocks.backward:
         last = pass_on(nodes - 1)
         if last is not None:
@@ -183,7 +198,7 @@ def _alltoall(clocks: Clocks) -> None:
     for i, num_bytes in enumerate(order):
         clocks.local(2 * num_bytes, 2 * num_bytes)
         sent = num_bytes * (s.world_size - 1) / s.world_size
-        clocks.wait(clocks.all_to_all([sent], [everyone], 1))
+        clocks.wait(clocks.all_to_all([sent], [everyone]))
         if i == 0:
             clocks.steps.append(seconds)
             clocks.work([seconds] * s.world_size)

@@ -185,8 +185,8 @@ class Job:
         """The communication-only twin of the attention, or of the whole layer."""
         plan = self.plan
         trips = [
-            Trip(plan.ranks, plan.layout, plan.causal, stage, spans)
-            for stage in ("ring_forward", "ring_backward")
+            Trip(plan.ranks, plan.layout, plan.causal, self.heads[0], backward, spans)
+            for backward in (False, True)
         ]
         local = self.entries // plan.ranks.world_size
         twin = Communication(*self.draw(local), plan.rotation, trips[0], trips[1])

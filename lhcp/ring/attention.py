@@ -46,13 +46,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
     block = BLOCKS[plan.backend]
     if plan.ranks.world_size == 1:
         with spans.span("ring_forward", "compute", 0, q.device):
-            out, lse = block.forward(q, k, v, plan.causal, plan.scale)
-        return out.contiguous(), lse.contiguous()
-    trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_forward", spans)
+            whole = block.forward(q, k, v, plan.causal, plan.scale)
+        return whole[0].contiguous(), whole[1].contiguous()
+    trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], False, spans)
     views = _Views(plan.layout, q, k)
     rotation = ROTATIONS[plan.rotation](trip, k)
-    out = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
-    lse = out.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide(q.dtype))
+    dtype = _sum_dtype(rotation, q.dtype)
+    lse_shape = torch.Size((q.shape[0], q.shape[2], q.shape[1]))
+    out: Tensor | None = None
+    lse: Tensor | None = None
 
     def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
@@ -65,17 +67,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
             )
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
+        nonlocal out, lse
         for call, (block_out, block_lse) in zip(step.calls, results, strict=True):
             at, lse_at = views.rows(call, step)
             block_out = views.unfold(block_out, call)
             block_lse = views.unfold_lse(block_lse, call)
             if step.first:
-                out[at], lse[lse_at] = block_out, block_lse
+                out = _first(out, block_out, at, q.shape, dtype)
+                lse = _first(lse, block_lse, lse_at, lse_shape, wide(q.dtype))
             else:
+                assert out is not None and lse is not None
                 merge(out[at], lse[lse_at], block_out, block_lse)
 
     _take_steps(rotation, k, v, start, finish)
-    return out.to(q.dtype), lse
+    assert out is not None and lse is not None
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def _first(
+    total: Tensor | None, part: Tensor, at: tuple[slice, ...], shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """Write a first result of some queries or heads; one of all of them is taken as it is."""
+    if part.shape == shape:
+        return part.to(dtype)
+    if total is None:
+        total = part.new_empty(shape, dtype=dtype)
+    total[at] = part
+    return total
 
 
 def _take_steps(
@@ -132,10 +150,11 @@ def attend_backward(
     if plan.ranks.world_size == 1:
         with spans.span("ring_backward", "compute", 0, q.device):
             return block.backward(dout, q, k, v, out, lse, plan.causal, plan.scale)
-    trip = Trip(plan.ranks, plan.layout, plan.causal, "ring_backward", spans)
+    trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], True, spans)
     rotation = ROTATIONS[plan.rotation](trip, k)
     views = _Views(plan.layout, q, k)
-    dq = torch.empty(q.shape, dtype=_sum_dtype(rotation, q.dtype), device=q.device)
+    dtype = _sum_dtype(rotation, q.dtype)
+    dq: Tensor | None = None
 
     def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, ...]:
         with spans.span("ring_backward", "compute", i, q.device):
@@ -151,18 +170,22 @@ def attend_backward(
             )
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, ...]]) -> None:
+        nonlocal dq
         grads = []
         for call, (dq_part, dk_part, dv_part) in zip(step.calls, results, strict=True):
             at, _ = views.rows(call, step)
+            dq_part = views.unfold(dq_part, call)
             if step.first:
-                dq[at] = views.unfold(dq_part, call)
+                dq = _first(dq, dq_part, at, q.shape, dtype)
             else:
-                dq[at] += views.unfold(dq_part, call)
+                assert dq is not None
+                dq[at] += dq_part
             grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
         rotation.collect(i, grads)
 
     _take_steps(rotation, k, v, start, finish)
     dk, dv = rotation.home()
+    assert dq is not None
     return dq.to(q.dtype), dk, dv
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lhcp.layout import Layout
-from lhcp.ring.schedule import Call, attend, gathered_order, prefixes
+from lhcp.ring.schedule import Call, attend, gathered_order, prefixes, round_chunks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,17 @@ def gather_segments(
     return segments(calls, layout.chunks_per_rank)
 
 
-def shard_run(layout: Layout, causal: bool, computing: int, owner: int) -> tuple[int, int]:
-    """Return the run of `owner`'s chunks [start, stop) that rank `computing` attends to."""
-    calls = attend(layout.chunks(computing), layout.chunks(owner), causal)
-    return calls[0].kv if calls else (0, 0)
+def ring_givers(
+    rank: int, layout: Layout, causal: bool, rounds: Sequence[range]
+) -> tuple[tuple[int, ...], ...]:
+    """Return, for each chunk of `rank`, the ranks that attend to it in these rounds of a ring.
+
+    In the order of the rounds; its own rank is not one of them.
+    """
+    found: list[list[int]] = [[] for _ in range(layout.chunks_per_rank)]
+    for distances in rounds:
+        for giver in ((rank + distance) % layout.world_size for distance in distances):
+            for owner, slot in map(layout.owner, round_chunks(giver, layout, causal, distances)):
+                if owner == rank:
+                    found[slot].append(giver)
+    return tuple(map(tuple, found))

@@ -6,11 +6,12 @@ of key chunks; `attend` turns it into as few block calls as the layout allows:
 
     zigzag, p2p, rank 1 of 4: queries are chunks (1, 6)
     step 0, own keys (1, 6): one square causal call, since both runs ascend
-    step 1, keys (0, 7) of rank 0: both query chunks attend to chunk 0 in full, none to 7
-    step 2, keys (3, 4) of rank 3: query chunk 6 attends to both in full, 1 to none
+    step 1, of rank 0: both query chunks attend to chunk 0 in full, none to 7, which stays there
+    step 2, of ranks 3 and 2: query chunk 6 attends to chunks 5, 4, 3, 2 in full, 1 to none
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from lhcp.layout import Layout
 
@@ -44,13 +45,24 @@ class Step:
 
 
 def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) -> tuple[Call, ...]:
-    """Return the calls that let each query chunk see all that it may of `kv_chunks`.
+    """Return calls that let each query chunk see all that it may, each key chunk in one call.
 
     Under a causal mask a query chunk's own keys may be in `kv_chunks` only if the two are equal.
+    Neighbouring key chunks that the same queries see share a call.
     """
     if not causal or q_chunks == kv_chunks:
         return (Call((0, len(q_chunks)), (0, len(kv_chunks)), causal),)
-    return prefixes(q_chunks, kv_chunks)
+    calls: list[Call] = []
+    for place, chunk in enumerate(kv_chunks):
+        # Query chunks ascend: those after this one.
+        q = (sum(other < chunk for other in q_chunks), len(q_chunks))
+        if q[0] == q[1]:
+            continue
+        if calls and calls[-1].q == q and calls[-1].kv[1] == place:
+            calls[-1] = Call(q, (calls[-1].kv[0], place + 1), False)
+        else:
+            calls.append(Call(q, (place, place + 1), False))
+    return tuple(calls)
 
 
 def prefixes(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...]) -> tuple[Call, ...]:
@@ -78,14 +90,52 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), True, per_chunk=num_chunks > 1)
 
 
-def p2p_steps(rank: int, layout: Layout, causal: bool, num_kv_heads: int) -> tuple[Step, ...]:
-    """Steps of the ring: at step i this rank holds the keys of rank - i (mod W)."""
-    mine = layout.chunks(rank)
-    heads = (0, num_kv_heads)
-    return tuple(
-        Step(attend(mine, layout.chunks((rank - i) % layout.world_size), causal), heads, i == 0)
-        for i in range(layout.world_size)
-    )
+MIN_ROUND_PAIRS = 2**30
+"""Queries x keys x heads of a step of the ring. Smaller ones run badly on a GPU: launches, merges
+and half-empty waves take their share. Larger ones delay the bytes that travel meanwhile."""
+
+
+def ring_rounds(world_size: int, pairs: int, backward: bool) -> tuple[range, ...]:
+    """Cut the distances 1 to W - 1 of a ring into rounds; a round's keys make one step.
+
+    Blocks that are large enough take a distance each. Else a round is twice as long as the one
+    before it, so that each travels while the one before is computed, until blocks are large enough.
+    The backward, where compute takes longer and gradients travel home after it, goes from long
+    rounds to short ones.
+
+    Args:
+        pairs: queries x keys x heads that a rank computes for one distance.
+    """
+    most = -(-MIN_ROUND_PAIRS // max(pairs, 1))
+    lengths: list[int] = []
+    while sum(lengths) < world_size - 1:
+        length = min(2 * lengths[-1], most) if lengths else 1
+        lengths.append(min(length, world_size - 1 - sum(lengths)))
+    if backward:
+        lengths.reverse()
+    starts = [1 + sum(lengths[:i]) for i in range(len(lengths))]
+    return tuple(range(start, start + n) for start, n in zip(starts, lengths, strict=True))
+
+
+@cache
+def round_chunks(rank: int, layout: Layout, causal: bool, distances: range) -> tuple[int, ...]:
+    """Chunks that come to `rank` in a round of the ring: those that it may see, the last first.
+
+    In this order the chunks before any chunk are a contiguous run.
+    """
+    ranks = [(rank - distance) % layout.world_size for distance in distances]
+    last = layout.chunks(rank)[-1]
+    seen = [c for other in ranks for c in layout.chunks(other) if not causal or c < last]
+    return tuple(sorted(seen, reverse=True))
+
+
+def p2p_steps(
+    rank: int, layout: Layout, causal: bool, num_kv_heads: int, rounds: tuple[range, ...]
+) -> tuple[Step, ...]:
+    """Steps of the ring: the own keys, then those of each round."""
+    mine, heads = layout.chunks(rank), (0, num_kv_heads)
+    keys = [mine, *(round_chunks(rank, layout, causal, distances) for distances in rounds)]
+    return tuple(Step(attend(mine, run, causal), heads, i == 0) for i, run in enumerate(keys))
 
 
 def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:

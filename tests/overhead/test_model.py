@@ -9,7 +9,7 @@ from lhcp.calibration import CALIBRATIONS, CPU, H200, Calibration, Link, interpo
 from lhcp.clocks import Sizes, step_seconds
 from lhcp.cost_model import attention_flops, choose, most_traffic, predict
 from lhcp.ring.rotation import NAMES
-from lhcp.ring.schedule import allgather_steps, p2p_steps
+from lhcp.ring.schedule import allgather_steps, p2p_steps, ring_rounds
 
 BASE = Sizes(seqlen=65_536, world_size=8, num_heads=8, num_kv_heads=8, head_dim=128, node_size=4)
 
@@ -63,8 +63,9 @@ def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
     sizes = replace(BASE, world_size=world, node_size=None)
     flops = 0.0
     for rank in range(world):
-        last = ((0, 4), (4, 8)) if steps is allgather_steps else 8
-        for step in steps(rank, sizes.cut, True, last):  # type: ignore[operator]
+        rounds = ring_rounds(world, sizes.ring_pairs, False)
+        last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds)
+        for step in steps(rank, sizes.cut, True, *last):  # type: ignore[operator]
             heads = step.heads[1] - step.heads[0]
             for call in step.calls:
                 q, kv = (side[1] - side[0] for side in (call.q, call.kv))

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from lhcp.layout import LAYOUTS, LayoutName, make_layout
-from lhcp.ring.parts import gather_segments, shard_run
+from lhcp.ring.parts import gather_segments, ring_givers
+from lhcp.ring.schedule import MIN_ROUND_PAIRS, ring_rounds, round_chunks
 
 
 def wanted(layout: LayoutName, world: int, queries: range, keys: range, causal: bool) -> Counter:
@@ -50,15 +51,33 @@ def test_every_part_has_one_way_home(
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [2, 3, 8])
-def test_runs_of_a_ring(layout: LayoutName, world: int, causal: bool) -> None:
-    """Fails if the two ends of a message of the ring would not agree on its size."""
+@pytest.mark.parametrize("pairs", [1, MIN_ROUND_PAIRS])
+def test_both_ends_of_a_ring_agree(
+    layout: LayoutName, world: int, causal: bool, pairs: int
+) -> None:
+    """Fails if an owner waits for a part that nobody gives, or does not for one that comes."""
     cut = make_layout(layout, world)
-    for rank in range(world):
-        for owner in set(range(world)) - {rank}:
-            start, stop = shard_run(cut, causal, rank, owner)
-            seen = {
-                slot
-                for slot, k in enumerate(cut.chunks(owner))
-                if not causal or any(k < q for q in cut.chunks(rank))
-            }
-            assert set(range(start, stop)) == seen
+    rounds = ring_rounds(world, pairs, backward=True)
+    for start in range(len(rounds)):
+        some = rounds[start : start + 2]
+        given = Counter(
+            (rank, chunk)
+            for rank in range(world)
+            for distances in some
+            for chunk in round_chunks(rank, cut, causal, distances)
+        )
+        awaited = Counter(
+            (giver, cut.chunks(owner)[slot])
+            for owner in range(world)
+            for slot, givers in enumerate(ring_givers(owner, cut, causal, some))
+            for giver in givers
+        )
+        assert given == awaited and set(given.values()) <= {1}
+    seen = {(r, c) for r in range(world) for d in rounds for c in round_chunks(r, cut, causal, d)}
+    everyone = range(world)
+    others = {
+        (rank, chunk)
+        for rank, chunk in wanted(layout, world, everyone, everyone, causal)
+        if chunk not in cut.chunks(rank)
+    }
+    assert seen == others

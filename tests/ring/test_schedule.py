@@ -1,18 +1,22 @@
 """Who attends to what: every pair of chunks once, whatever the rotation. Integers only."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from lhcp.layout import LAYOUTS, Layout, LayoutName, make_layout
 from lhcp.ring.rotation.allgather import split_heads
 from lhcp.ring.schedule import (
+    MIN_ROUND_PAIRS,
     Step,
     allgather_steps,
     gathered_order,
     hierarchical_steps,
     most_parts,
     p2p_steps,
+    ring_rounds,
+    round_chunks,
 )
 
 HEADS = 4
@@ -23,9 +27,13 @@ def deliveries(
 ) -> list[tuple[Step, tuple[int, ...]]]:
     """Steps, each with the chunks of keys that it is given, in order."""
     world, mine = layout.world_size, layout.chunks(rank)
-    if rotation == "p2p":
-        steps = p2p_steps(rank, layout, causal, HEADS)
-        return [(step, layout.chunks((rank - i) % world)) for i, step in enumerate(steps)]
+    if rotation.startswith("p2p"):
+        # Blocks that are large enough, half so, or hopelessly small.
+        pairs = {"p2p": MIN_ROUND_PAIRS, "p2p2": MIN_ROUND_PAIRS // 2, "p2p*": 1}[rotation]
+        rounds = ring_rounds(world, pairs, backward=False)
+        steps = p2p_steps(rank, layout, causal, HEADS, rounds)
+        keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
+        return list(zip(steps, [mine, *keys], strict=True))
     if rotation.startswith("allgather"):
         groups = split_heads(HEADS, int(rotation[-1]))
         steps = allgather_steps(rank, layout, causal, groups)
@@ -45,7 +53,10 @@ CASES = [
     (rotation, world, layout)
     for layout in LAYOUTS
     for world in (1, 2, 3, 4, 6, 8)
-    for rotation in ("p2p", "allgather1", "allgather2", "allgather4", "node1", "node2", "node3")
+    for rotation in (
+        *("p2p", "p2p2", "p2p*", "allgather1", "allgather2", "allgather4"),
+        *("node1", "node2", "node3"),
+    )
     if not rotation.startswith("node") or world % int(rotation[-1]) == 0
     if world > 1 or rotation == "p2p"
 ]
@@ -113,7 +124,23 @@ def test_a_gather_merges_two_parts_and_a_ring_more() -> None:
     cut = make_layout("zigzag", 4)
     for rank in range(4):
         assert most_parts(allgather_steps(rank, cut, True, ((0, 2), (2, 4)))) == 2
-    assert max(most_parts(p2p_steps(rank, cut, True, 4)) for rank in range(4)) == 4
+    each = tuple(range(d, d + 1) for d in range(1, 4))
+    assert max(most_parts(p2p_steps(rank, cut, True, 4, each)) for rank in range(4)) == 4
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 7, 8, 32])
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 1000])
+def test_rounds_grow_until_blocks_are_large_enough(world: int, share: int) -> None:
+    """Fails if a distance is lost, a round is longer than needed, or the first one is not short."""
+    rounds = ring_rounds(world, -(-MIN_ROUND_PAIRS // share), backward=False)
+    assert [d for distances in rounds for d in distances] == list(range(1, world))
+    lengths = [len(distances) for distances in rounds]
+    assert lengths[0] == 1 and max(lengths) <= share
+    for before, length in pairwise(lengths[:-1]):
+        assert length == min(2 * before, share)
+    back = ring_rounds(world, -(-MIN_ROUND_PAIRS // share), backward=True)
+    assert [d for distances in back for d in distances] == list(range(1, world))
+    assert [len(distances) for distances in back] == lengths[::-1]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 3), (6, 4), (1, 8), (5, 2), (7, 0)])

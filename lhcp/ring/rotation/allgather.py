@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lhcp.ring.parts import gather_segments
 from lhcp.ring.rotation.base import Grads, Trip
-from lhcp.ring.rotation.messages import Gather, PartsHome
+from lhcp.ring.rotation.gather import Gather, PartsHome
 from lhcp.ring.schedule import Step, allgather_steps
 from lhcp.ring.sum_parts import sum_parts
 
@@ -18,7 +18,7 @@ MIN_GROUP_BYTES = 16 * 2**20
 """A group of heads gathers at least this much: below, latency costs more than overlap gains."""
 
 MIN_GROUP_ROWS = 132 * 128
-"""kv heads x query rows of a chunk in a group: fewer leave multiprocessors without work. Measured
+"""Queries of a chunk x their heads in a group: fewer leave multiprocessors without work. Measured
 on an H200: 64 x 128 rows a group cost 1.2 times what one group costs, side by side as they run."""
 
 
@@ -32,18 +32,17 @@ def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ..
 
 
 def head_groups(
-    num_kv_heads: int, chunk: int, gathered_bytes: int, world_size: int
+    num_kv_heads: int, query_rows: int, gathered_bytes: int, world_size: int
 ) -> tuple[tuple[int, int], ...]:
     """Return the runs of kv heads that are gathered one after another.
 
     Args:
-        chunk: tokens of a chunk. gathered_bytes: of all ranks' k and v, all heads.
+        query_rows: queries of a chunk x their heads x the batch.
+        gathered_bytes: of all ranks' k and v, all heads.
         world_size: with few ranks the diagonal is long enough to hide a gather on its own.
     """
-    by_rows = num_kv_heads * chunk // MIN_GROUP_ROWS
-    return split_heads(
-        num_kv_heads, min(gathered_bytes // MIN_GROUP_BYTES, by_rows, world_size // 2)
-    )
+    most = min(query_rows // MIN_GROUP_ROWS, gathered_bytes // MIN_GROUP_BYTES, world_size // 2)
+    return split_heads(num_kv_heads, most)
 
 
 class AllGather:
@@ -53,7 +52,8 @@ class AllGather:
         self._trip, self._like = trip, k
         self._slots, world = trip.layout.chunks_per_rank, trip.ranks.world_size
         gathered_bytes = 2 * k.numel() * k.element_size() * world
-        self._groups = head_groups(k.shape[2], k.shape[1] // self._slots, gathered_bytes, world)
+        query_rows = k.shape[0] * (k.shape[1] // self._slots) * trip.num_heads
+        self._groups = head_groups(k.shape[2], query_rows, gathered_bytes, world)
         self.steps = allgather_steps(trip.ranks.rank, trip.layout, trip.causal, self._groups)
         self._own: tuple[Tensor, Tensor] | None = None
         self._leaving: PartsHome | None = None

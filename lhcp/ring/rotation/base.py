@@ -25,9 +25,15 @@ class Trip:
     ranks: Ranks
     layout: Layout
     causal: bool
-    stage: str
-    """"ring_forward" or "ring_backward": the name in the profile."""
+    num_heads: int
+    """Of queries."""
+    backward: bool
     spans: Spans
+
+    @property
+    def stage(self) -> str:
+        """The name in the profile."""
+        return "ring_backward" if self.backward else "ring_forward"
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lhcp.ring.parts import gather_segments
 from lhcp.ring.rotation.base import Grads, Trip, wide
-from lhcp.ring.rotation.messages import Exchange, Gather, PartsHome, RingBuffers, arriving
+from lhcp.ring.rotation.gather import Gather, PartsHome
+from lhcp.ring.rotation.messages import Exchange, RingBuffers, arriving
 from lhcp.ring.schedule import Step, hierarchical_steps
 from lhcp.ring.sum_parts import sum_parts
 
@@ -33,6 +34,7 @@ class Hierarchical:
         self._own: tuple[Tensor, Tensor] | None = None
         self._parts: PartsHome | None = None
         self._sum: Exchange | None = None
+        self._summed: list[Tensor] = []
         self._total: tuple[Tensor, Tensor] | None = None
         self._node = 0
 
@@ -92,8 +94,13 @@ class Hierarchical:
             self._total = total
             return
         self._arrive()
-        incoming = [arriving(x, *x.shape) for x in total]
-        self._sum = Exchange(self._outer, total, incoming, distance=-j)
+        nodes, own = self._outer.size(), self._outer.rank()
+        self._summed = [arriving(x, *x.shape) for x in total]
+        self._sum = Exchange(
+            self._outer,
+            [(x, (own - j) % nodes) for x in total],
+            [(x, (own + j) % nodes) for x in self._summed],
+        )
 
     def _arrive(self) -> None:
         """Add what another node summed for this rank's keys."""
@@ -103,6 +110,6 @@ class Hierarchical:
         with trip.spans.span(trip.stage, "wait", step, self._like.device):
             self._sum.wait()
         assert self._total is not None
-        for own, part in zip(self._total, self._sum.incoming, strict=True):
+        for own, part in zip(self._total, self._summed, strict=True):
             own += part
         self._sum = None

@@ -1,13 +1,9 @@
-"""The messages that rotations are made of: exchanges, rings, gathers, parts on their way home."""
+"""The messages that rotations are made of: exchanges between ranks, tensors that go round."""
 
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
-
-from lhcp.collectives import all_gather, all_to_all
-from lhcp.ring.parts import Segment
-from lhcp.ring.rotation.base import Grads
 
 
 def arriving(like: Tensor, *shape: int) -> Tensor:
@@ -15,28 +11,29 @@ def arriving(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
+Peered = tuple[Tensor, int]
+"""What a message is read from or written to, and the rank of the group at its other end."""
+
+
 class Exchange:
-    """Tensors to the rank `distance` further on, and others from the one as far back, under way."""
+    """Messages to other ranks of a group and from them, under way at once.
+
+    Several between the same two ranks arrive in the order in which they are given.
+    """
 
     def __init__(
-        self,
-        group: dist.ProcessGroup,
-        outgoing: Sequence[Tensor],
-        incoming: Sequence[Tensor],
-        distance: int = 1,
+        self, group: dist.ProcessGroup, outgoing: Sequence[Peered], incoming: Sequence[Peered]
     ) -> None:
-        rank, world = group.rank(), group.size()
-        to, back = (rank + distance) % world, (rank - distance) % world
-        self.incoming = incoming
         self._outgoing = outgoing  # must outlive the messages
         # Receives first: after a send, gloo's link between two ranks runs one way at a time.
-        ops = [dist.P2POp(dist.irecv, x, group=group, group_peer=back) for x in incoming]
-        ops += [dist.P2POp(dist.isend, x, group=group, group_peer=to) for x in outgoing]
+        ops = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, peer in incoming]
+        ops += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, peer in outgoing]
         self._work = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> None:
         for work in self._work:
             work.wait()
+        self._outgoing = ()
 
 
 class RingBuffers:
@@ -64,7 +61,9 @@ class RingBuffers:
             own = self._buffers[0]
             self._buffers.append(arriving(own, *own.shape))
         into = self._buffers[(self._turn + 1) % 3]
-        self._exchange = Exchange(self._group, [self.current], [into])
+        rank, world = self._group.rank(), self._group.size()
+        to, back = (rank + 1) % world, (rank - 1) % world
+        self._exchange = Exchange(self._group, [(self.current, to)], [(into, back)])
 
     def arrive(self) -> None:
         """Wait for the exchange that was posted; `current` is what came."""
@@ -74,95 +73,6 @@ class RingBuffers:
         self._exchange.wait()
         self._exchange = None
         self._turn = (self._turn + 1) % 3
-
-
-class Gather:
-    """k and v of all ranks of a group, in the order of `gathered_order`, under way.
-
-    Each slot of all ranks is one collective, straight into its place.
-
-    Args:
-        k, v: [B, slots * tokens, heads, D], this rank's.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, k: Tensor, v: Tensor, slots: int) -> None:
-        world = group.size()
-        self._own = [chunks(x, slots) for x in (k, v)]  # must outlive the messages
-        self._buffers = [arriving(k, slots * world, *own[0].shape) for own in self._own]
-        self._work = [
-            all_gather(
-                buffer[place * world : (place + 1) * world].flatten(0, 1),
-                own[slots - 1 - place],
-                group=group,
-                async_op=True,
-            )
-            for own, buffer in zip(self._own, self._buffers, strict=True)
-            for place in range(slots)
-        ]
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Return k and v, each [B, tokens of all chunks, heads, D]; views where B is 1."""
-        for work in self._work:
-            work.wait()
-        k, v = (buffer.movedim(0, 1).flatten(1, 2) for buffer in self._buffers)
-        return k, v
-
-
-class PartsHome:
-    """Gradients of gathered k and v on their way to the ranks that own the keys.
-
-    One all-to-all a segment, for dk and for dv.
-
-    Args:
-        plan: of this gather, the same on every rank of the group.
-        grads: of this rank's calls, in the order of the gather.
-        like: this rank's k, [B, slots * tokens, heads, D].
-    """
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        plan: Sequence[Segment],
-        grads: Sequence[Grads],
-        like: Tensor,
-        slots: int,
-    ) -> None:
-        rank, world = group.rank(), group.size()
-        row = (like.shape[0], like.shape[1] // slots, *like.shape[2:])
-        givers = [segment.givers(rank) for segment in plan]
-        self.first = sum(len(g) for g, s in zip(givers, plan, strict=True) if s.slot == 0)
-        """Parts of the first chunk; those of the second follow."""
-        self._parts = arriving(like, 2, sum(map(len, givers)), *row)
-        self._sent: list[Tensor] = []  # must outlive the messages
-        self._work = []
-        for kind in range(2):
-            place = 0
-            for segment, giving in zip(plan, givers, strict=True):
-                start, stop = segment.runs[rank]
-                sent = like.new_empty((0, *row))
-                if start < stop:
-                    part = next(part for part in grads if part.call.q == segment.q)
-                    by_chunk = chunks((part.dk, part.dv)[kind], part.call.num_keys, copy=False)
-                    first = (slots - 1 - segment.slot) * world - part.call.kv[0]
-                    sent = by_chunk[first + start : first + stop].contiguous()
-                self._sent.append(sent)
-                work = all_to_all(
-                    self._parts[kind, place : place + len(giving)],
-                    sent,
-                    [int(r in giving) for r in range(world)],
-                    [int(start <= r < stop) for r in range(world)],
-                    group,
-                )
-                if work is not None:
-                    self._work.append(work)
-                place += len(giving)
-
-    def wait(self) -> Tensor:
-        """Return the parts [2, givers, B, tokens of a chunk, heads, D]: `first` rows of slot 0."""
-        for work in self._work:
-            work.wait()
-        self._sent.clear()
-        return self._parts
 
 
 def chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:

@@ -1,78 +1,117 @@
-"""The ring: keys and values go to the next rank at every step; their gradients go straight home.
+"""The ring: keys and values come round from rank to rank; their gradients go straight home.
 
-k and v travel packed in one message, and the next exchange is posted before the step is computed. A
-step's parts of dk and dv are sent to the owner of its keys, `i` ranks back at step i, and summed
-there: no sum has to wait for the one before it, and none travels wide.
+At distance i a rank attends to the keys of the rank i back. They come straight from there, those
+alone that it may see, and parts of their gradients go straight back: nothing is forwarded, and no
+sum waits for the one before it. Where a rank's keys make too small a block, a round takes several
+distances at once. A round's keys travel while the one before is computed.
 """
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from lhcp.ring.parts import shard_run
+from lhcp.ring.parts import ring_givers
 from lhcp.ring.rotation.base import Grads, Trip, wide
-from lhcp.ring.rotation.messages import Exchange, RingBuffers, arriving
-from lhcp.ring.schedule import Step, p2p_steps
+from lhcp.ring.rotation.messages import arriving
+from lhcp.ring.rotation.rounds import RingChunks, RingParts
+from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
+from lhcp.ring.sum_parts import sum_parts
+
+HELD_BYTES = 2**28
+"""Parts of gradients that are kept until the last has come and summed at once; where there are
+more, each round's are added to a wide sum."""
 
 
 class P2P:
-    """`Rotation` by send and receive between neighbours."""
+    """`Rotation` by send and receive."""
 
     def __init__(self, trip: Trip, k: Tensor) -> None:
         self._trip, self._like = trip, k
-        self.steps = p2p_steps(trip.ranks.rank, trip.layout, trip.causal, k.shape[2])
-        self._chunk = k.shape[1] // trip.layout.chunks_per_rank
+        batch, tokens = k.shape[:2]
+        world, self._chunk = trip.ranks.world_size, tokens // trip.layout.chunks_per_rank
+        pairs = batch * tokens * self._chunk * trip.num_heads
+        self._rounds = ring_rounds(world, pairs, trip.backward)
+        self.steps = p2p_steps(trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds)
+        held = 2 * (world - 1) * k.numel() * k.element_size() <= HELD_BYTES
+        self._rounds_per_sum = len(self._rounds) if held else 1
         self._total: tuple[Tensor, Tensor] | None = None
-        self._leaving: Exchange | None = None
+        self._parts: Tensor | None = None
+        self._first = 0
+        self._leaving: RingParts | None = None
+        self._arrived = 0
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         trip = self._trip
-        kv = RingBuffers(trip.group, torch.stack((k, v)))
-        for i, step in enumerate(self.steps):
-            last = i + 1 == len(self.steps)
-            if not last:
-                kv.post()
-            yield step, kv.current[0], kv.current[1]
-            if not last:
-                with trip.spans.span(trip.stage, "wait", i, k.device):
-                    kv.arrive()
+        fetched = self._fetch(k, v, 0)
+        yield self.steps[0], k, v
+        for i, step in enumerate(self.steps[1:]):
+            with trip.spans.span(trip.stage, "wait", i, k.device):
+                keys = fetched.wait()
+            if i + 1 < len(self._rounds):
+                fetched = self._fetch(k, v, i + 1)
+            yield step, *keys
 
     def collect(self, step: int, grads: Sequence[Grads]) -> None:
         if step == 0:
             # The own keys: one call over all of them.
-            dtype = wide(self._like.dtype)
-            self._total = (grads[0].dk.to(dtype, copy=True), grads[0].dv.to(dtype, copy=True))
+            self._total = (grads[0].dk, grads[0].dv)
             return
-        self._arrive(step)
+        self._arrive()
         trip = self._trip
-        outgoing = [x.contiguous() for part in grads for x in (part.dk, part.dv)]
-        rows = self._rows(step)
-        shape = (self._like.shape[0], rows.stop - rows.start, *self._like.shape[2:])
-        incoming = [arriving(self._like, *shape) for _ in range(2) if rows.start < rows.stop]
-        self._leaving = Exchange(trip.group, outgoing, incoming, distance=-step)
+        self._leaving = RingParts(
+            trip.group,
+            grads,
+            self._places(step - 1),
+            trip.layout,
+            trip.causal,
+            self._rounds[step - 1],
+        )
 
     def home(self) -> tuple[Tensor, Tensor]:
-        self._arrive(len(self.steps))
+        self._arrive()
         assert self._total is not None
-        dk, dv = (x.to(self._like.dtype) for x in self._total)
-        return dk, dv
+        return self._total
 
-    def _rows(self, step: int) -> slice:
-        """This rank's tokens that the rank `step` further on attends to."""
-        ranks = self._trip.ranks
-        other = (ranks.rank + step) % ranks.world_size
-        start, stop = shard_run(self._trip.layout, self._trip.causal, other, ranks.rank)
-        return slice(start * self._chunk, stop * self._chunk)
+    def _fetch(self, k: Tensor, v: Tensor, i: int) -> RingChunks:
+        trip = self._trip
+        return RingChunks(trip.group, k, v, trip.layout, trip.causal, self._rounds[i])
 
-    def _arrive(self, step: int) -> None:
-        """Add what the exchange of the step before brought."""
+    def _givers(self, start: int, stop: int) -> tuple[tuple[int, ...], ...]:
+        """The ranks that give parts in rounds [start, stop), for each of this rank's chunks."""
+        trip = self._trip
+        return ring_givers(trip.ranks.rank, trip.layout, trip.causal, self._rounds[start:stop])
+
+    def _places(self, i: int) -> list[list[Tensor]]:
+        """Where parts of round i go: for dk and dv, by slot, [givers, B, tokens, heads, D]."""
+        start = i - i % self._rounds_per_sum
+        if i == start:
+            counts = [len(of_slot) for of_slot in self._givers(i, i + self._rounds_per_sum)]
+            shape = (self._like.shape[0], self._chunk, *self._like.shape[2:])
+            self._first = counts[0]
+            self._parts = arriving(self._like, 2, sum(counts), *shape)
+        assert self._parts is not None
+        before, mine = self._givers(start, i), self._givers(i, i + 1)
+        begins = [self._first * slot + len(of_slot) for slot, of_slot in enumerate(before)]
+        return [
+            [of_kind[b : b + len(g)] for b, g in zip(begins, mine, strict=True)]
+            for of_kind in self._parts
+        ]
+
+    def _arrive(self) -> None:
+        """Wait for the parts on their way; sum what is held, once that is all there is."""
         if self._leaving is None:
             return
-        trip = self._trip
-        with trip.spans.span(trip.stage, "wait", len(self.steps) + step - 2, self._like.device):
+        trip, like = self._trip, self._like
+        step = len(self._rounds) + self._arrived
+        with trip.spans.span(trip.stage, "wait", step, like.device):
             self._leaving.wait()
-        assert self._total is not None
-        for total, part in zip(self._total, self._leaving.incoming, strict=False):
-            total[:, self._rows(step - 1)] += part
         self._leaving = None
+        self._arrived += 1
+        if self._arrived % self._rounds_per_sum:
+            return
+        assert self._parts is not None
+        last = self._arrived == len(self._rounds)
+        dtype = like.dtype if last else wide(like.dtype)
+        total = like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape, dtype=dtype)
+        sum_parts(self._parts, self._first, self._total, total)
+        self._total, self._parts = total, None
