@@ -11,6 +11,7 @@ import argparse
 import torch
 import torch.distributed as dist
 from harness import (
+    byte_compute,
     card,
     collective_factors,
     copy_bandwidth,
@@ -94,7 +95,7 @@ def calibrate(
     ]
     tiny = torch.zeros(1, device=device)
     between = Link(latency=0.0, bandwidth=1e18)
-    gather_factor = alltoall_factor = 1.0
+    gather_factor, alltoall_factor, taken = 1.0, 1.0, 0.0
     if ranks.world_size > 1:
         found = link(ranks, device, large_message)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
@@ -102,6 +103,9 @@ def calibrate(
         gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
         hop = max(0.0, empty - latency) / max(1, ranks.world_size - 2)
         between = Link(latency=latency, bandwidth=rate, hop=hop)
+        if device.type == "cpu":
+            block, q = BLOCKS[name], torch.randn(1, square[0][0], heads, head_dim, dtype=dtype)
+            taken = byte_compute(lambda: block.forward(q, q, q, True, head_dim**-0.5), rate, ranks)
     cuda = device.type == "cuda"
     title = torch.cuda.get_device_name(device) if cuda else "cpu"
     calibration = Calibration(
@@ -119,6 +123,7 @@ def calibrate(
         outer=between,
         gather_factor=gather_factor,
         alltoall_factor=alltoall_factor,
+        byte_compute=taken,
     )
     if ranks.world_size > 1:
         said = [calibration]
@@ -149,6 +154,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
             print(f"causal {n:>8,}: {1e3 * forward:9.3f} ms forward {1e3 * backward:9.3f} backward")
         for n, m, forward, backward in calibration.full:
             print(f"full {n:>7,} x {m:>8,}: {1e3 * forward:9.3f} ms {1e3 * backward:9.3f}")
+        print(f"compute that a byte takes: {1e9 * calibration.byte_compute:.2f} ns")
         calibration.save(args.out)
         print(f"written: {args.out}")
 

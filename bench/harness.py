@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -150,24 +151,78 @@ def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[s
     """
     if large is None:
         large = 2**26 if device.type == "cuda" else 2**22
-    rank, world = ranks.rank, ranks.world_size
 
     def exchange(num_bytes: int) -> Callable[[], None]:
-        out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-
-        def run() -> None:
-            # Receives first: a gloo rank says that it is ready on the connection that it sends on.
-            ops = [
-                dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=(rank - 1) % world),
-                dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=(rank + 1) % world),
-            ]
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
-
-        return run
+        post = round_the_ring(num_bytes, ranks, device)
+        return lambda: post()()
 
     latency, rate = latency_and_rate(exchange, large, ranks, device)
     return {"latency_us": 1e6 * latency, "gb_s": rate / 1e9}
+
+
+def round_the_ring(
+    num_bytes: int, ranks: Ranks, device: torch.device
+) -> Callable[[], Callable[[], None]]:
+    """Return a post of messages to the next rank and from the previous; it returns their wait."""
+    rank, world = ranks.rank, ranks.world_size
+    out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def post() -> Callable[[], None]:
+        # Receives first: a gloo rank says that it is ready on the connection that it sends on.
+        ops = [
+            dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=(rank - 1) % world),
+            dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=(rank + 1) % world),
+        ]
+        works = dist.batch_isend_irecv(ops)
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+    return post
+
+
+def byte_compute(
+    run: Callable[[], Any], rate: float, ranks: Ranks, repeats: int = 48, long: float = 0.05
+) -> float:
+    """Seconds that a byte, sent or received, adds to compute on CPU ranks; a collective.
+
+    Measured beside compute, and not as the CPU time of ranks that only move bytes: the kernel's own
+    part runs on whatever core is there, at the cost of nobody if that one is idle.
+
+    Args:
+        run: computes. rate: bytes a second of neighbour messages. long: seconds of compute. Many
+            short ones, since over a slow link the difference is a few percent.
+    """
+    device = torch.device("cpu")
+    calls = ceil(long / slowest(seconds_of(run, device), ranks))
+    # They last about as long as the compute; of longer ones the part that was under way counts.
+    num_bytes = int(min(2**26, max(2**10, rate * long)))
+    exchange = round_the_ring(num_bytes, ranks, device)
+
+    def seconds(post: Callable[[], Callable[[], None]]) -> tuple[float, float]:
+        """Of the compute, and until the messages are there as well: of the slowest rank."""
+        dist.barrier(group=ranks.flat)
+        begin = time.perf_counter()
+        wait = post()
+        for _ in range(calls):
+            run()
+        computed = time.perf_counter() - begin
+        wait()
+        both = time.perf_counter() - begin
+        return slowest(computed, ranks), slowest(both, ranks)
+
+    alone, beside, moved = [], [], []
+    for _ in range(repeats):
+        alone.append(seconds(lambda: lambda: None)[0])
+        computed, both = seconds(exchange)
+        beside.append(computed)
+        moved.append(2 * num_bytes * computed / both)
+    # Lower quartiles: what else runs on the machine only ever adds.
+    added = statistics.quantiles(beside)[0] - statistics.quantiles(alone)[0]
+    return max(0.0, added / statistics.median(moved))
 
 
 def latency_and_rate(

@@ -8,6 +8,7 @@ ranks in float64 first, kernels on this device against float64.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +27,9 @@ from lhcp.layout import make_layout
 from lhcp.mesh import Ranks, as_ranks
 from lhcp.overhead.report import PHASES
 from lhcp.overhead.runs import Job, Runner
-from lhcp.ring import heads
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import hierarchical, messages, p2p
+from lhcp.ring.rotation import messages
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from lhcp.timing import UNTIMED
@@ -71,15 +71,15 @@ def filled() -> Iterator[None]:
             buffers.append(torch.randn(shape, dtype=like.dtype, device=like.device))
         return buffers[turn % 8]
 
-    users = (messages, p2p, hierarchical, heads)
-    originals = [user.arriving for user in users]
+    original = messages.arriving
+    users = [m for m in sys.modules.values() if getattr(m, "arriving", None) is original]
     for user in users:
-        user.arriving = random  # type: ignore[assignment]
+        user.arriving = random  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for user, original in zip(users, originals, strict=True):
-            user.arriving = original  # type: ignore[assignment]
+        for user in users:
+            user.arriving = original  # type: ignore[attr-defined]
 
 
 def _gate_on_gloo(group: Any, rotation: str, layout: Any, heads: tuple[int, int]) -> str | None:

@@ -248,8 +248,8 @@ B200 = replace(
 CPU = Calibration(
     name="cpu",
     source=(
-        "a guess at one thread of a server's core, torch's CPU kernel, fp32, and at what gloo takes "
-        "of it for a byte; calibrate your own"
+        "a guess at one thread of a server's core, torch's CPU kernel, fp32, and at what gloo "
+        "takes of it for a byte; calibrate your own"
     ),
     num_heads=4,
     head_dim=64,

@@ -94,13 +94,12 @@ class Message(NamedTuple):
 
 
 MOST_SHARED = 0.9
-"""What messages under way at once take at most of a rank's compute: it is never slower beside them
-than after them, so that T is at most C + M."""
+"""Messages under way at once take at most so much of a rank's compute: what is done beside them
+ends no later than if it waited for them."""
 
 
 def finish(now: float, seconds: float, messages: Sequence[Message]) -> float:
     """Return when so many seconds of compute that start now end, beside one rank's messages."""
-    messages = [message for message in messages if message.stop > now]
     edges = sorted({edge for m in messages for edge in (m.start, m.stop) if edge > now})
     for edge in edges:
         shared = sum(m.share for m in messages if m.start <= now < m.stop)
@@ -216,6 +215,8 @@ class Clocks:
         self.now = [max(t, d) for t, d in zip(self.now, done, strict=True)]
 
     def _compute_for(self, seconds: Sequence[float]) -> None:
+        ranks = zip(self.now, self._messages, strict=True)
+        self._messages = [[m for m in messages if m.stop > t] for t, messages in ranks]
         ends = zip(self.now, seconds, self._messages, strict=True)
         self.now = [finish(*end) for end in ends]
 

@@ -16,6 +16,14 @@ reduce_scatter: Callable[..., Any] = getattr(
 """reduce_scatter(output, input, group=, async_op=): this rank's run of axis 0 of the sum."""
 
 
+def sends_nothing(group: dist.ProcessGroup) -> bool:
+    """Whether the group is of torch's "fake" backend, which copies in place of what it would send.
+
+    Nothing is asked of it then: the compute-only twin of a rotation would count the copies.
+    """
+    return dist.get_backend(group) == "fake"
+
+
 @dataclass(frozen=True)
 class Works:
     """Several messages under way."""
@@ -34,6 +42,8 @@ def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup
     One after another they would be as many kernels on a GPU, and each but the first would wait
     until whatever computes meanwhile leaves a multiprocessor free.
     """
+    if sends_nothing(group):
+        return Works(())
     with dist._coalescing_manager(group, async_ops=True) as together:
         for output, given in pairs:
             all_gather(output, given, group=group, async_op=True)
@@ -54,16 +64,21 @@ class Rows:
 
 def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
     """Start all-to-alls, as one collective where the backend can."""
-    if dist.get_backend(group) == "fake":
-        # It refuses to get rows for none.
-        exchanges = [rows for rows in exchanges if rows.input.shape[0]]
-    device = exchanges[0].output.device if exchanges else None
-    if device is None or not group._get_backend(device).supports_coalescing:
+    if sends_nothing(group) or not exchanges:
+        return Works(())
+    device = exchanges[0].output.device
+    if not group._get_backend(device).supports_coalescing:
         return Works([_all_to_all(rows, group) for rows in exchanges])
     with dist._coalescing_manager(group, device, async_ops=True) as together:
         for rows in exchanges:
             _all_to_all(rows, group)
     return Works((together,))
+
+
+def swap(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
+    """All-to-all of equal parts of axis 0, waited for."""
+    if not sends_nothing(group):
+        dist.all_to_all_single(output, given, group=group)
 
 
 def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> Any:

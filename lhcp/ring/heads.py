@@ -7,9 +7,9 @@ attends to it; one exchange brings the output back. The kv heads must divide ove
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import swap
 from lhcp.layout import Layout, make_layout
 from lhcp.mesh import Ranks
 from lhcp.operators import operator
@@ -19,7 +19,8 @@ from lhcp.ring.rotation.messages import arriving
 def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     """[W, B, n, heads / W, D] by destination to [B, N, heads / W, D] in sequence order."""
     received = arriving(x, *x.shape)
-    dist.all_to_all_single(received, x, group=ranks.flat)
+    assert ranks.flat is not None
+    swap(received, x, ranks.flat)
     chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
     owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
     order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
@@ -33,7 +34,8 @@ def heads_to_tokens(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
     sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
     received = arriving(sent, *sent.shape)
-    dist.all_to_all_single(received, sent, group=ranks.flat)
+    assert ranks.flat is not None
+    swap(received, sent, ranks.flat)
     return received
 
 

@@ -1,12 +1,14 @@
 """The cost model as a pure function: what must hold whatever the machine."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import lhcp.clocks
 from lhcp.calibration import CALIBRATIONS, CPU, H200, Calibration, Link, interpolate
-from lhcp.clocks import Sizes, step_seconds
+from lhcp.clocks import Message, Sizes, finish, step_seconds
 from lhcp.cost_model import attention_flops, choose, most_traffic, predict
 from lhcp.ring.rotation import NAMES
 from lhcp.ring.schedule import allgather_steps, p2p_steps, ring_rounds
@@ -98,40 +100,82 @@ def test_messages_hide_behind_long_steps() -> None:
     )
 
 
+HAND_LINK = Link(latency=0.5, bandwidth=1.0)
+HAND = Calibration(
+    name="hand",
+    source="these tests",
+    num_heads=1,
+    head_dim=1,
+    square=((1, 1.0, 2.0),),
+    full=((1, 1, 3.0, 6.0),),
+    copy_bandwidth=1e18,
+    merge_bandwidth=1e18,
+    launch=0.0,
+    inner=HAND_LINK,
+    outer=HAND_LINK,
+)
+HAND_SIZES = Sizes(
+    seqlen=2,
+    world_size=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=1,
+    element_bytes=2,
+    layout="contiguous",
+    causal=False,
+)
+
+
 def test_two_equal_steps_by_hand() -> None:
     """Fails if the ring's arithmetic changes: two ranks, no mask, a message slower than a step."""
-    link = Link(latency=0.5, bandwidth=1.0)
-    calibration = Calibration(
-        name="hand",
-        source="this test",
-        num_heads=1,
-        head_dim=1,
-        square=((1, 1.0, 2.0),),
-        full=((1, 1, 3.0, 6.0),),
-        copy_bandwidth=1e18,
-        merge_bandwidth=1e18,
-        launch=0.0,
-        inner=link,
-        outer=link,
-    )
-    sizes = Sizes(
-        seqlen=2,
-        world_size=2,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=1,
-        element_bytes=2,
-        layout="contiguous",
-        causal=False,
-    )
     # kv: 2 tensors x 1 token x 2 bytes = 4 bytes: 4.5 s, the step 3 s.
-    assert predict("p2p", sizes, calibration).forward.real == pytest.approx(4.5 + 3)
+    assert predict("p2p", HAND_SIZES, HAND).forward.real == pytest.approx(4.5 + 3)
     # Gradients of the other rank's token: 4 bytes, 4.5 s, posted after the second step.
-    backward = predict("p2p", sizes, calibration).backward
+    backward = predict("p2p", HAND_SIZES, HAND).backward
     assert backward.real == pytest.approx(6 + 6 + 4.5)
     assert backward.compute == pytest.approx(12)
     # One link carries one message at a time, and its latency beside the next one's bytes.
     assert backward.communication == pytest.approx(4.5 + 4.5)
+
+
+def test_compute_that_bytes_take_by_hand() -> None:
+    """Fails if messages take no compute, take it from a rank that waits, or change a twin."""
+    # 4 bytes go and 4 come, each in 4 s: together they take a fifth of the compute meanwhile.
+    prediction = predict("p2p", HAND_SIZES, replace(HAND, byte_compute=0.1))
+    # The first step's 3 s take 3.75, and then the rank waits for its message, as it did before.
+    assert prediction.forward.real == pytest.approx(4.5 + 3)
+    # The first step's 6 s: 3.2 in the message's 4, 2.8 after. Nothing computes beside the last one.
+    assert prediction.backward.real == pytest.approx(4 + 2.8 + 6 + 4.5)
+    assert prediction.backward.compute == pytest.approx(12)
+    assert prediction.backward.communication == pytest.approx(4.5 + 4.5)
+    # A gather's bytes come and go as well. Beside it the diagonal, here 6 s; then the other's keys.
+    long = replace(HAND, byte_compute=0.1, square=((1, 6.0, 12.0),))
+    gathered = predict("allgather", replace(HAND_SIZES, causal=True), long)
+    assert gathered.forward.real == pytest.approx(4 + 2.8 + 3)
+
+
+def test_compute_beside_messages() -> None:
+    """Fails if a message's share is taken when it is not under way, not added, or not bounded."""
+    assert finish(1.0, 3.0, [Message(0.0, 1.0, 0.5), Message(4.0, 9.0, 0.5)]) == 4.0
+    assert finish(0.0, 3.0, [Message(1.0, 3.0, 0.5)]) == pytest.approx(1 + 2 + 1)
+    assert finish(2.0, 0.25, [Message(1.0, 3.0, 0.5)]) == pytest.approx(2.5)
+    both = [Message(0.0, 2.0, 0.5), Message(1.0, 3.0, 0.25)]
+    assert finish(0.0, 2.0, both) == pytest.approx(3 + (2 - 0.5 - 0.25 - 0.75))
+    # Two that would take more than all leave a tenth.
+    assert finish(0.0, 0.1, [Message(0.0, 9.0, 0.7), Message(0.0, 9.0, 5.0)]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_compute_that_bytes_take(rotation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the charge shortens a prediction or changes C, or if a charge of 0 does anything."""
+    free = replace(CPU, byte_compute=0.0)
+    taken, without = (predict(rotation, BASE, calibration) for calibration in (CPU, free))
+    for phase in ("forward", "backward"):
+        more, less = getattr(taken, phase), getattr(without, phase)
+        assert more.compute == less.compute
+        assert more.real >= less.real * (1 - 1e-9)
+    monkeypatch.setattr(lhcp.clocks, "finish", lambda now, seconds, _: now + seconds)
+    assert predict(rotation, BASE, free) == without
 
 
 def test_choice_follows_the_machine() -> None:
@@ -147,10 +191,13 @@ def test_choice_follows_the_machine() -> None:
 
 
 def test_calibration_file(tmp_path: Path) -> None:
-    """Fails if a calibration changes on disk, or if a wrong file is taken for one."""
+    """Fails if a calibration changes on disk, if an older one is refused or a wrong one is not."""
     for calibration in CALIBRATIONS.values():
         calibration.save(tmp_path / "c.json")
         assert Calibration.load(tmp_path / "c.json") == calibration
+    older = {name: value for name, value in json.loads(CPU.text).items() if name != "byte_compute"}
+    (tmp_path / "c.json").write_text(json.dumps(older))
+    assert Calibration.load(tmp_path / "c.json") == replace(CPU, byte_compute=0.0)
     (tmp_path / "c.json").write_text('{"name": "x"}')
     with pytest.raises(ValueError, match="does not hold an lhcp calibration"):
         Calibration.load(tmp_path / "c.json")
