@@ -53,13 +53,12 @@ def block_seconds(
 
 
 def merge_bandwidth(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Counted bytes a second of the online merge, large enough that its launch does not matter."""
+    """Counted bytes a second of the merge of three, so large that its launch does not matter."""
     rows = 2**16 if device.type == "cuda" else 2**12
-    out = torch.zeros(1, rows, heads, head_dim, dtype=wide(dtype), device=device)
-    lse = torch.zeros(1, heads, rows, dtype=wide(dtype), device=device)
-    block_out = torch.zeros(1, rows, heads, head_dim, dtype=dtype, device=device)
-    seconds = seconds_of(lambda: merge(out, lse, block_out, lse.clone()), device)
-    return (2 * out.nbytes + block_out.nbytes) / seconds
+    out, *parts = torch.zeros(4, 1, rows, heads, head_dim, dtype=dtype, device=device)
+    lse, *lses = torch.zeros(4, 1, heads, rows, dtype=wide(dtype), device=device)
+    seconds = seconds_of(lambda: merge(out, lse, parts, lses), device)
+    return 4 * out.nbytes / seconds
 
 
 def calibrate(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lhcp.calibration import Calibration, Direction, Link
 from lhcp.layout import Layout, LayoutName, make_layout
 from lhcp.ring.rotation.allgather import head_groups
+from lhcp.ring.rotation.base import HELD_BYTES
 from lhcp.ring.schedule import Step
 
 
@@ -131,8 +132,6 @@ class Clocks:
         }
         self._messages: list[list[Message]] = [[] for _ in range(sizes.world_size)]
         self.steps: list[float] = []
-        self.sum_bytes: int | None = None
-        """Of an element of sums over more than two calls."""
 
     @property
     def seconds(self) -> float:
@@ -150,10 +149,7 @@ class Clocks:
 
     def step(self, steps: Sequence[Step]) -> None:
         """Every rank computes its own step's calls and merges them."""
-        seconds = [
-            step_seconds(s, self.sizes, self.calibration, self.direction, self.sum_bytes)
-            for s in steps
-        ]
+        seconds = [step_seconds(s, self.sizes, self.calibration, self.direction) for s in steps]
         self.steps.append(max(seconds))
         self.work(seconds)
 
@@ -239,13 +235,8 @@ def step_seconds(
     sizes: Sizes,
     calibration: Calibration,
     direction: Direction,
-    sum_bytes: int | None = None,
 ) -> float:
-    """Seconds of one step's calls on one rank, with their merges.
-
-    Args:
-        sum_bytes: of an element of the outputs' or dq's running sum; None: as the calls write it.
-    """
+    """Seconds of one step's calls on one rank, with their part of the merge."""
     kv_heads = step.heads[1] - step.heads[0]
     heads = kv_heads * sizes.num_heads // sizes.num_kv_heads
     seconds = 0.0
@@ -261,9 +252,12 @@ def step_seconds(
         # Beside the kernel itself, one small one in the forward and two in the backward.
         small = calibration.launch * (1 if direction == "forward" else 2)
         seconds += whole * heads / sizes.num_heads + small
-        # A partial result is read, the sum written, and read as well unless it is new.
-        per_element = sizes.element_bytes
-        per_element += (sum_bytes or sizes.element_bytes) * (1 if step.first else 2)
-        rows = queries * batch * heads * sizes.head_dim
-        seconds += calibration.merge_seconds(rows * per_element)
+        # A partial result is read once; the sum is written once, and wide again and again where
+        # so much is held.
+        num_bytes = queries * batch * heads * sizes.head_dim * sizes.element_bytes
+        wide = sizes.q_elements * sizes.grad_bytes
+        moved = num_bytes + 2 * wide * (num_bytes / HELD_BYTES)
+        if step.first:
+            moved += num_bytes
+        seconds += calibration.merge_seconds(moved)
     return seconds

@@ -63,12 +63,15 @@ class Rows:
 
 
 def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
-    """Start all-to-alls, as one collective where the backend can."""
+    """Start all-to-alls: as one collective where the backend can, else as a message a part.
+
+    The tensors must outlive the messages.
+    """
     if sends_nothing(group) or not exchanges:
         return Works(())
     device = exchanges[0].output.device
     if not group._get_backend(device).supports_coalescing:
-        return Works([_all_to_all(rows, group) for rows in exchanges])
+        return _part_by_part(exchanges, group)
     with dist._coalescing_manager(group, device, async_ops=True) as together:
         for rows in exchanges:
             _all_to_all(rows, group)
@@ -81,8 +84,38 @@ def swap(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
         dist.all_to_all_single(output, given, group=group)
 
 
-def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> Any:
-    return dist.all_to_all_single(
+def _part_by_part(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
+    """Start all-to-alls as messages that are all under way at once.
+
+    Gloo carries out collectives one after another: each would take as long as its busiest rank.
+    """
+    parts = [
+        (peer, into, part)
+        for rows in exchanges
+        for peer, (into, part) in enumerate(
+            zip(rows.output.split(rows.output_rows), rows.input.split(rows.input_rows), strict=True)
+        )
+    ]
+
+    def ops(post: Callable[..., Any], ends: list[tuple[int, Tensor]]) -> list[dist.P2POp]:
+        return [
+            dist.P2POp(post, x, group=group, group_peer=peer)
+            for peer, x in ends
+            if peer != group.rank() and x.numel() > 0
+        ]
+
+    # Receives first: after a send, gloo's link between two ranks runs one way at a time.
+    posted = ops(dist.irecv, [(peer, into) for peer, into, _ in parts])
+    posted += ops(dist.isend, [(peer, part) for peer, _, part in parts])
+    works = dist.batch_isend_irecv(posted) if posted else []
+    for peer, into, part in parts:
+        if peer == group.rank():
+            into.copy_(part)
+    return Works(works)
+
+
+def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> None:
+    dist.all_to_all_single(
         rows.output,
         rows.input,
         output_split_sizes=rows.output_rows,

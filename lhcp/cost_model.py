@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lhcp.calibration import Calibration, Direction
 from lhcp.clocks import Clocks, Sizes, single_seconds
 from lhcp.ring.parts import gather_segments, ring_givers
-from lhcp.ring.rotation.p2p import HELD_BYTES
+from lhcp.ring.rotation.base import HELD_BYTES
 from lhcp.ring.schedule import ring_rounds, round_chunks
 from lhcp.schedule_model import SCHEDULES, parts_sent
 
@@ -24,11 +24,12 @@ class Traffic:
     """A gather counts W - 1 times the rank's own part: what a ring of them has to move. An
     all-to-all counts what is for others."""
     num_messages: int
-    """Sends, and tensors that collectives gather or exchange, several of them in one."""
+    """Sends, and tensors that collectives gather or exchange, several of them in one. Parts of
+    gradients count as gloo takes them home, a send each; NCCL exchanges them as one collective."""
 
 
 def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Traffic:
-    """Count the messages of one rank, exactly.
+    """Count the messages of one rank, exactly; on gloo, for only their bytes are NCCL's too.
 
     Raises:
         ValueError: the model does not know the rotation.
@@ -48,9 +49,9 @@ def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Tra
     if rotation == "allgather":
         everyone = range(world)
         plan = gather_segments(cut, sizes.causal, everyone, everyone)
-        parts_bytes = parts_sent(plan, world)[rank] * sizes.chunk_bytes
+        parts = parts_sent(plan, world)[rank] if back else 0
         tensors = 2 * len(sizes.head_groups)
-        return Traffic((world - 1) * kv + back * parts_bytes, tensors * (slots + back * len(plan)))
+        return Traffic((world - 1) * kv + parts * sizes.chunk_bytes, tensors * (slots + parts))
     if rotation == "hierarchical":
         return _hierarchical_traffic(sizes, back, rank)
     wide = 8 if sizes.element_bytes == 8 else 4
@@ -71,8 +72,9 @@ def _hierarchical_traffic(sizes: Sizes, back: bool, rank: int) -> Traffic:
         for node in range(nodes):
             pair = (range(n * inner, (n + 1) * inner) for n in (own, node))
             plan = gather_segments(sizes.cut, sizes.causal, *pair)
-            num_bytes += parts_sent(plan, inner)[place] * sizes.chunk_bytes
-            messages += 2 * len(plan)
+            parts = parts_sent(plan, inner)[place]
+            num_bytes += parts * sizes.chunk_bytes
+            messages += 2 * parts
     return Traffic(num_bytes, messages)
 
 

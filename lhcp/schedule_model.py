@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from lhcp.clocks import Clocks, single_seconds
 from lhcp.ring.parts import Segment, gather_segments
-from lhcp.ring.rotation.p2p import HELD_BYTES
+from lhcp.ring.rotation.base import HELD_BYTES
 from lhcp.ring.schedule import (
     allgather_steps,
     hierarchical_steps,
@@ -61,7 +61,6 @@ def _p2p(clocks: Clocks) -> None:
             done = list(map(max, done, clocks.exchange(num_bytes, before)))
         return done
 
-    clocks.sum_bytes = s.grad_bytes
     coming = exchange(0, home=False)
     leaving: list[float] | None = None
     clocks.step([of_rank[0] for of_rank in steps])
@@ -135,7 +134,6 @@ def _hierarchical(clocks: Clocks) -> None:
     def ring() -> list[float]:
         return clocks.exchange(lambda _: kv, lambda rank: (rank - size) % s.world_size)
 
-    clocks.sum_bytes = s.grad_bytes
     clocks.local(2 * kv)
     gathering = gather()
     arriving = ring() if nodes > 1 else None

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from lhcp.layout import Layout
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.lanes import Lanes, Started
-from lhcp.ring.merge import merge
+from lhcp.ring.partials import Partials
 from lhcp.ring.rotation import ROTATIONS
-from lhcp.ring.rotation.base import Grads, Rotation, Trip, wide
-from lhcp.ring.schedule import Call, Step, most_parts
+from lhcp.ring.rotation.base import Grads, Rotation, Trip
+from lhcp.ring.schedule import Call, Step
 from lhcp.timing import Spans
 
 R = TypeVar("R")
@@ -51,10 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
     trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], False, spans)
     views = _Views(plan.layout, q, k)
     rotation = ROTATIONS[plan.rotation](trip, k)
-    dtype = _sum_dtype(rotation, q.dtype)
-    lse_shape = torch.Size((q.shape[0], q.shape[2], q.shape[1]))
-    out: Tensor | None = None
-    lse: Tensor | None = None
+    partials = Partials(q)
 
     def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
@@ -67,33 +63,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[T
             )
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
-        nonlocal out, lse
-        for call, (block_out, block_lse) in zip(step.calls, results, strict=True):
-            at, lse_at = views.rows(call, step)
-            block_out = views.unfold(block_out, call)
-            block_lse = views.unfold_lse(block_lse, call)
-            if step.first:
-                out = _first(out, block_out, at, q.shape, dtype)
-                lse = _first(lse, block_lse, lse_at, lse_shape, wide(q.dtype))
-            else:
-                assert out is not None and lse is not None
-                merge(out[at], lse[lse_at], block_out, block_lse)
+        for call, (out, lse) in zip(step.calls, results, strict=True):
+            out, lse = views.unfold(out, call), views.unfold_lse(lse, call)
+            partials.add(views.rows(call), views.heads(step), out, lse)
 
     _take_steps(rotation, k, v, start, finish)
-    assert out is not None and lse is not None
-    return out.to(q.dtype).contiguous(), lse.contiguous()
-
-
-def _first(
-    total: Tensor | None, part: Tensor, at: tuple[slice, ...], shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
-    """Write a first result of some queries or heads; one of all of them is taken as it is."""
-    if part.shape == shape:
-        return part.to(dtype)
-    if total is None:
-        total = part.new_empty(shape, dtype=dtype)
-    total[at] = part
-    return total
+    out, lse = partials.result()
+    assert lse is not None
+    return out, lse
 
 
 def _take_steps(
@@ -153,8 +130,7 @@ def attend_backward(
     trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], True, spans)
     rotation = ROTATIONS[plan.rotation](trip, k)
     views = _Views(plan.layout, q, k)
-    dtype = _sum_dtype(rotation, q.dtype)
-    dq: Tensor | None = None
+    partials = Partials(q)
 
     def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, ...]:
         with spans.span("ring_backward", "compute", i, q.device):
@@ -170,28 +146,15 @@ def attend_backward(
             )
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, ...]]) -> None:
-        nonlocal dq
         grads = []
-        for call, (dq_part, dk_part, dv_part) in zip(step.calls, results, strict=True):
-            at, _ = views.rows(call, step)
-            dq_part = views.unfold(dq_part, call)
-            if step.first:
-                dq = _first(dq, dq_part, at, q.shape, dtype)
-            else:
-                assert dq is not None
-                dq[at] += dq_part
-            grads.append(Grads(call, views.unfold(dk_part, call), views.unfold(dv_part, call)))
+        for call, (dq, dk, dv) in zip(step.calls, results, strict=True):
+            partials.add(views.rows(call), views.heads(step), views.unfold(dq, call))
+            grads.append(Grads(call, views.unfold(dk, call), views.unfold(dv, call)))
         rotation.collect(i, grads)
 
     _take_steps(rotation, k, v, start, finish)
     dk, dv = rotation.home()
-    assert dq is not None
-    return dq.to(q.dtype), dk, dv
-
-
-def _sum_dtype(rotation: Rotation, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a sum over calls; one of two parts is rounded once without a wide buffer."""
-    return dtype if most_parts(rotation.steps) <= 2 else wide(dtype)
+    return partials.result()[0], dk, dv
 
 
 class _Views:
@@ -201,20 +164,22 @@ class _Views:
         self._chunk = q.shape[1] // layout.chunks_per_rank
         self._groups = q.shape[2] // k.shape[2]
 
-    def rows(self, call: Call, step: Step) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Indices of the call's queries in a [B, n, H, D] tensor and in a [B, H, n] one."""
-        rows = slice(call.q[0] * self._chunk, call.q[1] * self._chunk)
-        heads = slice(step.heads[0] * self._groups, step.heads[1] * self._groups)
-        return (slice(None), rows, heads), (slice(None), heads, rows)
+    def rows(self, call: Call) -> tuple[int, int]:
+        """The call's queries."""
+        return call.q[0] * self._chunk, call.q[1] * self._chunk
+
+    def heads(self, step: Step) -> tuple[int, int]:
+        """The step's query heads."""
+        return step.heads[0] * self._groups, step.heads[1] * self._groups
 
     def queries(self, x: Tensor, call: Call, step: Step) -> Tensor:
-        return self._fold(x[self.rows(call, step)[0]], call)
+        return self._fold(x[:, slice(*self.rows(call)), slice(*self.heads(step))], call)
 
     def keys(self, x: Tensor, call: Call) -> Tensor:
         return self._fold(x[:, call.kv[0] * self._chunk : call.kv[1] * self._chunk], call)
 
     def lse(self, lse: Tensor, call: Call, step: Step) -> Tensor:
-        part = lse[self.rows(call, step)[1]]
+        part = lse[:, slice(*self.heads(step)), slice(*self.rows(call))]
         if not call.per_chunk:
             return part.contiguous()
         return part.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)

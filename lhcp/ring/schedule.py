@@ -41,7 +41,7 @@ class Step:
     heads: tuple[int, int]
     """kv heads [start, stop) that this step covers."""
     first: bool
-    """The first step of its heads: it covers every query, so results are written, then merged."""
+    """The first step of its heads: it covers every query."""
 
 
 def attend(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], causal: bool) -> tuple[Call, ...]:
@@ -184,14 +184,3 @@ def hierarchical_steps(
         calls = prefixes(mine, keys) if causal else attend(mine, keys, False)
         steps.append(Step(calls, heads, not causal and j == 0))
     return tuple(steps)
-
-
-def most_parts(steps: tuple[Step, ...]) -> int:
-    """Return the largest number of calls that one query's result is merged from."""
-    parts: dict[tuple[int, int], int] = {}
-    for step in steps:
-        for call in step.calls:
-            for chunk in range(*call.q):
-                for head in range(*step.heads):
-                    parts[chunk, head] = parts.get((chunk, head), 0) + 1
-    return max(parts.values())

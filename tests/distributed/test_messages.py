@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lhcp
+from lhcp.collectives import Rows, all_to_alls
 from lhcp.layout import LayoutName, make_layout
 from lhcp.testing.ranks import RankPool
 from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, Problem
@@ -35,13 +36,15 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[Message] = []
+        self.ops: list[str] = []
+        """What c10d was called for, receives too."""
 
     def __enter__(self) -> "Recorder":
         original = self._all_to_all = dist.all_to_all_single
 
-        def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+        def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> Any:
             self.messages.append(("alltoall", given.numel(), given.dtype, group.size()))
-            return original(output, given, group=group, **kwargs)
+            return original(output, given, group=group)
 
         dist.all_to_all_single = wrapped
         super().__enter__()
@@ -53,7 +56,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self._record(func._schema.name.removeprefix("c10d::"), args)
+            self.ops.append(func._schema.name.removeprefix("c10d::"))
+            self._record(self.ops[-1], args)
         return func(*args, **(kwargs or {}))
 
     def _record(self, op: str, args: Any) -> None:
@@ -123,26 +127,17 @@ def record(group: Any, call: Call) -> tuple[list[Message], list[Message]]:
     return forward.messages, backward.messages
 
 
-def parts(layout: LayoutName, world: int, rank: int, queries: range, keys: range) -> list[int]:
-    """Chunks of `keys` in each all-to-all that `rank` of `queries` sends parts of gradients in.
+def parts(layout: LayoutName, world: int, rank: int, keys: range) -> Counter[int]:
+    """Parts of gradients of the keys of ranks `keys` that `rank` gives, by distance to the owner.
 
-    Query chunks that see the same keys share a call; each call has an all-to-all a slot of keys,
-    unless it sees no key of that slot on any rank.
+    Query chunks that see the same keys share a call; a call makes one part of each chunk that it
+    sees. The exchange is of as many ranks as `keys`; what is for the rank itself stays.
     """
-    cut = make_layout(layout, world)
-    found: dict[tuple[tuple[int, ...], int], dict[int, int]] = {}
-    for other in queries:
-        seen = {
-            place: frozenset(k for r in keys for k in cut.chunks(r) if k < q)
-            for place, q in enumerate(cut.chunks(other))
-        }
-        for keys_seen in set(seen.values()):
-            call = tuple(place for place, s in seen.items() if s == keys_seen)
-            for slot in range(cut.chunks_per_rank):
-                rows = sum(cut.owner(k)[1] == slot for k in keys_seen)
-                if rows:
-                    found.setdefault((call, slot), {})[other] = rows
-    return [by_rank.get(rank, 0) for by_rank in found.values()]
+    cut, size = make_layout(layout, world), len(keys)
+    calls = {frozenset(k for r in keys for k in cut.chunks(r) if k < q) for q in cut.chunks(rank)}
+    found = Counter((cut.owner(k)[0] - rank) % size for call in calls for k in call)
+    del found[0]
+    return found
 
 
 def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]:
@@ -170,9 +165,8 @@ def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]
     elif call.rotation == "allgather":
         forward["gather", kv // slots, call.dtype, world] = 2 * slots
         backward["gather", kv // slots, call.dtype, world] = 2 * slots
-        everyone = range(world)
-        for rows in parts(call.layout, world, rank, everyone, everyone):
-            backward["alltoall", rows * kv // slots, call.dtype, world] += 2
+        for distance, count in parts(call.layout, world, rank, range(world)).items():
+            backward["send", kv // slots, call.dtype, distance] += 2 * count
     elif call.rotation == "hierarchical":
         nodes, size = TWO_AXES["hierarchical"][world]
         forward["send", 2 * kv, call.dtype, 1] = nodes - 1
@@ -180,9 +174,9 @@ def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]
         backward.update(forward)
         own = rank // size
         for node in range(nodes):
-            pair = [range(n * size, (n + 1) * size) for n in (own, node)]
-            for rows in parts(call.layout, world, rank, *pair):
-                backward["alltoall", rows * kv // slots, call.dtype, size] += 2
+            keys = range(node * size, (node + 1) * size)
+            for distance, count in parts(call.layout, world, rank, keys).items():
+                backward["send", kv // slots, call.dtype, distance] += 2 * count
             if node != own:
                 backward["send", kv, wide, (node - own) % nodes] += 2
     else:
@@ -231,13 +225,10 @@ def test_every_message_is_accounted_for(ranks: RankPool, call: Call) -> None:
     recorded = ranks.run(record, call.world_size, call, num_nodes=call.nodes)
     for rank, (forward, backward) in enumerate(recorded):
         assert (Counter(forward), Counter(backward)) == expected(call, rank)
-        # What p2p sends depends on who may see what; the rest is the same on every rank.
+        # What p2p sends, and gradients, depend on who may see what; the rest is every rank's.
         assert recorded[0][0] == forward or call.rotation == "p2p"
-        # The ranks of one collective; those of a hierarchical gather are a node.
-        size = call.world_size // (call.nodes or 1)
-        first = recorded[rank // size * size][1]
-        collectives = [[m for m in sent if m[0] != "send"] for sent in (first, backward)]
-        assert [(m[0], m[2:]) for m in collectives[0]] == [(m[0], m[2:]) for m in collectives[1]]
+        collectives = [[m for m in sent if m[0] != "send"] for sent in (recorded[0][1], backward)]
+        assert collectives[0] == collectives[1]
 
 
 def test_float64_travels_as_float64(ranks: RankPool) -> None:
@@ -270,6 +261,35 @@ def test_one_rank_sends_nothing(ranks: RankPool) -> None:
             rotation=rotation, layout="zigzag", world_size=1, lighthouse=True, dtype=torch.float32
         )
         assert ranks.run(record, 1, call) == [([], [])]
+
+
+def exchange_rows(group: Any) -> tuple[list[str], list[Message], list[list[int]]]:
+    """Two all-to-alls at once, in which rank r gives rank p the row 10 r + p, p % 3 times.
+
+    In the second one everything is negative.
+    """
+    rank, world = group.rank(), group.size()
+    exchanges = []
+    for sign in (1, -1):
+        given = [sign * (10 * rank + p) for p in range(world) for _ in range(p % 3)]
+        output = torch.empty(world * (rank % 3), 2)
+        rows = torch.tensor(given, dtype=torch.float32).unsqueeze(1).expand(-1, 2).contiguous()
+        exchanges.append(Rows(output, [rank % 3] * world, rows, [p % 3 for p in range(world)]))
+    with Recorder() as recorder:
+        works = all_to_alls(exchanges, group)
+    works.wait()
+    return recorder.ops, recorder.messages, [e.output[:, 1].int().tolist() for e in exchanges]
+
+
+def test_all_to_alls_are_a_message_a_part(ranks: RankPool) -> None:
+    """Fails if parts mix, if a send goes before a receive, or if own or empty parts travel."""
+    for rank, (ops, messages, received) in enumerate(ranks.run(exchange_rows, 4)):
+        rows = [10 * giver + rank for giver in range(4) for _ in range(rank % 3)]
+        assert received == [rows, [-row for row in rows]]
+        peers = [p for p in range(4) if p != rank and p % 3]
+        sends = [("send", 2 * (p % 3), torch.float32, (p - rank) % 4) for p in peers]
+        assert messages == 2 * sends
+        assert ops == ["recv_"] * (2 * 3 * (rank % 3 > 0)) + ["send"] * len(messages)
 
 
 def gathers(group: Any) -> tuple[list[Message], list[Message]]:

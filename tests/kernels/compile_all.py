@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
-from lhcp.ring.merge_kernel import merge_fused
+from lhcp.ring.merge_kernel import add_fused, merge_fused
 from lhcp.ring.sum_kernel import sum_fused
 
 TYPES = {
@@ -36,15 +36,21 @@ def compiled(kernel, arch: int, args: tuple, kwargs: dict):
         if param.is_constexpr:
             signature[param.name], constants[(i,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
-            signature[param.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not param.do_not_specialize:
-            signature[param.name], constants[(i,)] = "constexpr", 1
-        else:
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+
+        def describe(value, path: tuple, specialize: bool):
+            if isinstance(value, tuple):
+                return tuple(describe(x, (*path, j), specialize) for j, x in enumerate(value))
+            if isinstance(value, torch.Tensor):
+                attributes[path] = [["tt.divisibility", 16]]
+                return TYPES[value.dtype]
+            if value == 1 and specialize:
+                constants[path] = 1
+                return "constexpr"
+            if value % 16 == 0 and specialize:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if abs(value) < 2**31 else "i64"
+
+        signature[param.name] = describe(value, (i,), not param.do_not_specialize)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -84,8 +90,9 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     scatter_backward.scatter_backward(out, places, geom)
     scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
-    for merged in (out, out.float()):
-        merge_fused(merged, lse, q, lse.clone())
+    for merged in (q, q.float()):
+        merge_fused(merged, lse, (merged, q, q), (lse, lse, lse))
+        add_fused(merged, (merged, q, q))
     parts = torch.stack((k, k))[:, None].expand(2, 3, *k.shape)
     for own in ((k, v), None):
         sum_fused(parts, 3, own, (k, v))

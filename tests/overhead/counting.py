@@ -19,8 +19,8 @@ COALESCED = ("allgather_into_tensor_coalesced_", "all_gather_single_coalesced_")
 class Messages(TorchDispatchMode):
     """Record (operator, group, bytes sent) of every message that is posted.
 
-    A gather counts (W - 1) times its input, an all-to-all what is not for the rank itself, a send
-    its tensor.
+    A gather counts (W - 1) times its input, an all-to-all of equal parts those that are not for the
+    rank itself, a send its tensor.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,10 @@ class Messages(TorchDispatchMode):
     def __enter__(self) -> "Messages":
         original = self._all_to_all = dist.all_to_all_single
 
-        def wrapped(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            group = kwargs["group"]
-            rows = kwargs.get("input_split_sizes") or [1] * group.size()
-            own = _bytes(input) * rows[group.rank()] // max(sum(rows), 1)
-            sent = _bytes(input) - own
+        def wrapped(output: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup) -> Any:
+            sent = _bytes(given) * (group.size() - 1) // group.size()
             self.posted.append(("all_to_all", group.group_name, sent))
-            return original(output, input, *args, **kwargs)
+            return original(output, given, group=group)
 
         dist.all_to_all_single = wrapped
         super().__enter__()

@@ -68,9 +68,9 @@ def in_pieces(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> tuple[Tensor,
     """Full attention, merged over pieces of the keys in the order of `cuts`."""
     block = BLOCKS["math"]
     pieces = [slice(*run) for run in itertools.pairwise(cuts)]
-    out, lse = block.forward(q, k[:, pieces[0]], v[:, pieces[0]], False, 0.4)
-    for piece in pieces[1:]:
-        merge(out, lse, *block.forward(q, k[:, piece], v[:, piece], False, 0.4))
+    parts = [block.forward(q, k[:, piece], v[:, piece], False, 0.4) for piece in pieces]
+    out, lse = torch.full_like(q, torch.nan), torch.full_like(parts[0][1], torch.nan)
+    merge(out, lse, [part[0] for part in parts], [part[1] for part in parts])
     return out, lse
 
 
@@ -96,7 +96,7 @@ def test_merge_rounds_once() -> None:
     lse, other_lse = draw(2, 3, 33), draw(2, 3, 33)
     weight = torch.sigmoid(lse.double() - other_lse.double()).transpose(1, 2)[..., None]
     exact = out.double() * weight + other.double() * (1 - weight)
-    merge(out, lse, other, other_lse)
+    merge(out, lse, (out, other), (lse, other_lse))
     eps = torch.finfo(torch.bfloat16).eps
     assert bool(((out.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-6).all())
 

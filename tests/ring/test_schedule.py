@@ -13,7 +13,6 @@ from lhcp.ring.schedule import (
     allgather_steps,
     gathered_order,
     hierarchical_steps,
-    most_parts,
     p2p_steps,
     ring_rounds,
     round_chunks,
@@ -117,15 +116,6 @@ def test_steps_are_the_same_in_number_and_start_with_every_query(
                 else:
                     assert touched <= written
         assert written == {(c, h) for c in range(cut.chunks_per_rank) for h in range(HEADS)}
-
-
-def test_a_gather_merges_two_parts_and_a_ring_more() -> None:
-    """Fails if the narrow sum of two parts would be used for more."""
-    cut = make_layout("zigzag", 4)
-    for rank in range(4):
-        assert most_parts(allgather_steps(rank, cut, True, ((0, 2), (2, 4)))) == 2
-    each = tuple(range(d, d + 1) for d in range(1, 4))
-    assert max(most_parts(p2p_steps(rank, cut, True, 4, each)) for rank in range(4)) == 4
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 8, 32])

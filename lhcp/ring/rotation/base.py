@@ -17,6 +17,10 @@ from lhcp.mesh import Ranks
 from lhcp.ring.schedule import Call, Step
 from lhcp.timing import Spans
 
+HELD_BYTES = 2**28
+"""Partial results that are kept until all can be summed at once, of outputs or of gradients. Where
+there are more, sums are made on the way: memory then does not grow with the number of ranks."""
+
 
 @dataclass(frozen=True)
 class Trip:

@@ -11,15 +11,11 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lhcp.ring.parts import ring_givers
-from lhcp.ring.rotation.base import Grads, Trip, wide
+from lhcp.ring.rotation.base import HELD_BYTES, Grads, Trip, wide
 from lhcp.ring.rotation.messages import arriving
 from lhcp.ring.rotation.rounds import RingChunks, RingParts
 from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
 from lhcp.ring.sum_parts import sum_parts
-
-HELD_BYTES = 2**28
-"""Parts of gradients that are kept until the last has come and summed at once; where there are
-more, each round's are added to a wide sum."""
 
 
 class P2P:
