@@ -89,28 +89,23 @@ def _part_by_part(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
 
     Gloo carries out collectives one after another: each would take as long as its busiest rank.
     """
-    parts = [
-        (peer, into, part)
-        for rows in exchanges
-        for peer, (into, part) in enumerate(
-            zip(rows.output.split(rows.output_rows), rows.input.split(rows.input_rows), strict=True)
-        )
-    ]
-
-    def ops(post: Callable[..., Any], ends: list[tuple[int, Tensor]]) -> list[dist.P2POp]:
-        return [
-            dist.P2POp(post, x, group=group, group_peer=peer)
-            for peer, x in ends
-            if peer != group.rank() and x.numel() > 0
-        ]
-
+    rank = group.rank()
+    receives: list[dist.P2POp] = []
+    sends: list[dist.P2POp] = []
+    own: list[tuple[Tensor, Tensor]] = []
+    for rows in exchanges:
+        incoming, outgoing = rows.output.split(rows.output_rows), rows.input.split(rows.input_rows)
+        own.append((incoming[rank], outgoing[rank]))
+        for ops, post, parts in ((receives, dist.irecv, incoming), (sends, dist.isend, outgoing)):
+            ops += [
+                dist.P2POp(post, part, group=group, group_peer=peer)
+                for peer, part in enumerate(parts)
+                if peer != rank and len(part)
+            ]
     # Receives first: after a send, gloo's link between two ranks runs one way at a time.
-    posted = ops(dist.irecv, [(peer, into) for peer, into, _ in parts])
-    posted += ops(dist.isend, [(peer, part) for peer, _, part in parts])
-    works = dist.batch_isend_irecv(posted) if posted else []
-    for peer, into, part in parts:
-        if peer == group.rank():
-            into.copy_(part)
+    works = dist.batch_isend_irecv(receives + sends) if receives or sends else []
+    for into, part in own:
+        into.copy_(part)
     return Works(works)
 
 

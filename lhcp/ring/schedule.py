@@ -90,7 +90,7 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), True, per_chunk=num_chunks > 1)
 
 
-MIN_ROUND_PAIRS = 2**30
+MIN_ROUND_PAIRS = 2**31
 """Queries x keys x heads of a step of the ring. Smaller ones run badly on a GPU: launches, merges
 and half-empty waves take their share. Larger ones delay the bytes that travel meanwhile."""
 
