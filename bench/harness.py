@@ -402,10 +402,15 @@ def print_card(facts: dict[str, Any]) -> None:
     print("-" * 100, flush=True)
 
 
-def last_line(document: dict[str, Any], path: str | None = None) -> None:
-    """Print the document as the last line, and write it to a file where asked."""
+def write(document: dict[str, Any], path: str | None) -> str:
+    """Write the document to a file where asked; return it as one line."""
     text = json.dumps(document)
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n")
-    print(text, flush=True)
+    return text
+
+
+def last_line(document: dict[str, Any], path: str | None = None) -> None:
+    """Print the document as the last line, and write it to a file where asked."""
+    print(write(document, path), flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import backends, card, gate, join, last_line, print_card, run_to_exit
+from harness import backends, card, gate, join, last_line, print_card, run_to_exit, write
 from in_turn import check, in_turn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -97,6 +97,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     if shown:
         print_card(facts)
     reports: list[OverheadReport] = []
+    document: dict[str, Any] = {"card": facts, "reports": []}
     for rotation in args.rotations:
         heads = (args.heads, args.kv_heads)
         wrong = gate(
@@ -125,12 +126,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
                 single_seconds=args.single_seconds,
             )
             reports.append(report)
+            document["reports"].append(json.loads(report.to_json()))
             if shown:
                 print(report.table() + "\n", flush=True)
+                # A run that is cut off leaves what it had.
+                write(document, args.json)
     if shown:
         if args.png and reports:
             draw(reports[-1], args.png)
-        document = {"card": facts, "reports": [json.loads(r.to_json()) for r in reports]}
         last_line(document, args.json)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from check_problem import Problem, layout_of
 from check_ranks import world
 from check_rows import PEER, Choice, choices, peer_missing
-from harness import card, gate, join, last_line, print_card, run_to_exit, slowest
+from harness import card, gate, join, last_line, print_card, run_to_exit, slowest, write
 from torch import Tensor
 
 import lhcp
@@ -150,15 +150,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         )
         if wrong is not None:
             raise SystemExit(f"{choice.rotation} is wrong, so nothing is timed: {wrong}")
-    rows = []
+    rows: list[Row] = []
+    document = {"card": facts, "rows": rows, "peer_missing": missing}
     for seqlen in args.seqlens:
         rows += compare(seqlen, chosen, ranks, device, args)
         if ranks.rank == 0:
             print_rows(rows[-len(chosen) :])
+            # A run that is cut off leaves what it had.
+            write(document, args.json)
     if ranks.rank == 0:
         if missing:
             print(f"not timed: {missing}")
-        last_line({"card": facts, "rows": rows, "peer_missing": missing}, args.json)
+        last_line(document, args.json)
 
 
 def main() -> None:

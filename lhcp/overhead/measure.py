@@ -19,7 +19,9 @@ from lhcp.overhead.summary import Samples, summarize
 from lhcp.ring.function import make_plan
 from lhcp.ring.rotation.twins import silent
 
-_SAMPLE_SECONDS = 0.02  # a GPU measurement lasts at least so long, by calls in a row
+_SAMPLE_SECONDS = 0.1
+"""Calls in a row on a GPU last at least this long: the first waits for the host to launch it, which
+in a program that runs on happens while the GPU is busy."""
 
 
 def measure_overhead(
