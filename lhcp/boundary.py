@@ -10,9 +10,9 @@ the sequence's first chunk, or where a neighbour is this rank itself, is replace
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import Works, exchange
 from lhcp.layout import Layout
 from lhcp.mesh import Ranks
 from lhcp.timing import Spans
@@ -33,7 +33,7 @@ class BoundaryExchange:
         """
         self._rows, self._ranks, self._layout, self._back = rows, ranks, layout, back
         self._spans = spans
-        self._work: list[dist.Work] = []
+        self._works: Works | None = None
         if ranks.world_size == 1:
             return
         slots = layout.chunks_per_rank
@@ -43,15 +43,10 @@ class BoundaryExchange:
         after, before = (rank + 1) % world, (rank - 1) % world
         # Slot 0 ascends with the rank and slot 1 descends, so they send opposite ways.
         to = [before, after] if back else [after, before]
-        sends = [
-            dist.P2POp(dist.isend, self._sent[slot], group=ranks.flat, group_peer=to[slot])
-            for slot in range(slots)
-        ]
-        receives = [
-            dist.P2POp(dist.irecv, self._received[slot], group=ranks.flat, group_peer=to[1 - slot])
-            for slot in range(slots)
-        ]
-        self._work = dist.batch_isend_irecv(receives + sends)
+        sends = [(self._sent[slot], to[slot]) for slot in range(slots)]
+        receives = [(self._received[slot], to[1 - slot]) for slot in range(slots)]
+        assert ranks.flat is not None
+        self._works = exchange(sends, receives, ranks.flat)
 
     def wait(self) -> Tensor:
         """Return, for each of this rank's chunks, what arrived: [B, num_chunks, L-1, H, D].
@@ -59,12 +54,11 @@ class BoundaryExchange:
         Forward: the rows of the chunk before. Back: the gradient from the chunk after. Zero where
         there is no such chunk.
         """
-        if not self._work:
+        if self._works is None:
             return torch.zeros_like(self._rows)
         stage = "boundary_backward" if self._back else "boundary"
         with self._spans.span(stage, "wait", 0, self._rows.device):
-            for work in self._work:
-                work.wait()
+            self._works.wait()
         layout, rank = self._layout, self._ranks.rank
         for slot, chunk in enumerate(layout.chunks(rank)):
             neighbour = chunk + 1 if self._back else chunk - 1

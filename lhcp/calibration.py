@@ -204,8 +204,8 @@ H200 = Calibration(
     source=(
         "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 and -24. Blocks without a "
         "mask: 690 and 600 TFLOP/s where they fill 128 tiles, after prefixes of 2,048 to 16,384 "
-        "queries. NVLink between two of them: 300 GB/s a direction. InfiniBand is not measured: "
-        "400 Gb/s at 80%"
+        "queries. NVLink between two of them, 2026-11-25: 300 GB/s a direction, and 120 us for a "
+        "batch of messages as the host launches it. InfiniBand is not measured: 400 Gb/s at 80%"
     ),
     num_heads=8,
     head_dim=128,
@@ -226,8 +226,8 @@ H200 = Calibration(
     copy_bandwidth=4.2e12,
     merge_bandwidth=3.0e12,
     launch=5e-6,
-    inner=Link(latency=15e-6, bandwidth=300e9, hop=1e-6),
-    outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
+    inner=Link(latency=120e-6, bandwidth=300e9, hop=1e-6),
+    outer=Link(latency=130e-6, bandwidth=40e9, hop=3e-6),
 )
 
 B200 = replace(
@@ -235,14 +235,15 @@ B200 = replace(
     name="B200",
     source=(
         "not measured: the H200's blocks divided by 2.27 and its copy by 1.67, the ratios of the "
-        "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates"
+        "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates; "
+        "the H200's latency, which is the host's"
     ),
     square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
     full=_full_blocks((690e12 * 2.27, 600e12 * 2.27), 148),
     copy_bandwidth=7.0e12,
     merge_bandwidth=5.0e12,
-    inner=Link(latency=10e-6, bandwidth=720e9, hop=1e-6),
-    outer=Link(latency=20e-6, bandwidth=40e9, hop=3e-6),
+    inner=Link(latency=120e-6, bandwidth=720e9, hop=1e-6),
+    outer=Link(latency=130e-6, bandwidth=40e9, hop=3e-6),
 )
 
 CPU = Calibration(

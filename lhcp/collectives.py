@@ -50,6 +50,37 @@ def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup
     return Works((together,))
 
 
+Peered = tuple[Tensor, int]
+"""What a message is read from or written to, and the rank of the group at its other end."""
+
+
+def exchange(
+    outgoing: Sequence[Peered], incoming: Sequence[Peered], group: dist.ProcessGroup
+) -> Works:
+    """Start messages to other ranks and from them, as one where the backend can.
+
+    Several between the same two ranks arrive in the order in which they are given. The tensors
+    must outlive the messages.
+    """
+    if sends_nothing(group) or not (outgoing or incoming):
+        return Works(())
+    device = (*outgoing, *incoming)[0][0].device
+    if not group._get_backend(device).supports_coalescing:
+        return Works(_post(outgoing, incoming, group))
+    with dist._coalescing_manager(group, device, async_ops=True) as together:
+        _post(outgoing, incoming, group)
+    return Works((together,))
+
+
+def _post(
+    outgoing: Sequence[Peered], incoming: Sequence[Peered], group: dist.ProcessGroup
+) -> list[dist.Work]:
+    # Below isend and irecv, which take the host longer than NCCL takes for a short message.
+    # Receives first: after a send, gloo's link between two ranks runs one way at a time.
+    works = [group.recv([x], peer, 0) for x, peer in incoming]
+    return works + [group.send([x], peer, 0) for x, peer in outgoing]
+
+
 @dataclass(frozen=True)
 class Rows:
     """One all-to-all of rows of axis 0; either side may be empty."""
@@ -90,23 +121,18 @@ def _part_by_part(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
     Gloo carries out collectives one after another: each would take as long as its busiest rank.
     """
     rank = group.rank()
-    receives: list[dist.P2POp] = []
-    sends: list[dist.P2POp] = []
+    outgoing: list[Peered] = []
+    incoming: list[Peered] = []
     own: list[tuple[Tensor, Tensor]] = []
     for rows in exchanges:
-        incoming, outgoing = rows.output.split(rows.output_rows), rows.input.split(rows.input_rows)
-        own.append((incoming[rank], outgoing[rank]))
-        for ops, post, parts in ((receives, dist.irecv, incoming), (sends, dist.isend, outgoing)):
-            ops += [
-                dist.P2POp(post, part, group=group, group_peer=peer)
-                for peer, part in enumerate(parts)
-                if peer != rank and len(part)
-            ]
-    # Receives first: after a send, gloo's link between two ranks runs one way at a time.
-    works = dist.batch_isend_irecv(receives + sends) if receives or sends else []
+        received, given = rows.output.split(rows.output_rows), rows.input.split(rows.input_rows)
+        own.append((received[rank], given[rank]))
+        for messages, parts in ((incoming, received), (outgoing, given)):
+            messages += [(x, peer) for peer, x in enumerate(parts) if peer != rank and len(x)]
+    works = exchange(outgoing, incoming, group)
     for into, part in own:
         into.copy_(part)
-    return Works(works)
+    return works
 
 
 def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> None:

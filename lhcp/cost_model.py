@@ -43,7 +43,7 @@ def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Tra
         return Traffic(0, 0)
     if rotation == "p2p":
         others = range(1, world)
-        keys = sum(len(ring_givers(rank, cut, sizes.causal, [others])[i]) for i in range(slots))
+        keys = sum(len(ring_givers(rank, cut, sizes.causal, (others,))[i]) for i in range(slots))
         parts = len(round_chunks(rank, cut, sizes.causal, others)) if back else 0
         return Traffic((keys + parts) * sizes.chunk_bytes, 2 * (keys + parts))
     if rotation == "allgather":

@@ -73,8 +73,9 @@ def gather_segments(
     return segments(calls, layout.chunks_per_rank)
 
 
+@cache
 def ring_givers(
-    rank: int, layout: Layout, causal: bool, rounds: Sequence[range]
+    rank: int, layout: Layout, causal: bool, rounds: tuple[range, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """Return, for each chunk of `rank`, the ranks that attend to it in these rounds of a ring.
 

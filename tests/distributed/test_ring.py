@@ -1,5 +1,6 @@
 """Dense ring attention against whole-sequence attention, on one rank and on several."""
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -252,6 +253,35 @@ def test_hierarchical_on_any_shape_of_nodes(
     """Fails if the ring of gathers assumes more than one node, or more than one rank a node."""
     case = Dense(world_size=4, layout=layout, rotation="hierarchical", causal=causal, batch=2)
     got = whole(ranks.run(ring, 4, case, num_nodes=num_nodes), layout)
+    for name, ours, theirs in zip((*NAMES, "lse"), got, expected(case, torch.float64), strict=True):
+        assert_close_float64(name, ours, theirs)
+
+
+def as_a_long_sequence(group: Any, case: Dense, lengths: tuple[int, ...]) -> Results:
+    """`ring` in rounds of these lengths, with nothing held: sums are made on the way."""
+    from lhcp.ring import partials
+    from lhcp.ring.rotation import p2p
+
+    before = p2p.ring_rounds, p2p.HELD_BYTES, partials.HELD_BYTES
+    ends = list(itertools.accumulate(lengths, initial=1))
+    rounds = tuple(range(*run) for run in itertools.pairwise(ends))
+    p2p.ring_rounds = lambda *_: rounds
+    p2p.HELD_BYTES = partials.HELD_BYTES = 0
+    try:
+        return ring(group, case)
+    finally:
+        p2p.ring_rounds, p2p.HELD_BYTES, partials.HELD_BYTES = before
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 1), (3,)], ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounds_of_a_long_sequence(
+    ranks: RankPool, layout: LayoutName, causal: bool, lengths: tuple[int, ...]
+) -> None:
+    """Fails if a sum on the way loses what was summed before, or a round its order of chunks."""
+    case = Dense(world_size=4, layout=layout, rotation="p2p", causal=causal, groups=2, batch=2)
+    got = whole(ranks.run(as_a_long_sequence, 4, case, lengths), layout)
     for name, ours, theirs in zip((*NAMES, "lse"), got, expected(case, torch.float64), strict=True):
         assert_close_float64(name, ours, theirs)
 

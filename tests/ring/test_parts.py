@@ -69,7 +69,7 @@ def test_both_ends_of_a_ring_agree(
         awaited = Counter(
             (giver, cut.chunks(owner)[slot])
             for owner in range(world)
-            for slot, givers in enumerate(ring_givers(owner, cut, causal, some))
+            for slot, givers in enumerate(ring_givers(owner, cut, causal, tuple(some)))
             for giver in givers
         )
         assert given == awaited and set(given.values()) <= {1}

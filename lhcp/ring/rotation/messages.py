@@ -5,34 +5,25 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import Peered, exchange
+
 
 def arriving(like: Tensor, *shape: int) -> Tensor:
     """Memory that a message will fill."""
     return like.new_empty(shape)
 
 
-Peered = tuple[Tensor, int]
-"""What a message is read from or written to, and the rank of the group at its other end."""
-
-
 class Exchange:
-    """Messages to other ranks of a group and from them, under way at once.
-
-    Several between the same two ranks arrive in the order in which they are given.
-    """
+    """Messages to other ranks of a group and from them, under way; what is sent is kept."""
 
     def __init__(
         self, group: dist.ProcessGroup, outgoing: Sequence[Peered], incoming: Sequence[Peered]
     ) -> None:
-        self._outgoing = outgoing  # must outlive the messages
-        # Receives first: after a send, gloo's link between two ranks runs one way at a time.
-        ops = [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, peer in incoming]
-        ops += [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, peer in outgoing]
-        self._work = dist.batch_isend_irecv(ops) if ops else []
+        self._outgoing = outgoing
+        self._works = exchange(outgoing, incoming, group)
 
     def wait(self) -> None:
-        for work in self._work:
-            work.wait()
+        self._works.wait()
         self._outgoing = ()
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.collectives import Peered
 from lhcp.layout import Layout
 from lhcp.ring.parts import ring_givers
 from lhcp.ring.rotation.base import Grads
-from lhcp.ring.rotation.messages import Exchange, Peered, arriving, chunks
+from lhcp.ring.rotation.messages import Exchange, arriving, chunks
 from lhcp.ring.schedule import round_chunks
 
 
@@ -82,7 +83,7 @@ class RingParts:
                 for i, chunk in enumerate(run)
                 for x in both
             ]
-        givers = ring_givers(rank, layout, causal, [distances])
+        givers = ring_givers(rank, layout, causal, (distances,))
         # Between two ranks chunks go the last first, as in `round_chunks`.
         incoming = [
             (of_kind[slot][i], giver)
