@@ -8,7 +8,6 @@ ranks in float64 first, kernels on this device against float64.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 from harness import gate
 from latency_timing import Arm, Run, Spread, captured, interleaved
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from lhcp.config import LighthouseConfig
@@ -29,7 +27,7 @@ from lhcp.overhead.report import PHASES
 from lhcp.overhead.runs import Job, Runner
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import messages
+from lhcp.ring.rotation.twins import Filled
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from lhcp.timing import UNTIMED
@@ -52,34 +50,6 @@ def world_without_messages(rank: int, world_size: int, nodes: int) -> Iterator[R
             yield as_ranks(init_device_mesh("cpu", shape, mesh_dim_names=("node", "local")))
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def filled() -> Iterator[None]:
-    """Let all memory that messages would fill hold random numbers, drawn once.
-
-    Up to eight buffers of each size take turns: what is read together is not the same memory.
-    """
-    drawn: dict[tuple[Any, ...], list[Tensor]] = {}
-    turns: dict[tuple[Any, ...], int] = {}
-
-    def random(like: Tensor, *shape: int) -> Tensor:
-        key = (shape, like.dtype, like.device)
-        buffers, turn = drawn.setdefault(key, []), turns.get(key, 0)
-        turns[key] = turn + 1
-        if len(buffers) <= turn % 8:
-            buffers.append(torch.randn(shape, dtype=like.dtype, device=like.device))
-        return buffers[turn % 8]
-
-    original = messages.arriving
-    users = [m for m in sys.modules.values() if getattr(m, "arriving", None) is original]
-    for user in users:
-        user.arriving = random  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for user in users:
-            user.arriving = original  # type: ignore[attr-defined]
 
 
 def _gate_on_gloo(group: Any, rotation: str, layout: Any, heads: tuple[int, int]) -> str | None:
@@ -140,7 +110,7 @@ def in_turn(
     world = args.simulate_ranks
     ranks = []
     for rank in range(world):
-        with world_without_messages(rank, world, args.nodes) as without, filled():
+        with world_without_messages(rank, world, args.nodes) as without, Filled():
             job = _job(args, config, rotation, seqlen, device, dtype, without)
             ranks.append(_one_rank(job, alone, fastest, args.repeats, facts["copy_gb_s"] * 1e6))
     row: dict[str, Any] = {

@@ -14,7 +14,7 @@ from lhcp.config import LighthouseConfig
 from lhcp.layout import LayoutName, make_layout
 from lhcp.mesh import Group, Ranks, as_ranks
 from lhcp.overhead.report import PHASES, OverheadReport
-from lhcp.overhead.runs import Job, Recorder, Runner, single, single_layer, take
+from lhcp.overhead.runs import Job, Recorder, Runner, filled, single, single_layer, take
 from lhcp.overhead.summary import Samples, summarize
 from lhcp.ring.function import make_plan
 from lhcp.ring.rotation.twins import silent
@@ -118,13 +118,13 @@ def _measure(
     local = job.entries // ranks.world_size
     runs = {
         "real": job.attention(job.plan, spans, local),
-        "compute": job.attention(replace(job.plan, ranks=quiet), spans, local),
+        "compute": filled(job.attention(replace(job.plan, ranks=quiet), spans, local)),
         "communication": job.messages(spans),
     }
     if job.config is not None:
         tokens = job.tokens // ranks.world_size
         runs["layer"] = job.layer(ranks, spans, tokens)
-        runs["layer_compute"] = job.layer(quiet, spans, tokens)
+        runs["layer_compute"] = filled(job.layer(quiet, spans, tokens))
         runs["layer_communication"] = job.messages(spans, layer=True)
     calls = calls or _calls(job, runs["real"], spans)
     alone: dict[str, Runner] = {}

@@ -17,7 +17,7 @@ from lhcp.mesh import Ranks
 from lhcp.ring.attention import Plan
 from lhcp.ring.function import attention
 from lhcp.ring.rotation.base import Trip
-from lhcp.ring.rotation.twins import Communication
+from lhcp.ring.rotation.twins import Communication, Filled
 from lhcp.timing import UNTIMED, Spans
 
 SpanRecord = tuple[str, str, int, float, float]
@@ -98,6 +98,20 @@ class Runner:
             self.forward()
         if phase != "forward":
             self.backward()
+
+
+def filled(runner: Runner) -> Runner:
+    """The runner of a twin that sends nothing, with numbers where others' would be."""
+    memory = Filled()
+
+    def within(run: Callable[[], Any]) -> Callable[[], Any]:
+        def inner() -> Any:
+            with memory:
+                return run()
+
+        return inner
+
+    return Runner(within(runner.forward), within(runner.backward), runner.finite)
 
 
 def take(runner: Runner, phase: str, spans: Recorder, calls: int) -> Sample:

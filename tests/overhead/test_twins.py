@@ -15,8 +15,8 @@ from lhcp.mesh import Ranks, as_ranks
 from lhcp.overhead.runs import Job, Recorder
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import NAMES
-from lhcp.ring.rotation.twins import silent
+from lhcp.ring.rotation import NAMES, gather, messages, rounds
+from lhcp.ring.rotation.twins import Filled, silent
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
 from tests.overhead.counting import Messages
@@ -172,3 +172,16 @@ def test_messages_of_the_layer(ranks: RankPool, layout: LayoutName) -> None:
     for sent in ranks.run(count_layer, 2, layout):
         assert sent["layer"] == sent["communication"] == sent["attention"] + sent["boundary"]
         assert sent["compute"] == 0
+
+
+def test_filled_memory_is_random_and_only_while_entered() -> None:
+    """Fails if a twin reads what memory happened to hold, or if a real run then would too."""
+    like = torch.full((4,), torch.nan)
+    memory = Filled()
+    with memory:
+        first, second = (gather.arriving(like, 64) for _ in range(2))
+        assert first.isfinite().all() and first.std() > 0.5
+        assert first.data_ptr() != second.data_ptr()
+    with memory:
+        assert rounds.arriving(like, 64).data_ptr() == first.data_ptr()
+    assert gather.arriving is rounds.arriving is messages.arriving

@@ -1,14 +1,18 @@
 """Twins of a rotation, for measuring it: its code without messages, its messages without attention.
 
 The compute-only twin is the very same code on groups that send nothing (`silent`): packing, adds
-and merges are all there, and a rotation written tomorrow has its twin already. The keys that it
-attends to are whatever memory held, so only its time means anything. The communication-only twin
+and merges are all there, and a rotation written tomorrow has its twin already. What others would
+have sent is random numbers that were there before (`Filled`): numbers of no size that memory happens to
+hold take a CPU longer, and zeros draw less power. The communication-only twin
 drives the same rotation object step by step (`communicate`), with gradients that nobody computed.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from lhcp.mesh import Ranks
 from lhcp.ring.heads import HeadsToTokens, TokensToHeads
-from lhcp.ring.rotation import ROTATIONS
+from lhcp.ring.rotation import ROTATIONS, messages
 from lhcp.ring.rotation.base import Grads, Trip, wide
 
 
@@ -43,6 +47,40 @@ def silent(ranks: Ranks) -> Iterator[Ranks]:
     finally:
         for group in made:
             dist.destroy_process_group(group)
+
+
+class Filled:
+    """While entered, all memory that messages would fill holds random numbers, drawn once.
+
+    Up to eight buffers of each size take turns: what is read together is not the same memory. Enter
+    it where no message is sent: what a message wrote would stay in the way of the next.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._users: list[ModuleType] = []
+        self._turns: dict[tuple[Any, ...], int] = {}
+
+    def __enter__(self) -> None:
+        self._turns = {}
+        # Whoever imported it: backwards run in threads of their own, which a context would not reach.
+        modules = list(sys.modules.values())
+        self._users = [m for m in modules if getattr(m, "arriving", None) is messages.arriving]
+        self._original = messages.arriving
+        for user in self._users:
+            user.arriving = self._random  # type: ignore[attr-defined]
+
+    def __exit__(self, *error: object) -> None:
+        for user in self._users:
+            user.arriving = self._original  # type: ignore[attr-defined]
+
+    def _random(self, like: Tensor, *shape: int) -> Tensor:
+        key = (shape, like.dtype, like.device)
+        buffers, turn = self._drawn.setdefault(key, []), self._turns.get(key, 0)
+        self._turns[key] = turn + 1
+        if len(buffers) <= turn % 8:
+            buffers.append(torch.randn(shape, dtype=like.dtype, device=like.device))
+        return buffers[turn % 8]
 
 
 class Communication:
