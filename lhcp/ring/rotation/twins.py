@@ -2,9 +2,9 @@
 
 The compute-only twin is the very same code on groups that send nothing (`silent`): packing, adds
 and merges are all there, and a rotation written tomorrow has its twin already. What others would
-have sent is random numbers that were there before (`Filled`): numbers of no size that memory happens to
-hold take a CPU longer, and zeros draw less power. The communication-only twin
-drives the same rotation object step by step (`communicate`), with gradients that nobody computed.
+have sent is random numbers that were there before (`Filled`): whatever memory happens to hold may
+take a CPU longer, and zeros draw less power. The communication-only twin (`Communication`) drives
+the same rotation object step by step, with gradients that nobody computed.
 """
 
 import sys
@@ -63,7 +63,7 @@ class Filled:
 
     def __enter__(self) -> None:
         self._turns = {}
-        # Whoever imported it: backwards run in threads of their own, which a context would not reach.
+        # In every module that imported it, since backwards run in threads of their own.
         modules = list(sys.modules.values())
         self._users = [m for m in modules if getattr(m, "arriving", None) is messages.arriving]
         self._original = messages.arriving
