@@ -36,20 +36,6 @@ class Works:
             work.wait()
 
 
-def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> Works:
-    """Start the gathers of (output, input) as one collective.
-
-    One after another they would be as many kernels on a GPU, and each but the first would wait
-    until whatever computes meanwhile leaves a multiprocessor free.
-    """
-    if sends_nothing(group):
-        return Works(())
-    with dist._coalescing_manager(group, async_ops=True) as together:
-        for output, given in pairs:
-            all_gather(output, given, group=group, async_op=True)
-    return Works((together,))
-
-
 Peered = tuple[Tensor, int]
 """What a message is read from or written to, and the rank of the group at its other end."""
 
@@ -79,6 +65,34 @@ def _post(
     # Receives first: after a send, gloo's link between two ranks runs one way at a time.
     works = [group.recv([x], peer, 0) for x, peer in incoming]
     return works + [group.send([x], peer, 0) for x, peer in outgoing]
+
+
+def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> Works:
+    """Start the gathers of (output, input): as one collective where the backend can, else as
+    messages. The tensors must outlive them.
+
+    As collectives of their own they would be as many kernels on a GPU, and each but the first would
+    wait until whatever computes meanwhile leaves a multiprocessor free; gloo's would go one after
+    another, and each one way at a time.
+    """
+    if sends_nothing(group) or not pairs:
+        return Works(())
+    if group._get_backend(pairs[0][0].device).supports_coalescing:
+        with dist._coalescing_manager(group, async_ops=True) as together:
+            for output, given in pairs:
+                all_gather(output, given, group=group, async_op=True)
+        return Works((together,))
+    rank, world = group.rank(), group.size()
+    outgoing: list[Peered] = []
+    incoming: list[Peered] = []
+    for output, given in pairs:
+        parts = output.chunk(world)
+        parts[rank].copy_(given)
+        for distance in range(1, world):
+            to, back = (rank + distance) % world, (rank - distance) % world
+            outgoing.append((given, to))
+            incoming.append((parts[back], back))
+    return exchange(outgoing, incoming, group)
 
 
 @dataclass(frozen=True)

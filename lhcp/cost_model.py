@@ -24,12 +24,11 @@ class Traffic:
     """A gather counts W - 1 times the rank's own part: what a ring of them has to move. An
     all-to-all counts what is for others."""
     num_messages: int
-    """Sends, and tensors that collectives gather or exchange, several of them in one. Parts of
-    gradients count as gloo takes them home, a send each; NCCL exchanges them as one collective."""
+    """Sends as gloo posts them; NCCL gathers and exchanges many of them as one collective."""
 
 
 def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Traffic:
-    """Count the messages of one rank, exactly; on gloo, for only their bytes are NCCL's too.
+    """Count what one rank sends, exactly: bytes on any backend, messages as gloo posts them.
 
     Raises:
         ValueError: the model does not know the rotation.
@@ -50,8 +49,8 @@ def traffic(rotation: str, sizes: Sizes, direction: Direction, rank: int) -> Tra
         everyone = range(world)
         plan = gather_segments(cut, sizes.causal, everyone, everyone)
         parts = parts_sent(plan, world)[rank] if back else 0
-        tensors = 2 * len(sizes.head_groups)
-        return Traffic((world - 1) * kv + parts * sizes.chunk_bytes, tensors * (slots + parts))
+        messages = 2 * len(sizes.head_groups) * (slots * (world - 1) + parts)
+        return Traffic((world - 1) * kv + parts * sizes.chunk_bytes, messages)
     if rotation == "hierarchical":
         return _hierarchical_traffic(sizes, back, rank)
     wide = 8 if sizes.element_bytes == 8 else 4
@@ -64,7 +63,7 @@ def _hierarchical_traffic(sizes: Sizes, back: bool, rank: int) -> Traffic:
     kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
     nodes, inner = sizes.num_nodes, sizes.world_size // sizes.num_nodes
     num_bytes = (nodes - 1) * kv + nodes * (inner - 1) * kv
-    messages = nodes - 1 + nodes * 2 * sizes.cut.chunks_per_rank
+    messages = nodes - 1 + nodes * 2 * sizes.cut.chunks_per_rank * (inner - 1)
     if back:
         num_bytes += (nodes - 1) * sums
         messages += 2 * (nodes - 1)

@@ -12,9 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COALESCED = ("allgather_into_tensor_coalesced_", "all_gather_single_coalesced_")
-"""Several gathers started as one, as torch calls it."""
-
 
 class Messages(TorchDispatchMode):
     """Record (operator, group, bytes sent) of every message that is posted.
@@ -66,9 +63,6 @@ class Messages(TorchDispatchMode):
             sent = _bytes(share)
         elif op == "_allgather_base_":
             sent = (world - 1) * _bytes(args[1])
-        elif op in COALESCED:
-            self.posted += [(op, group.group_name, (world - 1) * _bytes(x)) for x in args[1]]
-            return
         else:
             raise AssertionError(f"a message of a kind that this test does not know: {op}")
         self.posted.append((op, group.group_name, sent))
