@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lhcp.attention import lighthouse_attention
-from lhcp.collectives import Rows, all_gathers, all_to_alls
+from lhcp.collectives import Rows, Works, all_gathers, all_to_alls, exchange
 from lhcp.layout import LayoutName
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS
@@ -152,36 +152,20 @@ def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[s
     if large is None:
         large = 2**26 if device.type == "cuda" else 2**22
 
-    def exchange(num_bytes: int) -> Callable[[], None]:
+    def run(num_bytes: int) -> Callable[[], None]:
         post = round_the_ring(num_bytes, ranks, device)
-        return lambda: post()()
+        return lambda: post().wait()
 
-    latency, rate = latency_and_rate(exchange, large, ranks, device)
+    latency, rate = latency_and_rate(run, large, ranks, device)
     return {"latency_us": 1e6 * latency, "gb_s": rate / 1e9}
 
 
-def round_the_ring(
-    num_bytes: int, ranks: Ranks, device: torch.device
-) -> Callable[[], Callable[[], None]]:
-    """Return a post of messages to the next rank and from the previous; it returns their wait."""
-    rank, world = ranks.rank, ranks.world_size
+def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callable[[], Works]:
+    """Return what posts messages to the next rank and from the previous, as rotations do."""
+    assert ranks.flat is not None
+    group, rank, world = ranks.flat, ranks.rank, ranks.world_size
     out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-
-    def post() -> Callable[[], None]:
-        # Receives first: a gloo rank says that it is ready on the connection that it sends on.
-        ops = [
-            dist.P2POp(dist.irecv, into, group=ranks.flat, group_peer=(rank - 1) % world),
-            dist.P2POp(dist.isend, out, group=ranks.flat, group_peer=(rank + 1) % world),
-        ]
-        works = dist.batch_isend_irecv(ops)
-
-        def wait() -> None:
-            for work in works:
-                work.wait()
-
-        return wait
-
-    return post
+    return lambda: exchange([(out, (rank + 1) % world)], [(into, (rank - 1) % world)], group)
 
 
 def byte_compute(
@@ -200,24 +184,24 @@ def byte_compute(
     calls = ceil(long / slowest(seconds_of(run, device), ranks))
     # They last about as long as the compute; of longer ones the part that was under way counts.
     num_bytes = int(min(2**26, max(2**10, rate * long)))
-    exchange = round_the_ring(num_bytes, ranks, device)
+    messages = round_the_ring(num_bytes, ranks, device)
 
-    def seconds(post: Callable[[], Callable[[], None]]) -> tuple[float, float]:
+    def seconds(post: Callable[[], Works]) -> tuple[float, float]:
         """Of the compute, and until the messages are there as well: of the slowest rank."""
         dist.barrier(group=ranks.flat)
         begin = time.perf_counter()
-        wait = post()
+        works = post()
         for _ in range(calls):
             run()
         computed = time.perf_counter() - begin
-        wait()
+        works.wait()
         both = time.perf_counter() - begin
         return slowest(computed, ranks), slowest(both, ranks)
 
     alone, beside, moved = [], [], []
     for _ in range(repeats):
-        alone.append(seconds(lambda: lambda: None)[0])
-        computed, both = seconds(exchange)
+        alone.append(seconds(Works)[0])
+        computed, both = seconds(messages)
         beside.append(computed)
         moved.append(2 * num_bytes * computed / both)
     # Lower quartiles: what else runs on the machine only ever adds.
@@ -267,7 +251,7 @@ def collective_factors(
 
         return run
 
-    def exchange(num_bytes: int) -> Callable[[], None]:
+    def all_to_all(num_bytes: int) -> Callable[[], None]:
         source, into = torch.ones(2, 4, world, num_bytes // 16, device=device)
 
         def run() -> None:
@@ -277,7 +261,7 @@ def collective_factors(
         return run
 
     latency, gathered = latency_and_rate(gather, large, ranks, device)
-    _, exchanged = latency_and_rate(exchange, large, ranks, device)
+    _, exchanged = latency_and_rate(all_to_all, large, ranks, device)
     return rate / (gathered * (world - 1)), rate / (exchanged * (world - 1)), latency
 
 

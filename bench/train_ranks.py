@@ -11,7 +11,6 @@ not see into compiled blocks. The JSON file is written after each mode, and the 
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from check_problem import gathered
-from harness import card, join, last_line, print_card, run_to_exit
+from harness import card, join, last_line, print_card, run_to_exit, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
@@ -157,8 +156,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         document["rows"].append(row)
         if ranks.rank == 0:
             print_row(row)
-            if args.json:
-                Path(args.json).write_text(json.dumps(document) + "\n")
+            write(document, args.json)
     if ranks.rank == 0:
         last_line(document, args.json)
 

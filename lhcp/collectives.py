@@ -24,16 +24,23 @@ def sends_nothing(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) == "fake"
 
 
-@dataclass(frozen=True)
 class Works:
-    """Several messages under way."""
+    """Several messages under way; what is sent is kept until they were waited for."""
 
-    _works: Sequence[Any]
+    def __init__(self, works: Sequence[Any] = (), sent: Sequence[Any] = ()) -> None:
+        self._works, self._sent = works, sent
 
     def wait(self) -> None:
         """Wait for all of them; on a GPU the current stream does."""
         for work in self._works:
             work.wait()
+        self._sent = ()
+
+
+def _coalesces(group: dist.ProcessGroup, like: Tensor) -> bool:
+    """Whether the backend can start several messages as one."""
+    able: bool = group._get_backend(like.device).supports_coalescing
+    return able
 
 
 Peered = tuple[Tensor, int]
@@ -45,17 +52,16 @@ def exchange(
 ) -> Works:
     """Start messages to other ranks and from them, as one where the backend can.
 
-    Several between the same two ranks arrive in the order in which they are given. The tensors
-    must outlive the messages.
+    Several between the same two ranks arrive in the order in which they are given.
     """
     if sends_nothing(group) or not (outgoing or incoming):
-        return Works(())
-    device = (*outgoing, *incoming)[0][0].device
-    if not group._get_backend(device).supports_coalescing:
-        return Works(_post(outgoing, incoming, group))
-    with dist._coalescing_manager(group, device, async_ops=True) as together:
+        return Works()
+    like = (*outgoing, *incoming)[0][0]
+    if not _coalesces(group, like):
+        return Works(_post(outgoing, incoming, group), outgoing)
+    with dist._coalescing_manager(group, like.device, async_ops=True) as together:
         _post(outgoing, incoming, group)
-    return Works((together,))
+    return Works((together,), outgoing)
 
 
 def _post(
@@ -69,19 +75,19 @@ def _post(
 
 def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> Works:
     """Start the gathers of (output, input): as one collective where the backend can, else as
-    messages. The tensors must outlive them.
+    messages.
 
     As collectives of their own they would be as many kernels on a GPU, and each but the first would
     wait until whatever computes meanwhile leaves a multiprocessor free; gloo's would go one after
     another, and each one way at a time.
     """
     if sends_nothing(group) or not pairs:
-        return Works(())
-    if group._get_backend(pairs[0][0].device).supports_coalescing:
+        return Works()
+    if _coalesces(group, pairs[0][0]):
         with dist._coalescing_manager(group, async_ops=True) as together:
             for output, given in pairs:
                 all_gather(output, given, group=group, async_op=True)
-        return Works((together,))
+        return Works((together,), pairs)
     rank, world = group.rank(), group.size()
     outgoing: list[Peered] = []
     incoming: list[Peered] = []
@@ -108,19 +114,23 @@ class Rows:
 
 
 def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
-    """Start all-to-alls: as one collective where the backend can, else as a message a part.
-
-    The tensors must outlive the messages.
-    """
+    """Start all-to-alls: as one collective where the backend can, else as a message a part."""
     if sends_nothing(group) or not exchanges:
-        return Works(())
-    device = exchanges[0].output.device
-    if not group._get_backend(device).supports_coalescing:
+        return Works()
+    like = exchanges[0].output
+    if not _coalesces(group, like):
         return _part_by_part(exchanges, group)
-    with dist._coalescing_manager(group, device, async_ops=True) as together:
+    with dist._coalescing_manager(group, like.device, async_ops=True) as together:
         for rows in exchanges:
-            _all_to_all(rows, group)
-    return Works((together,))
+            dist.all_to_all_single(
+                rows.output,
+                rows.input,
+                output_split_sizes=rows.output_rows,
+                input_split_sizes=rows.input_rows,
+                group=group,
+                async_op=True,
+            )
+    return Works((together,), exchanges)
 
 
 def swap(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
@@ -147,14 +157,3 @@ def _part_by_part(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
     for into, part in own:
         into.copy_(part)
     return works
-
-
-def _all_to_all(rows: Rows, group: dist.ProcessGroup) -> None:
-    dist.all_to_all_single(
-        rows.output,
-        rows.input,
-        output_split_sizes=rows.output_rows,
-        input_split_sizes=rows.input_rows,
-        group=group,
-        async_op=True,
-    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lhcp.calibration import Calibration, Direction
 from lhcp.clocks import Clocks, Sizes, single_seconds
 from lhcp.ring.parts import gather_segments, ring_givers
-from lhcp.ring.rotation.base import HELD_BYTES
+from lhcp.ring.rotation.p2p import holds_all_parts
 from lhcp.ring.schedule import ring_rounds, round_chunks
 from lhcp.schedule_model import SCHEDULES, parts_sent
 
@@ -92,7 +92,7 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     world, num_groups = sizes.world_size, len(sizes.head_groups)
     inner = world // sizes.num_nodes
     longest = max(map(len, ring_rounds(world, sizes.ring_pairs, True)), default=0)
-    parts = (world - 1) * kv if (world - 1) * kv <= HELD_BYTES else longest * kv
+    parts = (world - 1 if holds_all_parts(world, kv) else longest) * kv
     held = {
         # Keys of two rounds; parts of two more, made and sent; what others sent; the sums.
         "p2p": 2 * longest * kv + 2 * longest * kv + parts + 2 * sums,

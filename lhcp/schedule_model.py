@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from lhcp.clocks import Clocks, single_seconds
 from lhcp.ring.parts import Segment, gather_segments
-from lhcp.ring.rotation.base import HELD_BYTES
+from lhcp.ring.rotation.p2p import holds_all_parts
 from lhcp.ring.schedule import (
     allgather_steps,
     hierarchical_steps,
@@ -39,7 +39,7 @@ def _p2p(clocks: Clocks) -> None:
     rounds = ring_rounds(world, s.ring_pairs, clocks.backward)
     steps = [p2p_steps(rank, s.cut, s.causal, s.num_kv_heads, rounds) for rank in range(world)]
     kv, sums = s.kv_elements * s.element_bytes, s.kv_elements * s.grad_bytes
-    held = (world - 1) * kv <= HELD_BYTES
+    held = holds_all_parts(world, kv)
 
     def seen(rank: int, distance: int) -> float:
         """Bytes of the keys that a rank attends to at a distance."""
@@ -50,13 +50,12 @@ def _p2p(clocks: Clocks) -> None:
         """Fetch the keys of a round, or send their gradients home."""
         done = list(clocks.now)
         for d in rounds[i]:
-            to = -d if home else d
 
-            def num_bytes(sender: int, d: int = d, to: int = to) -> float:
-                return seen(sender if home else sender + to, d)
+            def num_bytes(sender: int, d: int = d) -> float:
+                return seen(sender if home else sender + d, d)
 
-            def before(rank: int, to: int = to) -> int:
-                return (rank - to) % world
+            def before(rank: int, d: int = d) -> int:
+                return (rank + d if home else rank - d) % world
 
             done = list(map(max, done, clocks.exchange(num_bytes, before)))
         return done

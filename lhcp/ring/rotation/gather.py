@@ -8,7 +8,7 @@ from torch import Tensor
 from lhcp.collectives import Rows, all_gathers, all_to_alls
 from lhcp.ring.parts import Segment
 from lhcp.ring.rotation.base import Grads
-from lhcp.ring.rotation.messages import arriving, chunks
+from lhcp.ring.rotation.messages import arriving, chunks, joined
 
 
 class Gather:
@@ -22,19 +22,19 @@ class Gather:
 
     def __init__(self, group: dist.ProcessGroup, k: Tensor, v: Tensor, slots: int) -> None:
         world = group.size()
-        self._own = [chunks(x, slots) for x in (k, v)]  # must outlive the messages
-        self._buffers = [arriving(k, slots * world, *own[0].shape) for own in self._own]
+        both = [chunks(x, slots) for x in (k, v)]
+        self._buffers = [arriving(k, slots * world, *own[0].shape) for own in both]
         pairs = [
             (buffer[place * world : (place + 1) * world].flatten(0, 1), own[slots - 1 - place])
-            for own, buffer in zip(self._own, self._buffers, strict=True)
+            for own, buffer in zip(both, self._buffers, strict=True)
             for place in range(slots)
         ]
-        self._work = all_gathers(pairs, group)
+        self._works = all_gathers(pairs, group)
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Return k and v, each [B, tokens of all chunks, heads, D]; views where B is 1."""
-        self._work.wait()
-        k, v = (buffer.movedim(0, 1).flatten(1, 2) for buffer in self._buffers)
+        self._works.wait()
+        k, v = map(joined, self._buffers)
         return k, v
 
 
@@ -79,11 +79,9 @@ class PartsHome:
                 given = [int(start <= r < stop) for r in range(world)]
                 exchanges.append(Rows(received, rows, sent, given))
                 place += len(giving)
-        self._exchanges = exchanges  # must outlive the messages
-        self._work = all_to_alls(exchanges, group)
+        self._works = all_to_alls(exchanges, group)
 
     def wait(self) -> Tensor:
         """Return the parts [2, givers, B, tokens of a chunk, heads, D]: `first` rows of slot 0."""
-        self._work.wait()
-        self._exchanges.clear()
+        self._works.wait()
         return self._parts

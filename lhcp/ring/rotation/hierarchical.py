@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lhcp.collectives import Works, exchange
 from lhcp.ring.parts import gather_segments
 from lhcp.ring.rotation.base import Grads, Trip, wide
 from lhcp.ring.rotation.gather import Gather, PartsHome
-from lhcp.ring.rotation.messages import Exchange, RingBuffers, arriving
+from lhcp.ring.rotation.messages import RingBuffers, arriving
 from lhcp.ring.schedule import Step, hierarchical_steps
 from lhcp.ring.sum_parts import sum_parts
 
@@ -33,7 +34,7 @@ class Hierarchical:
         self._slots = trip.layout.chunks_per_rank
         self._own: tuple[Tensor, Tensor] | None = None
         self._parts: PartsHome | None = None
-        self._sum: Exchange | None = None
+        self._sum: Works | None = None
         self._summed: list[Tensor] = []
         self._total: tuple[Tensor, Tensor] | None = None
         self._node = 0
@@ -96,10 +97,10 @@ class Hierarchical:
         self._arrive()
         nodes, own = self._outer.size(), self._outer.rank()
         self._summed = [arriving(x, *x.shape) for x in total]
-        self._sum = Exchange(
-            self._outer,
+        self._sum = exchange(
             [(x, (own - j) % nodes) for x in total],
             [(x, (own + j) % nodes) for x in self._summed],
+            self._outer,
         )
 
     def _arrive(self) -> None:

@@ -1,30 +1,14 @@
 """The messages that rotations are made of: exchanges between ranks, tensors that go round."""
 
-from collections.abc import Sequence
-
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.collectives import Peered, exchange
+from lhcp.collectives import Works, exchange
 
 
 def arriving(like: Tensor, *shape: int) -> Tensor:
     """Memory that a message will fill."""
     return like.new_empty(shape)
-
-
-class Exchange:
-    """Messages to other ranks of a group and from them, under way; what is sent is kept."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, outgoing: Sequence[Peered], incoming: Sequence[Peered]
-    ) -> None:
-        self._outgoing = outgoing
-        self._works = exchange(outgoing, incoming, group)
-
-    def wait(self) -> None:
-        self._works.wait()
-        self._outgoing = ()
 
 
 class RingBuffers:
@@ -38,7 +22,7 @@ class RingBuffers:
         self._group = group
         self._buffers = [own]
         self._turn = 0
-        self._exchange: Exchange | None = None
+        self._works: Works | None = None
 
     @property
     def current(self) -> Tensor:
@@ -54,15 +38,15 @@ class RingBuffers:
         into = self._buffers[(self._turn + 1) % 3]
         rank, world = self._group.rank(), self._group.size()
         to, back = (rank + 1) % world, (rank - 1) % world
-        self._exchange = Exchange(self._group, [(self.current, to)], [(into, back)])
+        self._works = exchange([(self.current, to)], [(into, back)], self._group)
 
     def arrive(self) -> None:
         """Wait for the exchange that was posted; `current` is what came."""
         if self._group.size() == 1:
             return
-        assert self._exchange is not None, "arrive() without post()"
-        self._exchange.wait()
-        self._exchange = None
+        assert self._works is not None, "arrive() without post()"
+        self._works.wait()
+        self._works = None
         self._turn = (self._turn + 1) % 3
 
 
@@ -74,3 +58,8 @@ def chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:
     """
     by_chunk = x.unflatten(1, (count, -1)).movedim(1, 0)
     return by_chunk.contiguous() if copy else by_chunk
+
+
+def joined(by_chunk: Tensor) -> Tensor:
+    """[count, B, tokens, heads, D] as [B, count * tokens, heads, D]: a view where B is 1."""
+    return by_chunk.movedim(0, 1).flatten(1, 2)

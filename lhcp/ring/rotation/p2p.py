@@ -18,6 +18,15 @@ from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
 from lhcp.ring.sum_parts import sum_parts
 
 
+def holds_all_parts(world_size: int, kv_bytes: int) -> bool:
+    """Whether parts of all rounds are summed at once; else each round's are when they have come.
+
+    Args:
+        kv_bytes: of one rank's k and v, and so of one rank's parts for another at most.
+    """
+    return (world_size - 1) * kv_bytes <= HELD_BYTES
+
+
 class P2P:
     """`Rotation` by send and receive."""
 
@@ -28,7 +37,7 @@ class P2P:
         pairs = batch * tokens * self._chunk * trip.num_heads
         self._rounds = ring_rounds(world, pairs, trip.backward)
         self.steps = p2p_steps(trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds)
-        held = 2 * (world - 1) * k.numel() * k.element_size() <= HELD_BYTES
+        held = holds_all_parts(world, 2 * k.numel() * k.element_size())
         self._rounds_per_sum = len(self._rounds) if held else 1
         self._total: tuple[Tensor, Tensor] | None = None
         self._parts: Tensor | None = None

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.collectives import Peered
+from lhcp.collectives import Peered, exchange
 from lhcp.layout import Layout
 from lhcp.ring.parts import ring_givers
 from lhcp.ring.rotation.base import Grads
-from lhcp.ring.rotation.messages import Exchange, arriving, chunks
+from lhcp.ring.rotation.messages import arriving, chunks, joined
 from lhcp.ring.schedule import round_chunks
 
 
@@ -45,12 +45,12 @@ class RingChunks:
             for slot in _slots_seen(to, rank, layout, causal, distances)
             for x in own
         ]
-        self._exchange = Exchange(group, outgoing, incoming)
+        self._works = exchange(outgoing, incoming, group)
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """Return k and v, each [B, tokens of all chunks, heads, D]; views where B is 1."""
-        self._exchange.wait()
-        k, v = (buffer.movedim(0, 1).flatten(1, 2) for buffer in self._buffers)
+        self._works.wait()
+        k, v = map(joined, self._buffers)
         return k, v
 
 
@@ -91,10 +91,10 @@ class RingParts:
             for i, giver in enumerate(givers[slot])
             for of_kind in parts
         ]
-        self._exchange = Exchange(group, outgoing, incoming)
+        self._works = exchange(outgoing, incoming, group)
 
     def wait(self) -> None:
-        self._exchange.wait()
+        self._works.wait()
 
 
 def _slots_seen(rank: int, owner: int, layout: Layout, causal: bool, distances: range) -> list[int]:
