@@ -24,13 +24,16 @@ from lhcp.config import LighthouseConfig
 from lhcp.layout import make_layout
 from lhcp.mesh import Ranks, as_ranks
 from lhcp.overhead.report import PHASES
-from lhcp.overhead.runs import Job, Runner
+from lhcp.overhead.runs import Job, Runner, filled
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation.twins import Filled
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from lhcp.timing import UNTIMED
+
+STEADY_MS = 200.0
+"""How long an arm runs before the next has its turn. Attention runs at the GPU's power limit, whose
+clock needs tens of milliseconds to settle: in short turns an arm runs at its neighbour's clock."""
 
 Times = dict[str, dict[str, Spread]]
 """Run -> phase -> milliseconds."""
@@ -110,7 +113,7 @@ def in_turn(
     world = args.simulate_ranks
     ranks = []
     for rank in range(world):
-        with world_without_messages(rank, world, args.nodes) as without, Filled():
+        with world_without_messages(rank, world, args.nodes) as without:
             job = _job(args, config, rotation, seqlen, device, dtype, without)
             ranks.append(_one_rank(job, alone, fastest, args.repeats, facts["copy_gb_s"] * 1e6))
     row: dict[str, Any] = {
@@ -184,7 +187,9 @@ def _time(runners: dict[str, Runner], device: torch.device, repeats: int) -> Tim
         for phase in ("forward", "both"):
             arms[f"{name} {phase}"] = _run(runner, phase, device, graph="eager" not in name)
     if device.type == "cuda":
-        found = interleaved({name: Arm(run, repeats, 20.0) for name, run in arms.items()})
+        found = interleaved(
+            {name: Arm(run, repeats, STEADY_MS, most_calls=1000) for name, run in arms.items()}
+        )
     else:
         found = _on_the_host(arms, repeats)
     times: Times = {}
@@ -231,16 +236,16 @@ def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str,
 
 def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bytes_ms: float) -> dict[str, Any]:
     device, world = job.device, job.plan.ranks.world_size
-    runners = {"single": _single(alone, fastest)}
-    runners["rank"] = job.attention(job.plan, UNTIMED, job.entries // world)
+    mine = {"rank": job.attention(job.plan, UNTIMED, job.entries // world)}
     if job.config is not None:
-        runners["layer"] = job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
+        mine["layer"] = job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
+    # Before others' numbers are drawn, which a rank does not hold.
+    peak = _peak(list(mine.values())[-1], device) if device.type == "cuda" else 0.0
+    runners = {"single": _single(alone, fastest)}
+    runners |= {name: filled(runner) for name, runner in mine.items()}
     runners["rank"].run("both")
     if not runners["rank"].finite():
         raise SystemExit("a message delivered nothing, so these times mean nothing")
-    peak = 0.0
-    if device.type == "cuda":
-        peak = _peak(runners[list(runners)[-1]], device)
     times = _time(runners, device, repeats)
     if device.type == "cuda":
         # Apart: a GPU that waits for launches cools down, and what it runs next is faster.

@@ -46,6 +46,8 @@ class Arm:
     run: Run
     rounds: int = 11
     target_ms: float = 40.0
+    most_calls: int = 16
+    """In a row, however short they are."""
 
 
 def interleaved(arms: dict[str, Arm]) -> dict[str, Spread]:
@@ -58,7 +60,7 @@ def interleaved(arms: dict[str, Arm]) -> dict[str, Spread]:
     for name, arm in arms.items():
         arm.run()
         once = sample(arm.run, 1)
-        inner[name] = max(1, min(16, int(arm.target_ms / once)))
+        inner[name] = max(1, min(arm.most_calls, int(arm.target_ms / once)))
         samples[name] = [once] if once > LONG_MS else []
     for i in range(max(arm.rounds for arm in arms.values())):
         for name, arm in list(arms.items())[:: -1 if i % 2 else 1]:
@@ -97,7 +99,7 @@ def kernel_time(run: Run, repeats: int = 25) -> Spread:
 
 
 def captured(run: Run) -> Run:
-    """Capture a call in a CUDA graph; the result replays it."""
+    """Capture a call in a CUDA graph; the result replays it, and keeps what the call reads."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -106,11 +108,11 @@ def captured(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = run()
+        kept = run(), run
 
     def replay() -> Any:
         graph.replay()
-        return kept
+        return kept[0]
 
     return replay
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lhcp.calibration import Calibration, Direction
 from lhcp.clocks import Clocks, Sizes, single_seconds
+from lhcp.ring.lanes import DEPTH
 from lhcp.ring.parts import gather_segments, ring_givers
 from lhcp.ring.rotation.p2p import holds_all_parts
 from lhcp.ring.schedule import ring_rounds, round_chunks
@@ -89,17 +90,22 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
         ValueError: the model does not know the rotation.
     """
     kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
-    world, num_groups = sizes.world_size, len(sizes.head_groups)
-    inner = world // sizes.num_nodes
-    longest = max(map(len, ring_rounds(world, sizes.ring_pairs, True)), default=0)
-    parts = (world - 1 if holds_all_parts(world, kv) else longest) * kv
+    world, num_groups, nodes = sizes.world_size, len(sizes.head_groups), sizes.num_nodes
+    inner = world // nodes
+    rounds = ring_rounds(world, sizes.ring_pairs, True)
+    longest = max(map(len, rounds), default=0)
+    held_parts = (world - 1 if holds_all_parts(world, kv) else longest) * kv
+
+    def steps(num_steps: int) -> int:
+        """Steps' keys as they come and until they are used, and parts being made and sent."""
+        return min(DEPTH + 2, num_steps) + min(DEPTH + 2, num_steps)
+
     held = {
-        # Keys of two rounds; parts of two more, made and sent; what others sent; the sums.
-        "p2p": 2 * longest * kv + 2 * longest * kv + parts + 2 * sums,
-        # Keys of two groups of heads, as they come and as they are used; parts of three: being
-        # made, sent, received; the diagonal's own.
-        "allgather": world * kv * (min(2, num_groups) + min(3, num_groups)) // num_groups + kv,
-        "hierarchical": 3 * kv + inner * kv * 2 + 3 * inner * kv + 3 * sums,
+        # What others sent is on its own; and the sums.
+        "p2p": steps(len(rounds)) * longest * kv + held_parts + 2 * sums,
+        # What others sent of a group of heads, and the diagonal's own.
+        "allgather": world * kv * (steps(num_groups) + 1) // num_groups + kv,
+        "hierarchical": 3 * kv + (steps(nodes) + 1) * inner * kv + 3 * sums,
         "alltoall": 2 * (sizes.q_elements * sizes.element_bytes + kv),
     }
     if rotation not in held:

@@ -82,8 +82,8 @@ def _take_steps(
 ) -> None:
     """The one loop: start each step's calls on what is delivered; finish steps in order.
 
-    On a GPU the calls run side by side, and a step is finished once the next one's calls are under
-    way, so that what finishing waits for does not hold those up.
+    On a GPU the calls run side by side, and a step is finished once those of the next two are under
+    way, so that what finishing waits for does not hold them up.
     """
     lanes = Lanes(k.device)
     # What calls read is kept until they are waited for.

@@ -63,9 +63,8 @@ class Rotation(Protocol):
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield (step, k, v) in order, with the next exchange already under way.
 
-        k, v: [B, tokens, heads of the step, D], valid while they are referred to and until the one
-        after the next is asked for. The calls of the first step of each run of heads cover every
-        query.
+        k, v: [B, tokens, heads of the step, D], valid while they are referred to. The calls of the
+        first step of each run of heads cover every query.
         """
         ...
 

@@ -79,6 +79,8 @@ class Filled:
         buffers, turn = self._drawn.setdefault(key, []), self._turns.get(key, 0)
         self._turns[key] = turn + 1
         if len(buffers) <= turn % 8:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a graph would draw again at every replay; run once before")
             buffers.append(torch.randn(shape, dtype=like.dtype, device=like.device))
         return buffers[turn % 8]
 
