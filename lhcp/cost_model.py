@@ -92,20 +92,16 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
     world, num_groups, nodes = sizes.world_size, len(sizes.head_groups), sizes.num_nodes
     inner = world // nodes
-    rounds = ring_rounds(world, sizes.ring_pairs, True)
-    longest = max(map(len, rounds), default=0)
-    held_parts = (world - 1 if holds_all_parts(world, kv) else longest) * kv
-
-    def steps(num_steps: int) -> int:
-        """Steps' keys as they come and until they are used, and parts being made and sent."""
-        return min(DEPTH + 2, num_steps) + min(DEPTH + 2, num_steps)
-
+    lengths = sorted(map(len, ring_rounds(world, sizes.ring_pairs, True)), reverse=True)
+    others = sum(lengths) if holds_all_parts(world, kv) else max(lengths, default=0)
+    # Keys of so many steps, as they come and until they are used; as many parts, made and sent.
+    most = DEPTH + 2
     held = {
-        # What others sent is on its own; and the sums.
-        "p2p": steps(len(rounds)) * longest * kv + held_parts + 2 * sums,
-        # What others sent of a group of heads, and the diagonal's own.
-        "allgather": world * kv * (steps(num_groups) + 1) // num_groups + kv,
-        "hierarchical": 3 * kv + (steps(nodes) + 1) * inner * kv + 3 * sums,
+        # And what others sent, and the sums.
+        "p2p": 2 * sum(lengths[:most]) * kv + others * kv + 2 * sums,
+        # And what others sent of a group of heads, and the diagonal's own.
+        "allgather": world * kv * (2 * min(most, num_groups) + 1) // num_groups + kv,
+        "hierarchical": 3 * kv + (2 * min(most, nodes) + 1) * inner * kv + 3 * sums,
         "alltoall": 2 * (sizes.q_elements * sizes.element_bytes + kv),
     }
     if rotation not in held:
