@@ -13,12 +13,12 @@ from lhcp.collectives import swap
 from lhcp.layout import Layout, make_layout
 from lhcp.mesh import Ranks
 from lhcp.operators import operator
-from lhcp.ring.rotation.messages import arriving
+from lhcp.ring.rotation import messages
 
 
 def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     """[W, B, n, heads / W, D] by destination to [B, N, heads / W, D] in sequence order."""
-    received = arriving(x, *x.shape)
+    received = messages.arriving(x, *x.shape)
     assert ranks.flat is not None
     swap(received, x, ranks.flat)
     chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
@@ -33,7 +33,7 @@ def heads_to_tokens(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
     order = [chunk for rank in range(layout.world_size) for chunk in layout.chunks(rank)]
     by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
     sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
-    received = arriving(sent, *sent.shape)
+    received = messages.arriving(sent, *sent.shape)
     assert ranks.flat is not None
     swap(received, sent, ranks.flat)
     return received

@@ -14,11 +14,13 @@ from lhcp.layout import LAYOUTS, LayoutName
 from lhcp.mesh import Ranks, as_ranks
 from lhcp.overhead.runs import Job, Recorder
 from lhcp.ring.block import BLOCKS
-from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import NAMES, gather, messages, rounds
+from lhcp.ring.function import attention, make_plan
+from lhcp.ring.rotation import NAMES, messages
 from lhcp.ring.rotation.twins import Filled, silent
+from lhcp.schedule_model import SCHEDULES
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
+from lhcp.timing import UNTIMED
 from tests.overhead.counting import Messages
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 8
@@ -177,11 +179,40 @@ def test_messages_of_the_layer(ranks: RankPool, layout: LayoutName) -> None:
 def test_filled_memory_is_random_and_only_while_entered() -> None:
     """Fails if a twin reads what memory happened to hold, or if a real run then would too."""
     like = torch.full((4,), torch.nan)
-    memory = Filled()
+    original, memory = messages.arriving, Filled()
     with memory:
-        first, second = (gather.arriving(like, 64) for _ in range(2))
+        first, second = (messages.arriving(like, 64) for _ in range(2))
         assert first.isfinite().all() and first.std() > 0.5
         assert first.data_ptr() != second.data_ptr()
     with memory:
-        assert rounds.arriving(like, 64).data_ptr() == first.data_ptr()
-    assert gather.arriving is rounds.arriving is messages.arriving
+        assert messages.arriving(like, 64).data_ptr() == first.data_ptr()
+    assert messages.arriving is original
+
+
+def run_poisoned(group: dist.ProcessGroup, rotation: str, layout: LayoutName) -> bool:
+    """Run a compute-only twin where new memory is NaN: whether all that it returns is finite."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        return new_empty(self, *shape, **options).fill_(torch.nan)
+
+    with silent(groups_of(group, rotation)) as quiet:
+        job = make_job(quiet, rotation, layout, torch.float32, lighthouse=False)
+        inputs = [x.requires_grad_() for x in job.draw(job.entries // quiet.world_size)]
+        torch.Tensor.new_empty = poisoned
+        try:
+            with Filled():
+                out = attention(*inputs, job.plan, UNTIMED)[0]
+                grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+        finally:
+            torch.Tensor.new_empty = new_empty
+        return all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rotation", sorted(SCHEDULES))
+def test_twins_fill_whatever_a_message_would(
+    ranks: RankPool, rotation: str, layout: LayoutName
+) -> None:
+    """Fails if a rotation gets memory for a message in a way that its twin cannot fill."""
+    assert all(ranks.run(run_poisoned, 4, rotation, layout))

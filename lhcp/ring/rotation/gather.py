@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lhcp.collectives import Rows, all_gathers, all_to_alls
 from lhcp.ring.parts import Segment
+from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads
-from lhcp.ring.rotation.messages import arriving, chunks, joined
+from lhcp.ring.rotation.messages import chunks, joined
 
 
 class Gather:
@@ -23,7 +24,7 @@ class Gather:
     def __init__(self, group: dist.ProcessGroup, k: Tensor, v: Tensor, slots: int) -> None:
         world = group.size()
         both = [chunks(x, slots) for x in (k, v)]
-        self._buffers = [arriving(k, slots * world, *own[0].shape) for own in both]
+        self._buffers = [messages.arriving(k, slots * world, *own[0].shape) for own in both]
         pairs = [
             (buffer[place * world : (place + 1) * world].flatten(0, 1), own[slots - 1 - place])
             for own, buffer in zip(both, self._buffers, strict=True)
@@ -62,7 +63,7 @@ class PartsHome:
         givers = [segment.givers(rank) for segment in plan]
         self.first = sum(len(g) for g, s in zip(givers, plan, strict=True) if s.slot == 0)
         """Parts of the first chunk; those of the second follow."""
-        self._parts = arriving(like, 2, sum(map(len, givers)), *row)
+        self._parts = messages.arriving(like, 2, sum(map(len, givers)), *row)
         exchanges: list[Rows] = []
         for kind in range(2):
             place = 0

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lhcp.collectives import Works, exchange
 from lhcp.ring.parts import gather_segments
+from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads, Trip, wide
 from lhcp.ring.rotation.gather import Gather, PartsHome
-from lhcp.ring.rotation.messages import RingBuffers, arriving
+from lhcp.ring.rotation.messages import RingBuffers
 from lhcp.ring.schedule import Step, hierarchical_steps
 from lhcp.ring.sum_parts import sum_parts
 
@@ -96,7 +97,7 @@ class Hierarchical:
             return
         self._arrive()
         nodes, own = self._outer.size(), self._outer.rank()
-        self._summed = [arriving(x, *x.shape) for x in total]
+        self._summed = [messages.arriving(x, *x.shape) for x in total]
         self._sum = exchange(
             [(x, (own - j) % nodes) for x in total],
             [(x, (own + j) % nodes) for x in self._summed],

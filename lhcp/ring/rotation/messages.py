@@ -7,7 +7,10 @@ from lhcp.collectives import Works, exchange
 
 
 def arriving(like: Tensor, *shape: int) -> Tensor:
-    """Memory that a message will fill."""
+    """Memory that a message will fill.
+
+    Called through this module, never by a name of its own elsewhere: twins put theirs in its place.
+    """
     return like.new_empty(shape)
 
 

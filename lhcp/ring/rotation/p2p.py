@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lhcp.ring.parts import ring_givers
+from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import HELD_BYTES, Grads, Trip, wide
-from lhcp.ring.rotation.messages import arriving
 from lhcp.ring.rotation.rounds import RingChunks, RingParts
 from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
 from lhcp.ring.sum_parts import sum_parts
@@ -93,7 +93,7 @@ class P2P:
             counts = [len(of_slot) for of_slot in self._givers(i, i + self._rounds_per_sum)]
             shape = (self._like.shape[0], self._chunk, *self._like.shape[2:])
             self._first = counts[0]
-            self._parts = arriving(self._like, 2, sum(counts), *shape)
+            self._parts = messages.arriving(self._like, 2, sum(counts), *shape)
         assert self._parts is not None
         before, mine = self._givers(start, i), self._givers(i, i + 1)
         begins = [self._first * slot + len(of_slot) for slot, of_slot in enumerate(before)]

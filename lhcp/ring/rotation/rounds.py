@@ -8,8 +8,9 @@ from torch import Tensor
 from lhcp.collectives import Peered, exchange
 from lhcp.layout import Layout
 from lhcp.ring.parts import ring_givers
+from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads
-from lhcp.ring.rotation.messages import arriving, chunks, joined
+from lhcp.ring.rotation.messages import chunks, joined
 from lhcp.ring.schedule import round_chunks
 
 
@@ -33,7 +34,7 @@ class RingChunks:
         rank, world = group.rank(), group.size()
         own = [chunks(x, layout.chunks_per_rank) for x in (k, v)]
         mine = round_chunks(rank, layout, causal, distances)
-        self._buffers = [arriving(k, len(mine), *own[0].shape[1:]) for _ in own]
+        self._buffers = [messages.arriving(k, len(mine), *own[0].shape[1:]) for _ in own]
         incoming = [
             (buffer[i], layout.owner(chunk)[0])
             for i, chunk in enumerate(mine)

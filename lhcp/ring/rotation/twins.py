@@ -7,11 +7,9 @@ take a CPU longer, and zeros draw less power. The communication-only twin (`Comm
 the same rotation object step by step, with gradients that nobody computed.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,21 +56,16 @@ class Filled:
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._users: list[ModuleType] = []
         self._turns: dict[tuple[Any, ...], int] = {}
 
     def __enter__(self) -> None:
         self._turns = {}
-        # In every module that imported it, since backwards run in threads of their own.
-        modules = list(sys.modules.values())
-        self._users = [m for m in modules if getattr(m, "arriving", None) is messages.arriving]
+        # For all threads: backwards run in threads of their own.
         self._original = messages.arriving
-        for user in self._users:
-            user.arriving = self._random  # type: ignore[attr-defined]
+        messages.arriving = self._random
 
     def __exit__(self, *error: object) -> None:
-        for user in self._users:
-            user.arriving = self._original  # type: ignore[attr-defined]
+        messages.arriving = self._original
 
     def _random(self, like: Tensor, *shape: int) -> Tensor:
         key = (shape, like.dtype, like.device)
