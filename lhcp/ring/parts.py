@@ -74,6 +74,27 @@ def gather_segments(
 
 
 @cache
+def ring_route(
+    rank: int, layout: Layout, causal: bool, distances: range
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Return where the keys of a round of the ring come from, and where those of `rank` go.
+
+    Gradients of the keys that came go back the same way.
+
+    Returns:
+        The owner of each of this rank's `round_chunks`; (slot, receiver) of each chunk that leaves,
+        in the order in which they travel.
+    """
+
+    def owners(of: int) -> list[tuple[int, int]]:
+        return [layout.owner(chunk) for chunk in round_chunks(of, layout, causal, distances)]
+
+    receivers = [(rank + distance) % layout.world_size for distance in distances]
+    leaving = [(slot, to) for to in receivers for owner, slot in owners(to) if owner == rank]
+    return tuple(owner for owner, _ in owners(rank)), tuple(leaving)
+
+
+@cache
 def ring_givers(
     rank: int, layout: Layout, causal: bool, rounds: tuple[range, ...]
 ) -> tuple[tuple[int, ...], ...]:

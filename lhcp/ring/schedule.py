@@ -95,6 +95,7 @@ MIN_ROUND_PAIRS = 2**31
 and half-empty waves take their share. Larger ones delay the bytes that travel meanwhile."""
 
 
+@cache
 def ring_rounds(world_size: int, pairs: int, backward: bool) -> tuple[range, ...]:
     """Cut the distances 1 to W - 1 of a ring into rounds; a round's keys make one step.
 
@@ -129,6 +130,7 @@ def round_chunks(rank: int, layout: Layout, causal: bool, distances: range) -> t
     return tuple(sorted(seen, reverse=True))
 
 
+@cache
 def p2p_steps(
     rank: int, layout: Layout, causal: bool, num_kv_heads: int, rounds: tuple[range, ...]
 ) -> tuple[Step, ...]:
@@ -151,6 +153,7 @@ def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:
     )
 
 
+@cache
 def allgather_steps(
     rank: int, layout: Layout, causal: bool, head_groups: tuple[tuple[int, int], ...]
 ) -> tuple[Step, ...]:
@@ -164,6 +167,7 @@ def allgather_steps(
     return (first, *(Step(before, heads, False) for heads in head_groups))
 
 
+@cache
 def hierarchical_steps(
     rank: int, layout: Layout, causal: bool, num_kv_heads: int, node_size: int
 ) -> tuple[Step, ...]:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from lhcp.layout import LAYOUTS, LayoutName, make_layout
-from lhcp.ring.parts import gather_segments, ring_givers
+from lhcp.ring.parts import gather_segments, ring_givers, ring_route
 from lhcp.ring.schedule import MIN_ROUND_PAIRS, ring_rounds, round_chunks
 
 
@@ -81,3 +81,22 @@ def test_both_ends_of_a_ring_agree(
         if chunk not in cut.chunks(rank)
     }
     assert seen == others
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("pairs", [1, MIN_ROUND_PAIRS])
+def test_keys_arrive_in_the_order_in_which_they_leave(
+    layout: LayoutName, world: int, causal: bool, pairs: int
+) -> None:
+    """Fails if a rank would take one of another's chunks for the other, or wait for none."""
+    cut = make_layout(layout, world)
+    for distances in ring_rounds(world, pairs, backward=False):
+        routes = [ring_route(rank, cut, causal, distances) for rank in range(world)]
+        for receiver, (owners, _) in enumerate(routes):
+            chunks = round_chunks(receiver, cut, causal, distances)
+            for sender, (_, leaving) in enumerate(routes):
+                sent = [cut.chunks(sender)[slot] for slot, to in leaving if to == receiver]
+                expected = [c for c, o in zip(chunks, owners, strict=True) if o == sender]
+                assert sent == expected

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from lhcp.collectives import Peered, exchange
 from lhcp.layout import Layout
-from lhcp.ring.parts import ring_givers
+from lhcp.ring.parts import ring_givers, ring_route
 from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads
 from lhcp.ring.rotation.messages import chunks, joined
-from lhcp.ring.schedule import round_chunks
 
 
 class RingChunks:
@@ -31,21 +30,12 @@ class RingChunks:
         causal: bool,
         distances: range,
     ) -> None:
-        rank, world = group.rank(), group.size()
-        own = [chunks(x, layout.chunks_per_rank) for x in (k, v)]
-        mine = round_chunks(rank, layout, causal, distances)
-        self._buffers = [messages.arriving(k, len(mine), *own[0].shape[1:]) for _ in own]
-        incoming = [
-            (buffer[i], layout.owner(chunk)[0])
-            for i, chunk in enumerate(mine)
-            for buffer in self._buffers
-        ]
-        outgoing = [
-            (x[slot], to)
-            for to in ((rank + distance) % world for distance in distances)
-            for slot in _slots_seen(to, rank, layout, causal, distances)
-            for x in own
-        ]
+        owners, leaving = ring_route(group.rank(), layout, causal, distances)
+        own = [chunks(x, layout.chunks_per_rank).unbind() for x in (k, v)]
+        self._buffers = [messages.arriving(k, len(owners), *own[0][0].shape) for _ in own]
+        places = zip(owners, *(buffer.unbind() for buffer in self._buffers), strict=True)
+        incoming = [(x, owner) for owner, *pair in places for x in pair]
+        outgoing = [(x[slot], to) for slot, to in leaving for x in own]
         self._works = exchange(outgoing, incoming, group)
 
     def wait(self) -> tuple[Tensor, Tensor]:
@@ -74,31 +64,20 @@ class RingParts:
         distances: range,
     ) -> None:
         rank = group.rank()
+        owners, _ = ring_route(rank, layout, causal, distances)
         outgoing: list[Peered] = []
-        mine = round_chunks(rank, layout, causal, distances)
         for part in grads:
-            run = mine[slice(*part.call.kv)]
-            both = [chunks(x, len(run), copy=False) for x in (part.dk, part.dv)]
-            outgoing += [
-                (x[i].contiguous(), layout.owner(chunk)[0])
-                for i, chunk in enumerate(run)
-                for x in both
-            ]
+            run = owners[slice(*part.call.kv)]
+            both = [chunks(x, len(run), copy=False).unbind() for x in (part.dk, part.dv)]
+            by_chunk = zip(run, *both, strict=True)
+            outgoing += [(x.contiguous(), owner) for owner, *pair in by_chunk for x in pair]
         givers = ring_givers(rank, layout, causal, (distances,))
+        incoming: list[Peered] = []
         # Between two ranks chunks go the last first, as in `round_chunks`.
-        incoming = [
-            (of_kind[slot][i], giver)
-            for slot in reversed(range(layout.chunks_per_rank))
-            for i, giver in enumerate(givers[slot])
-            for of_kind in parts
-        ]
+        for slot in reversed(range(layout.chunks_per_rank)):
+            places = zip(givers[slot], *(of_kind[slot].unbind() for of_kind in parts), strict=True)
+            incoming += [(x, giver) for giver, *pair in places for x in pair]
         self._works = exchange(outgoing, incoming, group)
 
     def wait(self) -> None:
         self._works.wait()
-
-
-def _slots_seen(rank: int, owner: int, layout: Layout, causal: bool, distances: range) -> list[int]:
-    """Slots of `owner` that `rank` fetches in a round, in the order in which they travel."""
-    wanted = map(layout.owner, round_chunks(rank, layout, causal, distances))
-    return [slot for other, slot in wanted if other == owner]
