@@ -10,17 +10,8 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from harness import (
-    byte_compute,
-    card,
-    collective_factors,
-    copy_bandwidth,
-    join,
-    link,
-    print_card,
-    run_to_exit,
-    seconds_of,
-)
+from harness import card, join, print_card, run_to_exit
+from rates import byte_compute, collective_factors, copy_bandwidth, link, seconds_of
 
 from lhcp.calibration import Calibration, Link
 from lhcp.mesh import Ranks

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from check_problem import Problem, layout_of
 from check_ranks import world
 from check_rows import PEER, Choice, choices, peer_missing
-from harness import card, gate, join, last_line, print_card, run_to_exit, slowest, write
+from harness import card, gate, join, last_line, print_card, run_to_exit, write
+from rates import slowest
 from torch import Tensor
 
 import lhcp
