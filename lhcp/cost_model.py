@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lhcp.calibration import Calibration, Direction
 from lhcp.clocks import Clocks, Sizes, single_seconds
-from lhcp.ring.lanes import DEPTH
+from lhcp.ring.lanes import steps_left
 from lhcp.ring.parts import gather_segments, ring_givers
 from lhcp.ring.rotation.p2p import holds_all_parts
 from lhcp.ring.schedule import ring_rounds, round_chunks
@@ -94,14 +94,20 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     inner = world // nodes
     lengths = sorted(map(len, ring_rounds(world, sizes.ring_pairs, True)), reverse=True)
     others = sum(lengths) if holds_all_parts(world, kv) else max(lengths, default=0)
-    # Keys of so many steps, as they come and until they are used; as many parts, made and sent.
-    most = DEPTH + 2
+
+    def steps(step_bytes: int) -> int:
+        """Of how many steps there are keys, under way or in use; and parts, being made or sent."""
+        return steps_left(step_bytes) + 2
+
+    in_rounds = 2 * sum(lengths[: steps(max(lengths, default=0) * kv)]) * kv
+    in_groups = 2 * min(steps(world * kv // num_groups), num_groups)
+    in_nodes = 2 * min(steps(inner * kv), nodes)
     held = {
         # And what others sent, and the sums.
-        "p2p": 2 * sum(lengths[:most]) * kv + others * kv + 2 * sums,
+        "p2p": in_rounds + others * kv + 2 * sums,
         # And what others sent of a group of heads, and the diagonal's own.
-        "allgather": world * kv * (2 * min(most, num_groups) + 1) // num_groups + kv,
-        "hierarchical": 3 * kv + (2 * min(most, nodes) + 1) * inner * kv + 3 * sums,
+        "allgather": world * kv * (in_groups + 1) // num_groups + kv,
+        "hierarchical": 3 * kv + (in_nodes + 1) * inner * kv + 3 * sums,
         "alltoall": 2 * (sizes.q_elements * sizes.element_bytes + kv),
     }
     if rotation not in held:

@@ -82,8 +82,8 @@ def _take_steps(
 ) -> None:
     """The one loop: start each step's calls on what is delivered; finish steps in order.
 
-    On a GPU the calls run side by side, and a step is finished once those of the next two are under
-    way, so that what finishing waits for does not hold them up.
+    On a GPU the calls run side by side, and a step is finished once those of the next one or two
+    are under way, so that what finishing waits for does not hold them up.
     """
     lanes = Lanes(k.device)
     # What calls read is kept until they are waited for.
@@ -96,7 +96,7 @@ def _take_steps(
     for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
         calls = [lanes.start(partial(start, i, step, call, k_i, v_i)) for call in step.calls]
         waiting.append((i, step, k_i, v_i, calls))
-        while len(waiting) > lanes.depth:
+        while len(waiting) > lanes.steps_left(2 * k_i.numel() * k_i.element_size()):
             finish_first()
     while waiting:
         finish_first()

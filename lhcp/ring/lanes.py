@@ -12,14 +12,23 @@ from typing import Generic, TypeVar
 
 import torch
 
+from lhcp.ring.rotation.base import HELD_BYTES
+
 T = TypeVar("T")
 
 NUM_LANES = 4
 """Measured on an H200, W = 8: two calls side by side beat one after another by 1 to 4%, and up to
-four, with `DEPTH` of 2, beat two by another 1 to 3%."""
+four, with two steps left for later, beat two by another 1 to 3%."""
 
-DEPTH = 2
-"""Steps whose results may be left for later, with all that they read, while new calls start."""
+
+def steps_left(step_bytes: int) -> int:
+    """How many steps' results are left for later while the next step's calls start.
+
+    Args:
+        step_bytes: of the keys and values of a step, which are kept with it. Where they are large,
+            gaps between calls are short beside these and memory is dear.
+    """
+    return 2 if step_bytes <= HELD_BYTES else 1
 
 
 @cache
@@ -55,10 +64,9 @@ class Lanes:
         self._streams = _streams(device) if device.type == "cuda" else ()
         self._next = 0
 
-    @property
-    def depth(self) -> int:
-        """How many steps' results are left for later while the next step's calls start."""
-        return DEPTH if self._streams else 0
+    def steps_left(self, step_bytes: int) -> int:
+        """How many steps' results are left for later; none where calls run one after another."""
+        return steps_left(step_bytes) if self._streams else 0
 
     def start(self, function: Callable[[], T]) -> Started[T]:
         """Start a call on the next lane."""

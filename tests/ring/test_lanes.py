@@ -1,0 +1,76 @@
+"""Calls side by side: how far steps run ahead of what is finished. Without a GPU."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lhcp.ring import attention
+from lhcp.ring.lanes import Lanes, steps_left
+from lhcp.ring.rotation.base import HELD_BYTES
+from lhcp.ring.schedule import Call, Step
+
+NUM_STEPS = 5
+STEP = Step((Call((0, 1), (0, 1), False), Call((1, 2), (0, 1), False)), (0, 1), False)
+
+
+class SideBySide(Lanes):
+    """Lanes that would have streams: calls run at once, steps are left as on a GPU."""
+
+    def steps_left(self, step_bytes: int) -> int:
+        return steps_left(step_bytes)
+
+
+class Delivery:
+    """A rotation of keys without memory."""
+
+    steps = (STEP,) * NUM_STEPS
+
+    def __init__(self, tokens: int) -> None:
+        self._k = torch.empty(1, tokens, 1, 1, dtype=torch.bfloat16, device="meta")
+
+    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
+        for step in self.steps:
+            yield step, self._k, self._k
+
+
+def events(tokens: int) -> list[tuple[str, int]]:
+    """What `_take_steps` starts and finishes, step by step."""
+    found: list[tuple[str, int]] = []
+
+    def start(i: int, step: Step, call: Call, k: Tensor, v: Tensor) -> Call:
+        if call == step.calls[0]:
+            found.append(("start", i))
+        return call
+
+    def finish(i: int, step: Step, results: list[Call]) -> None:
+        assert tuple(results) == step.calls
+        found.append(("finish", i))
+
+    k = torch.zeros(1)
+    attention._take_steps(Delivery(tokens), k, k, start, finish)  # type: ignore[arg-type]
+    return found
+
+
+def most_waiting(found: list[tuple[str, int]]) -> int:
+    """Steps that were started and not finished, at most."""
+    counts = [sum(1 if what == "start" else -1 for what, _ in found[:n]) for n in range(len(found))]
+    return max(counts)
+
+
+def test_a_cpu_finishes_each_step_before_the_next() -> None:
+    """Fails if a CPU would hold results that it has already computed."""
+    assert events(64) == [(what, i) for i in range(NUM_STEPS) for what in ("start", "finish")]
+
+
+@pytest.mark.parametrize("tokens, waiting", [(64, 3), (HELD_BYTES, 2)], ids=["small", "large"])
+def test_steps_are_finished_in_order_and_large_ones_sooner(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, waiting: int
+) -> None:
+    """Fails if a step is lost or out of order, or if large keys are held as long as small ones."""
+    monkeypatch.setattr(attention, "Lanes", SideBySide)
+    found = events(tokens)
+    for what in ("start", "finish"):
+        assert [i for event, i in found if event == what] == list(range(NUM_STEPS))
+    assert most_waiting(found) == waiting
