@@ -3,6 +3,11 @@
     torchrun --nproc-per-node 8 bench/calibrate.py --out b200.json
     python bench/calibrate.py --seqlens 2048 8192 32768 --out gpu.json
 
+The sizes are a GPU's; a CPU takes hours for them, and seconds for these:
+
+    torchrun --nproc-per-node 2 bench/calibrate.py --device cpu --dtype float32 --heads 4 \
+        --head-dim 64 --seqlens 256 1024 2048 --queries 256 1024 --keys 256 1024 --out cpu.json
+
 The model then predicts for such a machine: `bench/scaling_model.py --calibration gpu.json`.
 """
 
