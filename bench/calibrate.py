@@ -16,7 +16,7 @@ import argparse
 import torch
 import torch.distributed as dist
 from harness import card, join, print_card, run_to_exit
-from rates import byte_compute, collective_factors, copy_bandwidth, link, seconds_of
+from rates import byte_compute, collective_factors, copy_bandwidth, link, long_message, seconds_of
 
 from lhcp.calibration import Calibration, Link
 from lhcp.mesh import Ranks
@@ -92,9 +92,9 @@ def calibrate(
     between = Link(latency=0.0, bandwidth=1e18)
     gather_factor, alltoall_factor, taken = 1.0, 1.0, 0.0
     if ranks.world_size > 1:
-        found = link(ranks, device, large_message)
+        large = large_message or long_message(device)
+        found = link(ranks, device, large)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
-        large = large_message or (2**26 if device.type == "cuda" else 2**22)
         gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
         hop = max(0.0, empty - latency) / max(1, ranks.world_size - 2)
         between = Link(latency=latency, bandwidth=rate, hop=hop)

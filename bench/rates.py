@@ -42,17 +42,21 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / seconds_of(lambda: into.copy_(source), device)
 
 
+def long_message(device: torch.device) -> int:
+    """Bytes of a message that gives the bandwidth: 64 MiB on a GPU, 4 MiB on a CPU."""
+    return 2**26 if device.type == "cuda" else 2**22
+
+
 def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[str, float]:
     """Latency and bandwidth of messages round the ring of ranks, all ranks at once.
 
     Args:
-        large: bytes of the long message; 64 MiB on a GPU, 4 MiB on a CPU.
+        large: bytes of the long message; None: `long_message`.
 
     Returns:
         latency_us, gb_s: of the slowest rank; a message takes latency + bytes / bandwidth.
     """
-    if large is None:
-        large = 2**26 if device.type == "cuda" else 2**22
+    large = large or long_message(device)
 
     def run(num_bytes: int) -> Callable[[], None]:
         post = round_the_ring(num_bytes, ranks, device)

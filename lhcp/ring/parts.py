@@ -104,8 +104,6 @@ def ring_givers(
     """
     found: list[list[int]] = [[] for _ in range(layout.chunks_per_rank)]
     for distances in rounds:
-        for giver in ((rank + distance) % layout.world_size for distance in distances):
-            for owner, slot in map(layout.owner, round_chunks(giver, layout, causal, distances)):
-                if owner == rank:
-                    found[slot].append(giver)
+        for slot, receiver in ring_route(rank, layout, causal, distances)[1]:
+            found[slot].append(receiver)
     return tuple(map(tuple, found))
