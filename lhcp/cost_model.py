@@ -92,7 +92,7 @@ def rotation_memory(rotation: str, sizes: Sizes) -> int:
     kv, sums = sizes.kv_elements * sizes.element_bytes, sizes.kv_elements * sizes.grad_bytes
     world, num_groups, nodes = sizes.world_size, len(sizes.head_groups), sizes.num_nodes
     inner = world // nodes
-    lengths = sorted(map(len, ring_rounds(world, sizes.ring_pairs, True)), reverse=True)
+    lengths = [len(distances) for distances in ring_rounds(world, sizes.ring_pairs)]
     others = sum(lengths) if holds_all_parts(world, kv) else max(lengths, default=0)
 
     def steps(step_bytes: int) -> int:

@@ -153,8 +153,10 @@ def attend_backward(
         rotation.collect(i, grads)
 
     _take_steps(rotation, k, v, start, finish)
+    # The last gradients travel meanwhile.
+    dq, _ = partials.result()
     dk, dv = rotation.home()
-    return partials.result()[0], dk, dv
+    return dq, dk, dv
 
 
 class _Views:

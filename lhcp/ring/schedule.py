@@ -96,26 +96,21 @@ and half-empty waves take their share. Larger ones delay the bytes that travel m
 
 
 @cache
-def ring_rounds(world_size: int, pairs: int, backward: bool) -> tuple[range, ...]:
+def ring_rounds(world_size: int, pairs: int) -> tuple[range, ...]:
     """Cut the distances 1 to W - 1 of a ring into rounds; a round's keys make one step.
 
-    Blocks that are large enough take a distance each. Else a round is twice as long as the one
-    before it, so that each travels while the one before is computed, until blocks are large enough.
-    The backward, where compute takes longer and gradients travel home after it, goes from long
-    rounds to short ones.
+    Blocks that are large enough take a distance each. Else a round is as many distances as make a
+    large block, up to a third of the ring: the first round's keys travel behind the own keys alone,
+    and the last round's gradients behind nothing. Rounds are equally long, so that each travels
+    while one like it is computed; the last one takes what is left.
 
     Args:
         pairs: queries x keys x heads that a rank computes for one distance.
     """
-    most = -(-MIN_ROUND_PAIRS // max(pairs, 1))
-    lengths: list[int] = []
-    while sum(lengths) < world_size - 1:
-        length = min(2 * lengths[-1], most) if lengths else 1
-        lengths.append(min(length, world_size - 1 - sum(lengths)))
-    if backward:
-        lengths.reverse()
-    starts = [1 + sum(lengths[:i]) for i in range(len(lengths))]
-    return tuple(range(start, start + n) for start, n in zip(starts, lengths, strict=True))
+    length = min(-(-MIN_ROUND_PAIRS // max(pairs, 1)), -(-world_size // 3))
+    return tuple(
+        range(start, min(start + length, world_size)) for start in range(1, world_size, length)
+    )
 
 
 @cache

@@ -65,7 +65,7 @@ def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
     sizes = replace(BASE, world_size=world, node_size=None)
     flops = 0.0
     for rank in range(world):
-        rounds = ring_rounds(world, sizes.ring_pairs, False)
+        rounds = ring_rounds(world, sizes.ring_pairs)
         last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds)
         for step in steps(rank, sizes.cut, True, *last):  # type: ignore[operator]
             heads = step.heads[1] - step.heads[0]

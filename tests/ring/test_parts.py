@@ -57,7 +57,7 @@ def test_both_ends_of_a_ring_agree(
 ) -> None:
     """Fails if an owner waits for a part that nobody gives, or does not for one that comes."""
     cut = make_layout(layout, world)
-    rounds = ring_rounds(world, pairs, backward=True)
+    rounds = ring_rounds(world, pairs)
     for start in range(len(rounds)):
         some = rounds[start : start + 2]
         given = Counter(
@@ -92,7 +92,7 @@ def test_keys_arrive_in_the_order_in_which_they_leave(
 ) -> None:
     """Fails if a rank would take one of another's chunks for the other, or wait for none."""
     cut = make_layout(layout, world)
-    for distances in ring_rounds(world, pairs, backward=False):
+    for distances in ring_rounds(world, pairs):
         routes = [ring_route(rank, cut, causal, distances) for rank in range(world)]
         for receiver, (owners, _) in enumerate(routes):
             chunks = round_chunks(receiver, cut, causal, distances)

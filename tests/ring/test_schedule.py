@@ -1,7 +1,7 @@
 """Who attends to what: every pair of chunks once, whatever the rotation. Integers only."""
 
+import math
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 
@@ -29,7 +29,7 @@ def deliveries(
     if rotation.startswith("p2p"):
         # Blocks that are large enough, half so, or hopelessly small.
         pairs = {"p2p": MIN_ROUND_PAIRS, "p2p2": MIN_ROUND_PAIRS // 2, "p2p*": 1}[rotation]
-        rounds = ring_rounds(world, pairs, backward=False)
+        rounds = ring_rounds(world, pairs)
         steps = p2p_steps(rank, layout, causal, HEADS, rounds)
         keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
         return list(zip(steps, [mine, *keys], strict=True))
@@ -120,17 +120,13 @@ def test_steps_are_the_same_in_number_and_start_with_every_query(
 
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 8, 32])
 @pytest.mark.parametrize("share", [1, 2, 3, 4, 1000])
-def test_rounds_grow_until_blocks_are_large_enough(world: int, share: int) -> None:
-    """Fails if a distance is lost, a round is longer than needed, or the first one is not short."""
-    rounds = ring_rounds(world, -(-MIN_ROUND_PAIRS // share), backward=False)
+def test_rounds_are_equal_and_no_longer_than_needed(world: int, share: int) -> None:
+    """Fails if a distance is lost, or a round longer than a large block or a third of the ring."""
+    rounds = ring_rounds(world, -(-MIN_ROUND_PAIRS // share))
     assert [d for distances in rounds for d in distances] == list(range(1, world))
     lengths = [len(distances) for distances in rounds]
-    assert lengths[0] == 1 and max(lengths) <= share
-    for before, length in pairwise(lengths[:-1]):
-        assert length == min(2 * before, share)
-    back = ring_rounds(world, -(-MIN_ROUND_PAIRS // share), backward=True)
-    assert [d for distances in back for d in distances] == list(range(1, world))
-    assert [len(distances) for distances in back] == lengths[::-1]
+    assert set(lengths[:-1]) <= {lengths[0]} and lengths[-1] <= lengths[0]
+    assert lengths[0] == min(share, math.ceil(world / 3))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 3), (6, 4), (1, 8), (5, 2), (7, 0)])
