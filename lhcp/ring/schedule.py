@@ -100,14 +100,14 @@ def ring_rounds(world_size: int, pairs: int) -> tuple[range, ...]:
     """Cut the distances 1 to W - 1 of a ring into rounds; a round's keys make one step.
 
     Blocks that are large enough take a distance each. Else a round is as many distances as make a
-    large block, up to a third of the ring: the first round's keys travel behind the own keys alone,
-    and the last round's gradients behind nothing. Rounds are equally long, so that each travels
-    while one like it is computed; the last one takes what is left.
+    large block, up to half of all: the first round's keys travel behind the own keys alone, and the
+    last round's gradients behind nothing. Rounds are equally long, so that each travels while one
+    like it is computed; the last one takes what is left.
 
     Args:
         pairs: queries x keys x heads that a rank computes for one distance.
     """
-    length = min(-(-MIN_ROUND_PAIRS // max(pairs, 1)), -(-world_size // 3))
+    length = max(1, min(-(-MIN_ROUND_PAIRS // max(pairs, 1)), world_size // 2))
     return tuple(
         range(start, min(start + length, world_size)) for start in range(1, world_size, length)
     )

@@ -121,12 +121,12 @@ def test_steps_are_the_same_in_number_and_start_with_every_query(
 @pytest.mark.parametrize("world", [2, 3, 4, 7, 8, 32])
 @pytest.mark.parametrize("share", [1, 2, 3, 4, 1000])
 def test_rounds_are_equal_and_no_longer_than_needed(world: int, share: int) -> None:
-    """Fails if a distance is lost, or a round longer than a large block or a third of the ring."""
+    """Fails if a distance is lost, or a round longer than a large block or half of the others."""
     rounds = ring_rounds(world, -(-MIN_ROUND_PAIRS // share))
     assert [d for distances in rounds for d in distances] == list(range(1, world))
     lengths = [len(distances) for distances in rounds]
     assert set(lengths[:-1]) <= {lengths[0]} and lengths[-1] <= lengths[0]
-    assert lengths[0] == min(share, math.ceil(world / 3))
+    assert lengths[0] == min(share, math.ceil((world - 1) / 2))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 3), (6, 4), (1, 8), (5, 2), (7, 0)])
