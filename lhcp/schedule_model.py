@@ -37,7 +37,10 @@ def _p2p(clocks: Clocks) -> None:
     s = clocks.sizes
     world = s.world_size
     rounds = ring_rounds(world, s.ring_pairs)
-    steps = [p2p_steps(rank, s.cut, s.causal, s.num_kv_heads, rounds) for rank in range(world)]
+    steps = [
+        p2p_steps(rank, s.cut, s.causal, s.num_kv_heads, rounds, clocks.backward)
+        for rank in range(world)
+    ]
     kv, sums = s.kv_elements * s.element_bytes, s.kv_elements * s.grad_bytes
     held = holds_all_parts(world, kv)
 

@@ -127,12 +127,29 @@ def round_chunks(rank: int, layout: Layout, causal: bool, distances: range) -> t
 
 @cache
 def p2p_steps(
-    rank: int, layout: Layout, causal: bool, num_kv_heads: int, rounds: tuple[range, ...]
+    rank: int,
+    layout: Layout,
+    causal: bool,
+    num_kv_heads: int,
+    rounds: tuple[range, ...],
+    backward: bool,
 ) -> tuple[Step, ...]:
-    """Steps of the ring: the own keys, then those of each round."""
+    """Steps of the ring: the own keys, then those of each round.
+
+    In the forward each query is in one call of a round, so that few results are merged; in the
+    backward each key, so that few gradients travel. Calls of long tiles come first: a forward's
+    tile goes through all keys, a backward's through all queries.
+    """
     mine, heads = layout.chunks(rank), (0, num_kv_heads)
-    keys = [mine, *(round_chunks(rank, layout, causal, distances) for distances in rounds)]
-    return tuple(Step(attend(mine, run, causal), heads, i == 0) for i, run in enumerate(keys))
+
+    def calls(run: tuple[int, ...]) -> tuple[Call, ...]:
+        if backward or not causal:
+            return tuple(sorted(attend(mine, run, causal), key=lambda call: call.q[0]))
+        return tuple(sorted(prefixes(mine, run), key=lambda call: -call.num_keys))
+
+    keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
+    own = Step(attend(mine, mine, causal), heads, True)
+    return (own, *(Step(calls(run), heads, False) for run in keys))
 
 
 def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
     flops = 0.0
     for rank in range(world):
         rounds = ring_rounds(world, sizes.ring_pairs)
-        last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds)
+        last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds, True)
         for step in steps(rank, sizes.cut, True, *last):  # type: ignore[operator]
             heads = step.heads[1] - step.heads[0]
             for call in step.calls:

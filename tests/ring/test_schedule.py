@@ -28,9 +28,9 @@ def deliveries(
     world, mine = layout.world_size, layout.chunks(rank)
     if rotation.startswith("p2p"):
         # Blocks that are large enough, half so, or hopelessly small.
-        pairs = {"p2p": MIN_ROUND_PAIRS, "p2p2": MIN_ROUND_PAIRS // 2, "p2p*": 1}[rotation]
-        rounds = ring_rounds(world, pairs)
-        steps = p2p_steps(rank, layout, causal, HEADS, rounds)
+        pairs = {"p2p": MIN_ROUND_PAIRS, "p2p2": MIN_ROUND_PAIRS // 2, "p2p*": 1}
+        rounds = ring_rounds(world, pairs[rotation.removesuffix(" back")])
+        steps = p2p_steps(rank, layout, causal, HEADS, rounds, rotation.endswith("back"))
         keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
         return list(zip(steps, [mine, *keys], strict=True))
     if rotation.startswith("allgather"):
@@ -53,8 +53,8 @@ CASES = [
     for layout in LAYOUTS
     for world in (1, 2, 3, 4, 6, 8)
     for rotation in (
-        *("p2p", "p2p2", "p2p*", "allgather1", "allgather2", "allgather4"),
-        *("node1", "node2", "node3"),
+        *("p2p", "p2p2", "p2p*", "p2p back", "p2p2 back", "p2p* back"),
+        *("allgather1", "allgather2", "allgather4", "node1", "node2", "node3"),
     )
     if not rotation.startswith("node") or world % int(rotation[-1]) == 0
     if world > 1 or rotation == "p2p"

@@ -36,7 +36,9 @@ class P2P:
         world, self._chunk = trip.ranks.world_size, tokens // trip.layout.chunks_per_rank
         pairs = batch * tokens * self._chunk * trip.num_heads
         self._rounds = ring_rounds(world, pairs)
-        self.steps = p2p_steps(trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds)
+        self.steps = p2p_steps(
+            trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds, trip.backward
+        )
         held = holds_all_parts(world, 2 * k.numel() * k.element_size())
         self._rounds_per_sum = len(self._rounds) if held else 1
         self._total: tuple[Tensor, Tensor] | None = None

@@ -66,7 +66,8 @@ class RingParts:
         rank = group.rank()
         owners, _ = ring_route(rank, layout, causal, distances)
         outgoing: list[Peered] = []
-        for part in grads:
+        # Calls come in any order; messages go in the order of the chunks.
+        for part in sorted(grads, key=lambda part: part.call.kv):
             run = owners[slice(*part.call.kv)]
             both = [chunks(x, len(run), copy=False).unbind() for x in (part.dk, part.dv)]
             by_chunk = zip(run, *both, strict=True)
