@@ -110,8 +110,7 @@ def byte_compute(
         computed, both = seconds(messages)
         beside.append(computed)
         moved.append(2 * num_bytes * computed / both)
-    # Lower quartiles: what else runs on the machine only ever adds.
-    added = statistics.quantiles(beside)[0] - statistics.quantiles(alone)[0]
+    added = statistics.median(beside) - statistics.median(alone)
     return max(0.0, added / statistics.median(moved))
 
 
