@@ -127,7 +127,8 @@ def latency_and_rate(
 
     small = 1024
     short, long = seconds(small), seconds(large)
-    rate = (large - small) / max(long - short, 1e-9)
+    # Where a long message takes no longer than a short one, all of its time is its bytes'.
+    rate = (large - small) / (long - short) if long > short else large / long
     return max(short - small / rate, 0.0), rate
 
 
