@@ -141,15 +141,13 @@ def p2p_steps(
     tile goes through all keys, a backward's through all queries.
     """
     mine, heads = layout.chunks(rank), (0, num_kv_heads)
-
-    def calls(run: tuple[int, ...]) -> tuple[Call, ...]:
-        if backward or not causal:
-            return tuple(sorted(attend(mine, run, causal), key=lambda call: call.q[0]))
-        return tuple(sorted(prefixes(mine, run), key=lambda call: -call.num_keys))
-
-    keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
-    own = Step(attend(mine, mine, causal), heads, True)
-    return (own, *(Step(calls(run), heads, False) for run in keys))
+    steps = [Step(attend(mine, mine, causal), heads, True)]
+    for distances in rounds:
+        run = round_chunks(rank, layout, causal, distances)
+        calls = prefixes(mine, run) if causal and not backward else attend(mine, run, causal)
+        # Later queries see more keys, and earlier keys, which come last, are seen by more queries.
+        steps.append(Step(calls[::-1], heads, False))
+    return tuple(steps)
 
 
 def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:
@@ -198,5 +196,5 @@ def hierarchical_steps(
         node = (own - j) % num_nodes
         keys = gathered_order(layout, range(node * node_size, (node + 1) * node_size))
         calls = prefixes(mine, keys) if causal else attend(mine, keys, False)
-        steps.append(Step(calls, heads, not causal and j == 0))
+        steps.append(Step(calls[::-1], heads, not causal and j == 0))
     return tuple(steps)

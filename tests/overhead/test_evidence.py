@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from lhcp import reference
 from lhcp.config import LighthouseConfig
-from lhcp.mesh import Ranks, as_ranks
+from lhcp.mesh import as_ranks
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64
@@ -22,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import error_by_ranks
 import long_cpu
 import netns
-import rates
 from evidence import Page
 from long_formula import at_positions
 from namespaces import NotAllowed, nodes
@@ -260,20 +258,3 @@ def test_nodes_are_removed_when_told_to_end() -> None:
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert f"lhcp{running.pid}-" not in left
     assert not Path(f"/proc/{inside}").exists()
-
-
-@pytest.mark.parametrize("short, long, rate", [(1e-3, 3e-3, 5e8), (2e-3, 1e-3, 1e9)])
-def test_a_noisy_link_is_not_endlessly_fast(
-    monkeypatch: pytest.MonkeyPatch, short: float, long: float, rate: float
-) -> None:
-    """Fails if a long message that took no longer than a short one had bytes that cost nothing."""
-    large = 10**6
-    monkeypatch.setattr(rates, "seconds_of", lambda run, device: run())
-    monkeypatch.setattr(rates.dist, "barrier", lambda group: None)
-
-    def make(num_bytes: int) -> Callable[[], float]:
-        return lambda: long if num_bytes == large else short
-
-    found = rates.latency_and_rate(make, large, Ranks(), torch.device("cpu"))
-    assert found[1] == pytest.approx(rate, rel=2e-3)
-    assert 0 <= found[0] <= short

@@ -129,6 +129,19 @@ def test_rounds_are_equal_and_no_longer_than_needed(world: int, share: int) -> N
     assert lengths[0] == min(share, math.ceil((world - 1) / 2))
 
 
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_calls_of_long_tiles_come_first(layout: LayoutName, world: int) -> None:
+    """Fails if a step of the ring ends with its longest tiles, which leave a long last wave."""
+    for rank in range(world):
+        for step, _ in deliveries("p2p*", rank, make_layout(layout, world), True):
+            keys = [call.num_keys for call in step.calls]
+            assert keys == sorted(keys, reverse=True)
+        for step, _ in deliveries("p2p* back", rank, make_layout(layout, world), True):
+            queries = [call.q[1] - call.q[0] for call in step.calls]
+            assert queries == sorted(queries, reverse=True)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 3), (6, 4), (1, 8), (5, 2), (7, 0)])
 def test_head_groups_are_equal_runs(heads: int, groups: int) -> None:
     runs = split_heads(heads, groups)
