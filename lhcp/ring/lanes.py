@@ -16,9 +16,9 @@ from lhcp.ring.rotation.base import HELD_BYTES
 
 T = TypeVar("T")
 
-NUM_LANES = 4
-"""Measured on an H200, W = 8: two calls side by side beat one after another by 1 to 4%, and up to
-four, with two steps left for later, beat two by another 1 to 3%."""
+NUM_LANES = 2
+"""Measured on an H200, W = 8: two calls side by side beat one after another by 1 to 4%. With four,
+equal graphs in one process differ by 1 to 3%, and the best of them is no faster than any of two."""
 
 
 def steps_left(step_bytes: int) -> int:
