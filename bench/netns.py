@@ -34,14 +34,14 @@ DIFFERENCE = 0.05
 REGIMES = ("communication-bound", "balanced", "compute-bound")
 
 
-def measure(network: Nodes, args: argparse.Namespace) -> dict[str, Any]:
+def measure(network: Nodes, args: argparse.Namespace, repeats: int) -> dict[str, Any]:
     """Predict and measure on two nodes; the document of bench/scaling_model.py."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (
             *(str(ROOT / "bench/scaling_model.py"), "--measure", "--device", "cpu"),
             *("--nodes", str(len(network.names)), "--rotations", *args.rotations),
             *("--seqlens", str(args.seqlen), "--heads", str(args.heads)),
-            *("--head-dim", str(args.head_dim), "--repeats", str(args.repeats)),
+            *("--head-dim", str(args.head_dim), "--repeats", str(repeats)),
             *("--large-message", str(args.large_message), "--out", f"{folder}/found"),
         )
         network.torchrun(1, arguments, args.timeout)
@@ -119,11 +119,12 @@ def show(page: Page, name: str, megabits: float | None, document: dict[str, Any]
 def compare(page: Page, args: argparse.Namespace) -> list[Any]:
     """As fast as the machine is, for what compute takes, then at three rates."""
     with nodes(2) as network:
-        free = measure(network, args)
+        free = measure(network, args, min(args.repeats))
         records = [show(page, "for the rates", None, free)]
-        for name, megabits in zip(REGIMES, rates(free, args.balance), strict=True):
+        shaped = zip(REGIMES, rates(free, args.balance), args.repeats, strict=True)
+        for name, megabits, repeats in shaped:
             network.shape(megabits)
-            records.append(show(page, name, megabits, measure(network, args)))
+            records.append(show(page, name, megabits, measure(network, args, repeats)))
     page.line("")
     page.line(
         f"ok: the exposed time measured is {RATIO[0]} to {RATIO[1]} of the one predicted; small: "
@@ -203,7 +204,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        nargs=3,
+        default=[5, 10, 25],
+        help="at each rate: the less is exposed, the more it takes to see it",
+    )
     parser.add_argument(
         "--balance", type=float, nargs=3, default=[3.0, 1.0, 0.3], help="M / C of the three rates"
     )

@@ -75,7 +75,7 @@ def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callab
 
 
 def byte_compute(
-    run: Callable[[], Any], rate: float, ranks: Ranks, repeats: int = 48, long: float = 0.05
+    run: Callable[[], Any], rate: float, ranks: Ranks, repeats: int = 96, long: float = 0.05
 ) -> float:
     """Seconds that a byte, sent or received, adds to compute on CPU ranks; a collective.
 
@@ -119,14 +119,16 @@ def latency_and_rate(
 ) -> tuple[float, float]:
     """Seconds without bytes, and bytes a second, of what make(bytes) returns; a collective."""
 
-    def seconds(num_bytes: int) -> float:
+    def seconds(num_bytes: int, repeats: int) -> float:
         run = make(num_bytes)
         run()
         dist.barrier(group=ranks.flat)
-        return slowest(seconds_of(run, device), ranks)
+        return slowest(seconds_of(run, device, repeats), ranks)
 
+    # A short one that waits for a core takes a scheduler's tick, 4 ms, where others take a tenth of
+    # it: few repeats now and then give that as their median, and the long one looks too fast.
     small = 1024
-    short, long = seconds(small), seconds(large)
+    short, long = seconds(small, 99), seconds(large, 7)
     # Where a long message takes no longer than a short one, all of its time is its bytes'.
     rate = (large - small) / (long - short) if long > short else large / long
     return max(short - small / rate, 0.0), rate

@@ -20,7 +20,7 @@ def test_a_noisy_link_is_not_endlessly_fast(
 ) -> None:
     """Fails if a long message that took no longer than a short one had bytes that cost nothing."""
     large = 10**6
-    monkeypatch.setattr(rates, "seconds_of", lambda run, device: run())
+    monkeypatch.setattr(rates, "seconds_of", lambda run, device, repeats: run())
     monkeypatch.setattr(rates.dist, "barrier", lambda group: None)
 
     def make(num_bytes: int) -> Callable[[], float]:
