@@ -86,6 +86,7 @@ def _take_steps(
     are under way, so that what finishing waits for does not hold them up.
     """
     lanes = Lanes(k.device)
+    left = lanes.steps_left(rotation.step_bytes)
     # What calls read is kept until they are waited for.
     waiting: deque[tuple[int, Step, Tensor, Tensor, list[Started[R]]]] = deque()
 
@@ -96,7 +97,7 @@ def _take_steps(
     for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
         calls = [lanes.start(partial(start, i, step, call, k_i, v_i)) for call in step.calls]
         waiting.append((i, step, k_i, v_i, calls))
-        while len(waiting) > lanes.steps_left(2 * k_i.numel() * k_i.element_size()):
+        while len(waiting) > left:
             finish_first()
     while waiting:
         finish_first()

@@ -1,15 +1,22 @@
 """Calls side by side: how far steps run ahead of what is finished. Without a GPU."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lhcp.ring import attention
+from lhcp.layout import make_layout
+from lhcp.mesh import Ranks
+from lhcp.ring import attention, lanes
 from lhcp.ring.lanes import Lanes, steps_left
+from lhcp.ring.rotation import p2p
 from lhcp.ring.rotation.base import HELD_BYTES
 from lhcp.ring.schedule import Call, Step
+from lhcp.timing import UNTIMED
 
 NUM_STEPS = 5
 STEP = Step((Call((0, 1), (0, 1), False), Call((1, 2), (0, 1), False)), (0, 1), False)
@@ -29,6 +36,7 @@ class Delivery:
 
     def __init__(self, tokens: int) -> None:
         self._k = torch.empty(1, tokens, 1, 1, dtype=torch.bfloat16, device="meta")
+        self.step_bytes = 4 * tokens
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         for step in self.steps:
@@ -74,3 +82,46 @@ def test_steps_are_finished_in_order_and_large_ones_sooner(
     for what in ("start", "finish"):
         assert [i for event, i in found if event == what] == list(range(NUM_STEPS))
     assert most_waiting(found) == waiting
+
+
+def posts(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What one rank of a world without messages posts in a backward, in order."""
+    found: list[str] = []
+
+    def telling(made: Any) -> Any:
+        def make(*args: Any) -> Any:
+            found.append(made.__name__)
+            return made(*args)
+
+        return make
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(p2p, "RingChunks", telling(p2p.RingChunks))
+            patch.setattr(p2p, "RingParts", telling(p2p.RingParts))
+            plan = attention.Plan(
+                Ranks(dist.group.WORLD), make_layout("zigzag", world), "p2p", "math", True, 1.0
+            )
+            q, k, v, out, dout = torch.randn(5, 1, 8, 1, 4)
+            lse = torch.zeros(1, 1, 8)
+            attention.attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
+    finally:
+        dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("large", [64, 128, 255, 256])
+def test_all_ranks_send_in_one_order(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    """Fails if what a rank fetches decides when it sends gradients: NCCL ranks would hang.
+
+    A round of one distance brings 128 bytes or 256.
+    """
+    single = tuple(range(distance, distance + 1) for distance in range(1, 8))
+    monkeypatch.setattr(p2p, "ring_rounds", lambda *_: single)
+    monkeypatch.setattr(attention, "Lanes", SideBySide)
+    monkeypatch.setattr(lanes, "HELD_BYTES", large)
+    orders = {tuple(posts(rank, 8, monkeypatch)) for rank in range(8)}
+    assert len(orders) == 1
+    (order,) = orders
+    assert order.count("RingChunks") == order.count("RingParts") == 7

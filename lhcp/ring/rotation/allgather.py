@@ -54,6 +54,7 @@ class AllGather:
         gathered_bytes = 2 * k.numel() * k.element_size() * world
         query_rows = k.shape[0] * (k.shape[1] // self._slots) * trip.num_heads
         self._groups = head_groups(k.shape[2], query_rows, gathered_bytes, world)
+        self.step_bytes = gathered_bytes // len(self._groups)
         self.steps = allgather_steps(trip.ranks.rank, trip.layout, trip.causal, self._groups)
         self._own: tuple[Tensor, Tensor] | None = None
         self._leaving: PartsHome | None = None

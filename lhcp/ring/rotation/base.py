@@ -59,6 +59,9 @@ class Rotation(Protocol):
     """Deliver kv step by step; in the backward, collect the gradients and bring them home."""
 
     steps: tuple[Step, ...]
+    step_bytes: int
+    """Of the keys and values of a step at most, on any rank. How many steps wait to be finished
+    follows from it, and so what is sent in which order: it must be the same on every rank."""
 
     def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield (step, k, v) in order, with the next exchange already under way.

@@ -32,6 +32,7 @@ class Hierarchical:
         self.steps = hierarchical_steps(
             trip.ranks.rank, trip.layout, trip.causal, k.shape[2], inner.size()
         )
+        self.step_bytes = 2 * k.numel() * k.element_size() * inner.size()
         self._slots = trip.layout.chunks_per_rank
         self._own: tuple[Tensor, Tensor] | None = None
         self._parts: PartsHome | None = None

@@ -39,7 +39,9 @@ class P2P:
         self.steps = p2p_steps(
             trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds, trip.backward
         )
-        held = holds_all_parts(world, 2 * k.numel() * k.element_size())
+        kv_bytes = 2 * k.numel() * k.element_size()
+        self.step_bytes = max(map(len, self._rounds)) * kv_bytes
+        held = holds_all_parts(world, kv_bytes)
         self._rounds_per_sum = len(self._rounds) if held else 1
         self._total: tuple[Tensor, Tensor] | None = None
         self._parts: Tensor | None = None
