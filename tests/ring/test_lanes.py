@@ -84,6 +84,14 @@ def test_steps_are_finished_in_order_and_large_ones_sooner(
     assert most_waiting(found) == waiting
 
 
+def test_the_current_stream_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a call may run on the stream that the program is on, and hold up what follows."""
+    monkeypatch.setattr(lanes, "_streams", lambda device: ("a", "b", "c"))
+    for current, others in (("b", ("a", "c")), ("d", ("a", "b", "c"))):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        assert Lanes(torch.device("cuda"))._streams == others
+
+
 def posts(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What one rank of a world without messages posts in a backward, in order."""
     found: list[str] = []
