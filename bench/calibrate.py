@@ -96,7 +96,8 @@ def calibrate(
         found = link(ranks, device, large)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
         gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
-        hop = max(0.0, empty - latency) / max(1, ranks.world_size - 2)
+        # All of it: the gathers' bandwidth is what remains of their time beside it.
+        hop = max(0.0, empty - latency) / (ranks.world_size - 1)
         between = Link(latency=latency, bandwidth=rate, hop=hop)
         if device.type == "cpu":
             block, q = BLOCKS[name], torch.randn(1, square[0][0], heads, head_dim, dtype=dtype)

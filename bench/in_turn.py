@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ STEADY_MS = 1000.0
 """How long an arm runs before the next has its turn. Attention runs at the GPU's power limit, whose
 clock follows the load slowly: in turns of 0.2 s an arm still runs at its neighbour's clock, and the
 same code differs by 1%."""
+
+GRAPHS = 3
+"""Of each run, with inputs of their own. Of equal graphs the slowest takes 0.5% longer than the
+fastest, again and again: the slowest of several ranks would be picked by that."""
 
 Times = dict[str, dict[str, Spread]]
 """Run -> phase -> milliseconds."""
@@ -181,12 +186,17 @@ def _job(
     )
 
 
-def _time(runners: dict[str, Runner], device: torch.device, repeats: int) -> Times:
-    """Time forwards and forwards with backwards, all in turns; a backward is the difference."""
+def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) -> Times:
+    """Time forwards and forwards with backwards, all in turns; a backward is the difference.
+
+    Args:
+        runners: several of one name are as many samples of it.
+    """
     arms: dict[str, Run] = {}
-    for name, runner in runners.items():
-        for phase in ("forward", "both"):
-            arms[f"{name} {phase}"] = _run(runner, phase, device, graph="eager" not in name)
+    for name, equals in runners.items():
+        for i, runner in enumerate(equals):
+            for phase in ("forward", "both"):
+                arms[f"{name} {phase} {i}"] = _run(runner, phase, device, graph="eager" not in name)
     if device.type == "cuda":
         found = interleaved(
             {name: Arm(run, repeats, STEADY_MS, most_calls=1000) for name, run in arms.items()}
@@ -194,13 +204,23 @@ def _time(runners: dict[str, Runner], device: torch.device, repeats: int) -> Tim
     else:
         found = _on_the_host(arms, repeats)
     times: Times = {}
-    for name in runners:
-        forward, both = found[f"{name} forward"], found[f"{name} both"]
+    for name, equals in runners.items():
+        forward, both = (
+            _pooled([found[f"{name} {phase} {i}"] for i in range(len(equals))])
+            for phase in ("forward", "both")
+        )
         backward = Spread(
             both.median - forward.median, both.low - forward.high, both.high - forward.low, repeats
         )
         times[name] = {"forward": forward, "backward": backward, "both": both}
     return times
+
+
+def _pooled(found: list[Spread]) -> Spread:
+    """The middle of equal runs, and how far they reach together."""
+    middle = median(spread.median for spread in found)
+    low, high = min(spread.low for spread in found), max(spread.high for spread in found)
+    return Spread(middle, low, high, sum(spread.count for spread in found))
 
 
 def _run(runner: Runner, phase: str, device: torch.device, graph: bool) -> Run:
@@ -230,27 +250,29 @@ def _single(job: Job, backend: str) -> Runner:
 
 def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str, dict[str, float]]]:
     """The kernel that takes least for forward and backward on the whole, and all their times."""
-    times = _time({name: _single(job, name) for name in kernels}, job.device, min(repeats, 5))
+    times = _time({name: [_single(job, name)] for name in kernels}, job.device, min(repeats, 5))
     medians = {name: {p: t[p].median for p in t} for name, t in times.items()}
     return min(medians, key=lambda name: medians[name]["both"]), medians
 
 
 def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bytes_ms: float) -> dict[str, Any]:
     device, world = job.device, job.plan.ranks.world_size
-    mine = {"rank": job.attention(job.plan, UNTIMED, job.entries // world)}
+    mine = {"rank": lambda: job.attention(job.plan, UNTIMED, job.entries // world)}
     if job.config is not None:
-        mine["layer"] = job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
+        mine["layer"] = lambda: job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
     # Before others' numbers are drawn, which a rank does not hold.
-    peak = _peak(list(mine.values())[-1], device) if device.type == "cuda" else 0.0
-    runners = {"single": _single(alone, fastest)}
-    runners |= {name: filled(runner) for name, runner in mine.items()}
-    runners["rank"].run("both")
-    if not runners["rank"].finite():
-        raise SystemExit("a message delivered nothing, so these times mean nothing")
+    peak = _peak(list(mine.values())[-1](), device) if device.type == "cuda" else 0.0
+    equals = range(GRAPHS if device.type == "cuda" else 1)
+    runners = {"single": [_single(alone, fastest) for _ in equals]}
+    runners |= {name: [filled(make()) for _ in equals] for name, make in mine.items()}
+    for runner in runners["rank"]:
+        runner.run("both")
+        if not runner.finite():
+            raise SystemExit("a message delivered nothing, so these times mean nothing")
     times = _time(runners, device, repeats)
     if device.type == "cuda":
         # Apart: a GPU that waits for launches cools down, and what it runs next is faster.
-        eager = {f"{name} eager": runners[name] for name in runners if name != "single"}
+        eager = {f"{name} eager": runners[name][:1] for name in runners if name != "single"}
         times |= _time(eager, device, min(repeats, 3))
     single = {phase: times["single"][phase].median / world for phase in PHASES}
     rows, width = 2 * job.batch * (job.tokens + job.entries), job.head_dim * job.dtype.itemsize

@@ -25,12 +25,13 @@ class Link:
     bandwidth: float
     """Bytes a second."""
     hop: float | None = None
-    """Seconds that each rank but one adds to the latency of a collective; None: the latency."""
+    """Seconds that each step of a ring collective adds to the latency of a message; None: a
+    collective takes the latency of a message for each step."""
 
     def collective_latency(self, num_ranks: int) -> float:
         """Seconds that a ring collective takes without its bytes."""
-        hop = self.latency if self.hop is None else self.hop
-        return self.latency + (num_ranks - 2) * hop
+        steps = num_ranks - 1
+        return steps * self.latency if self.hop is None else self.latency + steps * self.hop
 
 
 @dataclass(frozen=True, kw_only=True)
