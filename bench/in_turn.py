@@ -9,17 +9,13 @@ ranks in float64 first, kernels on this device against float64.
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from harness import gate
 from latency_timing import Arm, Run, Spread, captured, interleaved
-from torch.distributed.device_mesh import init_device_mesh
 
 from lhcp.config import LighthouseConfig
 from lhcp.layout import make_layout
@@ -30,6 +26,7 @@ from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
+from lhcp.testing.world import world_without_messages
 from lhcp.timing import UNTIMED
 
 STEADY_MS = 1000.0
@@ -43,22 +40,6 @@ fastest, again and again: the slowest of several ranks would be picked by that."
 
 Times = dict[str, dict[str, Spread]]
 """Run -> phase -> milliseconds."""
-
-
-@contextmanager
-def world_without_messages(rank: int, world_size: int, nodes: int) -> Iterator[Ranks]:
-    """Be one rank of a world that is not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        if nodes == 1:
-            yield Ranks(dist.group.WORLD)
-        else:
-            shape = (nodes, world_size // nodes)
-            yield as_ranks(init_device_mesh("cpu", shape, mesh_dim_names=("node", "local")))
-    finally:
-        dist.destroy_process_group()
 
 
 def _gate_on_gloo(group: Any, rotation: str, layout: Any, heads: tuple[int, int]) -> str | None:
@@ -210,7 +191,10 @@ def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) 
             for phase in ("forward", "both")
         )
         backward = Spread(
-            both.median - forward.median, both.low - forward.high, both.high - forward.low, repeats
+            both.median - forward.median,
+            both.low - forward.high,
+            both.high - forward.low,
+            both.count,
         )
         times[name] = {"forward": forward, "backward": backward, "both": both}
     return times

@@ -126,7 +126,7 @@ def latency_and_rate(
         return slowest(seconds_of(run, device, repeats), ranks)
 
     # A short one that waits for a core takes a scheduler's tick, 4 ms, where others take a tenth of
-    # it: few repeats now and then give that as their median, and the long one looks too fast.
+    # it. Many cost nothing and leave the median less to chance; ticks that stay are the latency.
     small = 1024
     short, long = seconds(small, 99), seconds(large, 7)
     # Where a long message takes no longer than a short one, all of its time is its bytes'.

@@ -5,17 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lhcp.layout import make_layout
-from lhcp.mesh import Ranks
 from lhcp.ring import attention, lanes
 from lhcp.ring.lanes import Lanes, steps_left
 from lhcp.ring.rotation import p2p
 from lhcp.ring.rotation.base import HELD_BYTES
 from lhcp.ring.schedule import Call, Step
+from lhcp.testing.world import world_without_messages
 from lhcp.timing import UNTIMED
 
 NUM_STEPS = 5
@@ -103,19 +101,13 @@ def posts(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return make
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(p2p, "RingChunks", telling(p2p.RingChunks))
-            patch.setattr(p2p, "RingParts", telling(p2p.RingParts))
-            plan = attention.Plan(
-                Ranks(dist.group.WORLD), make_layout("zigzag", world), "p2p", "math", True, 1.0
-            )
-            q, k, v, out, dout = torch.randn(5, 1, 8, 1, 4)
-            lse = torch.zeros(1, 1, 8)
-            attention.attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
-    finally:
-        dist.destroy_process_group()
+    with world_without_messages(rank, world) as ranks, monkeypatch.context() as patch:
+        patch.setattr(p2p, "RingChunks", telling(p2p.RingChunks))
+        patch.setattr(p2p, "RingParts", telling(p2p.RingParts))
+        plan = attention.Plan(ranks, make_layout("zigzag", world), "p2p", "math", True, 1.0)
+        q, k, v, out, dout = torch.randn(5, 1, 8, 1, 4)
+        lse = torch.zeros(1, 1, 8)
+        attention.attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
     return found
 
 
