@@ -21,7 +21,7 @@ from rates import byte_compute, collective_factors, copy_bandwidth, link, long_m
 from lhcp.calibration import Calibration, Link
 from lhcp.mesh import Ranks
 from lhcp.ring.block import BLOCKS, choose_block
-from lhcp.ring.merge import merge
+from lhcp.ring.merge import Part, merge
 from lhcp.ring.rotation.base import wide
 
 
@@ -53,7 +53,8 @@ def merge_bandwidth(heads: int, head_dim: int, dtype: torch.dtype, device: torch
     rows = 2**16 if device.type == "cuda" else 2**12
     out, *parts = torch.zeros(4, 1, rows, heads, head_dim, dtype=dtype, device=device)
     lse, *lses = torch.zeros(4, 1, heads, rows, dtype=wide(dtype), device=device)
-    seconds = seconds_of(lambda: merge(out, lse, parts, lses), device)
+    wholes = [Part.whole(*part) for part in zip(parts, lses, strict=True)]
+    seconds = seconds_of(lambda: merge(out, lse, wholes), device)
     return 4 * out.nbytes / seconds
 
 

@@ -1,47 +1,84 @@
-"""The merge of partial attentions: outputs weighted by their share of the softmax."""
+"""The merge of partial attentions, by their share of the softmax, and the sum of partial gradients.
+
+A part covers a run of queries and a run of heads; a query is merged from the parts that cover it.
+"""
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+Run = tuple[int, int]
 
-def merge(out: Tensor, lse: Tensor, parts: Sequence[Tensor], part_lses: Sequence[Tensor]) -> None:
-    """Merge the attentions of the same queries to parts of the keys into (out, lse).
 
-    With l = logsumexp of their lse_i: out = sum of exp(lse_i - l) out_i, summed wide and rounded
-    once (arXiv 2112.05682). One kernel on a GPU: each part is read once.
+@dataclass(frozen=True)
+class Part:
+    """A call's result for [start, stop) of the queries and of the heads."""
+
+    rows: Run
+    heads: Run
+    x: Tensor
+    """[B, rows, heads, D], any float dtype; D lies together."""
+    lse: Tensor | None = None
+    """[B, heads, rows] of an attention; None of a gradient."""
+
+    @staticmethod
+    def whole(x: Tensor, lse: Tensor | None = None) -> "Part":
+        """Return the part that covers everything."""
+        return Part((0, x.shape[1]), (0, x.shape[2]), x, lse)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The queries and heads of this part, of [B, S, H, D]."""
+        return x[:, slice(*self.rows), slice(*self.heads)]
+
+    def of_lse(self, lse: Tensor) -> Tensor:
+        """The queries and heads of this part, of [B, H, S]."""
+        return lse[:, slice(*self.heads), slice(*self.rows)]
+
+
+def merge(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
+    """Merge the attentions of queries to parts of the keys into (out, lse).
+
+    With l = logsumexp of the lse_i that cover a query: out = sum of exp(lse_i - l) out_i, summed
+    wide and rounded once (arXiv 2112.05682). A query that nothing covers, or with every lse_i
+    -inf, attended to no key: it is 0, its lse -inf. One kernel on a GPU: each part is read once.
 
     Args:
-        out: [B, S, H, D], any float dtype, written; it may be one of the parts.
-        lse: [B, H, S], float32 (float64 for float64 inputs), written.
-        parts: [B, S, H, D] each, any float dtype. part_lses: [B, H, S] each, the dtype of `lse`.
+        out: [B, S, H, D], any float dtype, written; it may be the whole of a part.
+        lse: [B, H, S], float32 (float64 for float64 inputs), written; so may this.
+        parts: with lse of the dtype of `lse`.
     """
     if out.device.type == "cuda" and lse.dtype == torch.float32 and _HAS_TRITON:
         from lhcp.ring.merge_kernel import merge_fused
 
-        merge_fused(out, lse, parts, part_lses)
+        merge_fused(out, lse, parts)
         return
-    together = torch.stack(tuple(part_lses))
-    total = together.logsumexp(0)
-    weights = (together - total).exp().transpose(2, 3)[..., None]
-    first, *others = zip(parts, weights, strict=True)
-    wide = first[0] * first[1]
-    for part, weight in others:
-        wide += part * weight
-    out.copy_(wide)
+    total = torch.full_like(lse, -torch.inf)
+    for part in parts:
+        assert part.lse is not None
+        so_far = part.of_lse(total)
+        so_far.copy_(torch.logaddexp(so_far, part.lse))
+    # Nothing weighs nothing: exp(-inf - 0), not exp(-inf - -inf).
+    base = total.masked_fill(total == -torch.inf, 0.0)
+    sum_ = lse.new_zeros(out.shape)
+    for part in parts:
+        assert part.lse is not None
+        weight = (part.lse - part.of_lse(base)).exp().transpose(1, 2)[..., None]
+        part.of(sum_).add_(part.x * weight)
+    out.copy_(sum_)
     lse.copy_(total)
 
 
-def add(out: Tensor, parts: Sequence[Tensor]) -> None:
-    """Sum parts into `out`: wide, rounded once. One kernel on a GPU: each part is read once.
+def add(out: Tensor, parts: Sequence[Part]) -> None:
+    """Sum the parts that cover a query into `out`: wide, rounded once. One kernel on a GPU.
 
     Args:
-        out: [B, S, H, D], any float dtype, written; it may be one of the parts.
-        parts: [B, S, H, D] each, any float dtype.
+        out: [B, S, H, D], any float dtype, written; it may be the whole of a part.
+        parts: their lse is not read.
     """
     if out.device.type == "cuda" and out.dtype != torch.float64 and _HAS_TRITON:
         from lhcp.ring.merge_kernel import add_fused
@@ -49,7 +86,7 @@ def add(out: Tensor, parts: Sequence[Tensor]) -> None:
         add_fused(out, parts)
         return
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        total += part
-    out.copy_(total)
+    sum_ = torch.zeros_like(out, dtype=wide)
+    for part in parts:
+        part.of(sum_).add_(part.x)
+    out.copy_(sum_)

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from lhcp.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
+from lhcp.ring.merge import Part
 from lhcp.ring.merge_kernel import add_fused, merge_fused
 from lhcp.ring.sum_kernel import sum_fused
 
@@ -91,8 +92,11 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
     for merged in (q, q.float()):
-        merge_fused(merged, lse, (merged, q, q), (lse, lse, lse))
-        add_fused(merged, (merged, q, q))
+        half = geom.num_tokens // 2
+        later = Part((half, geom.num_tokens), (0, heads), q[:, half:], lse[:, :, half:])
+        wholes = (Part.whole(merged, lse), Part.whole(q, lse), later)
+        merge_fused(merged, lse, wholes)
+        add_fused(merged, wholes)
     parts = torch.stack((k, k))[:, None].expand(2, 3, *k.shape)
     for own in ((k, v), None):
         sum_fused(parts, 3, own, (k, v))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lhcp.ring.block import BLOCKS, choose_block, packages
 from lhcp.ring.block.torch_ops import unrecognised_schemas
-from lhcp.ring.merge import merge
+from lhcp.ring.merge import Part, merge
 from lhcp.testing.inputs import qkv
 from lhcp.testing.tolerance import assert_close_float64
 from tests.cases import dense_reference, strided
@@ -70,7 +70,7 @@ def in_pieces(q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> tuple[Tensor,
     pieces = [slice(*run) for run in itertools.pairwise(cuts)]
     parts = [block.forward(q, k[:, piece], v[:, piece], False, 0.4) for piece in pieces]
     out, lse = torch.full_like(q, torch.nan), torch.full_like(parts[0][1], torch.nan)
-    merge(out, lse, [part[0] for part in parts], [part[1] for part in parts])
+    merge(out, lse, [Part.whole(*part) for part in parts])
     return out, lse
 
 
@@ -96,7 +96,7 @@ def test_merge_rounds_once() -> None:
     lse, other_lse = draw(2, 3, 33), draw(2, 3, 33)
     weight = torch.sigmoid(lse.double() - other_lse.double()).transpose(1, 2)[..., None]
     exact = out.double() * weight + other.double() * (1 - weight)
-    merge(out, lse, (out, other), (lse, other_lse))
+    merge(out, lse, [Part.whole(out, lse), Part.whole(other, other_lse)])
     eps = torch.finfo(torch.bfloat16).eps
     assert bool(((out.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-6).all())
 

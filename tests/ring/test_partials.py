@@ -19,13 +19,16 @@ def draw(rows: tuple[int, int], heads: tuple[int, int]) -> tuple[Tensor, Tensor]
     return x, torch.randn(shape[0], shape[2], shape[1], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("held", [2**28, 0], ids=["held", "merged on the way"])
+@pytest.mark.parametrize(
+    "held", [(2**28, 32), (0, 32), (2**28, 2)], ids=["held", "few bytes", "few parts"]
+)
 @pytest.mark.parametrize("weighted", [True, False], ids=["merged", "added"])
 def test_cells_are_merged_from_what_covers_them(
-    held: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+    held: tuple[int, int], weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a part is merged into rows or heads that are not its own, twice, or never."""
-    monkeypatch.setattr(partials, "HELD_BYTES", held)
+    monkeypatch.setattr(partials, "HELD_BYTES", held[0])
+    monkeypatch.setattr(partials, "HELD_PARTS", held[1])
     ours = Partials(torch.empty(SHAPE, dtype=torch.float64))
     numerator = torch.zeros(SHAPE, dtype=torch.float64)
     weight = torch.zeros(2, 4, 8, dtype=torch.float64)
@@ -44,8 +47,8 @@ def test_cells_are_merged_from_what_covers_them(
     assert_close_float64("out", out, numerator)
 
 
-def test_heads_apart_need_no_whole_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if what covers only some heads is merged into all before the rest has come."""
+def test_heads_apart_are_merged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if heads that have not come yet are more than nothing in a merge of those that have."""
     monkeypatch.setattr(partials, "HELD_BYTES", 0)
     ours = Partials(torch.empty(SHAPE, dtype=torch.float64))
     want = torch.randn(SHAPE, dtype=torch.float64)
