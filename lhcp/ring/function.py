@@ -17,6 +17,7 @@ from lhcp.ring.block import choose_block
 from lhcp.ring.engine import check_ring_flash_attn, ring_flash_attn
 from lhcp.ring.heads import HeadsToTokens, TokensToHeads
 from lhcp.ring.rotation import check_rotation
+from lhcp.ring.rotation.base import wide
 from lhcp.timing import UNTIMED, Spans
 
 # A plan as an operator's arguments: group names, layout, rotation, backend; causal; scale.
@@ -37,10 +38,9 @@ def _from_arguments(words: str, causal: bool, scale: float) -> Plan:
 def _fake_ring_forward(
     q: Tensor, k: Tensor, v: Tensor, words: str, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((batch, heads, tokens), dtype=dtype)
+    return out, q.new_empty((batch, heads, tokens), dtype=wide(q.dtype))
 
 
 @operator("ring_forward", _fake_ring_forward)

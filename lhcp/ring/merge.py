@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lhcp.ring.rotation.base import wide
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Run = tuple[int, int]
@@ -85,8 +87,7 @@ def add(out: Tensor, parts: Sequence[Part]) -> None:
 
         add_fused(out, parts)
         return
-    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    sum_ = torch.zeros_like(out, dtype=wide)
+    sum_ = torch.zeros_like(out, dtype=wide(out.dtype))
     for part in parts:
         part.of(sum_).add_(part.x)
     out.copy_(sum_)

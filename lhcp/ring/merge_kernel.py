@@ -54,6 +54,7 @@ def _merge_kernel(
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_b = tl.program_id(1).to(tl.int64)
     o_s = (i_s * BS + tl.arange(0, BS)).to(tl.int64)[:, None]
+    # A block too: the interpreter takes no mask that is made with a scalar.
     o_h = i_h + tl.zeros([BS, 1], tl.int32)
     o_d = tl.arange(0, BD)[None, :]
     m_s, m_d = o_s < S, o_d < D
@@ -96,8 +97,7 @@ def merge_fused(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
 def add_fused(out: Tensor, parts: Sequence[Part]) -> None:
     """Sum as `lhcp.ring.merge.add`, in float32; the last axis is contiguous."""
     # What is not read still needs a place among the arguments.
-    unread = [part.x[..., 0].transpose(1, 2) for part in parts]
-    _launch(out, unread[0], parts, unread, weighted=False)
+    _launch(out, out[..., 0], parts, [part.x for part in parts], weighted=False)
 
 
 def _launch(
@@ -112,7 +112,7 @@ def _launch(
         tuple(part_lses),
         tuple(edge for part in parts for run in (part.rows, part.heads) for edge in run),
         tuple(stride for part in parts for stride in part.x.stride()[:3]),
-        tuple(stride for x in part_lses for stride in x.stride()),
+        tuple(stride for x in part_lses for stride in x.stride()[:3]),
         seqlen,
         heads,
         head_dim,

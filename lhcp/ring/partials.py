@@ -11,7 +11,7 @@ from lhcp.ring.merge import Part, Run, add, merge
 from lhcp.ring.rotation.base import HELD_BYTES, wide
 
 HELD_PARTS = 32
-"""Each is eleven arguments of one kernel, whose arguments have 4 KiB."""
+"""Each is twelve arguments of one kernel, whose arguments have 4 KiB."""
 
 
 class Partials:

@@ -140,7 +140,7 @@ def _work(
             with poisoned_empty() if poison else contextlib.nullcontext():
                 result = fn(groups[shape], *args) if rank < shape[0] else None
             answer = pickle.dumps((True, result))
-        except Exception:
+        except Exception:  # told to the caller, who raises it
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
 

@@ -23,10 +23,9 @@ def wholes(outs, lses=None):
 
 def exact_merge(parts, like):
     """By float64, on whole tensors: what a part does not cover has no weight in it."""
-    top = torch.stack([widened(part, like)[1] for part in parts])
-    total = top.logsumexp(0)
-    weights = (top - total).exp().transpose(2, 3)[..., None]
-    outs = torch.stack([widened(part, like)[0] for part in parts])
+    outs, lses = map(torch.stack, zip(*(widened(part, like) for part in parts), strict=True))
+    total = lses.logsumexp(0)
+    weights = (lses - total).exp().transpose(2, 3)[..., None]
     return (outs * weights).sum(0), total
 
 
@@ -119,6 +118,26 @@ def test_the_whole_may_be_a_part(fused):
     want = sum(widened(part, whole)[0] for part in parts)
     (add_fused if fused else add)(whole, parts)
     assert_close(whole, want, torch.float32)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["kernel", "torch"])
+def test_what_lies_around_a_view_stays(fused):
+    """Fails if results that are views of some rows and heads are written beyond them."""
+    (whole, block), (whole_lse, block_lse) = draw(2, 24, 16)
+    block = block[:, 8:, :2].bfloat16()
+    out, lse, block_lse = whole[:, 8:, :2], whole_lse[:, :2, 8:], block_lse[:, :2, 8:]
+    before = whole.clone(), whole_lse.clone()
+    parts = wholes((out, block), (lse, block_lse))
+    want, want_lse = exact_merge(parts, out)
+    (merge_fused if fused else merge)(out, lse, parts)
+    assert_close(out, want, torch.float32)
+    assert_close(lse, want_lse, torch.float32)
+    want = out.double() + block.double()
+    (add_fused if fused else add)(out, parts)
+    assert_close(out, want, torch.float32)
+    assert torch.equal(whole[:, :8], before[0][:, :8])
+    assert torch.equal(whole[:, :, 2], before[0][:, :, 2])
+    assert torch.equal(whole_lse[..., :8], before[1][..., :8])
 
 
 def test_extremes():

@@ -23,7 +23,7 @@ def draw(rows: tuple[int, int], heads: tuple[int, int]) -> tuple[Tensor, Tensor]
     "held", [(2**28, 32), (0, 32), (2**28, 2)], ids=["held", "few bytes", "few parts"]
 )
 @pytest.mark.parametrize("weighted", [True, False], ids=["merged", "added"])
-def test_cells_are_merged_from_what_covers_them(
+def test_queries_are_merged_from_what_covers_them(
     held: tuple[int, int], weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a part is merged into rows or heads that are not its own, twice, or never."""
