@@ -18,10 +18,10 @@ import torch.distributed as dist
 from harness import card, join, print_card, run_to_exit
 from rates import byte_compute, collective_factors, copy_bandwidth, link, long_message, seconds_of
 
-from lhcp.calibration import Calibration, Link
-from lhcp.mesh import Ranks
+from lhcp.comm.mesh import Ranks
+from lhcp.cost.calibration import Calibration, Link
 from lhcp.ring.block import BLOCKS, choose_block
-from lhcp.ring.merge import Part, merge
+from lhcp.ring.merge.merge import Part, merge
 from lhcp.ring.rotation.base import wide
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import lhcp
 from lhcp import reference
-from lhcp.layout import Layout, make_layout
+from lhcp.comm.layout import Layout, make_layout
+from lhcp.comm.mesh import Ranks
 from lhcp.lighthouse.select import Selection
-from lhcp.mesh import Ranks
 
 TENSORS = ("out", "dq", "dk", "dv")
 Answers = tuple[Tensor, ...]

@@ -32,8 +32,8 @@ from check_rows import (
 from harness import card, join, last_line, print_card, run_to_exit
 from torch.distributed.device_mesh import init_device_mesh
 
+from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.mesh import Ranks, as_ranks
 from lhcp.ring.rotation import NAMES
 from lhcp.training.ranks import leave
 

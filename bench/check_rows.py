@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from check_problem import TENSORS, Answers, Own, attempt, distances, gathered
 
-from lhcp.layout import make_layout
-from lhcp.mesh import Ranks
-from lhcp.ring.engine import check_ring_flash_attn
+from lhcp.comm.layout import make_layout
+from lhcp.comm.mesh import Ranks
+from lhcp.integrations.ring_flash_attn import check_ring_flash_attn
 from lhcp.ring.function import make_plan
 from lhcp.ring.rotation import NAMES
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lhcp
 from lhcp import reference
-from lhcp.mesh import Group, Ranks, as_ranks
+from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 

@@ -13,11 +13,11 @@ from harness import card, last_line
 from torch import Tensor
 
 import lhcp
-from lhcp.attention import local_geometry
+from lhcp.comm.layout import make_layout
+from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layout import make_layout
+from lhcp.layer.lighthouse import local_geometry
 from lhcp.lighthouse.select import Selection
-from lhcp.mesh import Ranks
 from lhcp.reference import ReferenceSelection
 
 

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rates import copy_bandwidth, link
 
-from lhcp.attention import lighthouse_attention
-from lhcp.layout import LayoutName
-from lhcp.mesh import Ranks
+from lhcp.comm.layout import LayoutName
+from lhcp.comm.mesh import Ranks
+from lhcp.comm.sharding import shard
+from lhcp.layer.lighthouse import lighthouse_attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import ring_attention
-from lhcp.sharding import shard
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from lhcp.training.ranks import leave

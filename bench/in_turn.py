@@ -17,11 +17,11 @@ import torch
 from harness import gate
 from latency_timing import Arm, Run, Spread, captured, interleaved
 
+from lhcp.comm.layout import make_layout
+from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layout import make_layout
-from lhcp.mesh import Ranks, as_ranks
-from lhcp.overhead.report import PHASES
-from lhcp.overhead.runs import Job, Runner, filled
+from lhcp.measure.report import PHASES
+from lhcp.measure.runs import Job, Runner, filled
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.function import make_plan
 from lhcp.testing.ranks import RankPool

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import lhcp
 from lhcp import reference
-from lhcp.attention import local_geometry
+from lhcp.comm.mesh import Ranks
+from lhcp.layer.lighthouse import local_geometry
 from lhcp.lighthouse import stages
-from lhcp.mesh import Ranks
 from lhcp.testing.tolerance import assert_within_budget
 
 SMALL = 2048

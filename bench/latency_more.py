@@ -16,7 +16,7 @@ from latency_stages import measure as measure_stages
 from latency_timing import Arm, captured, interleaved
 
 import lhcp
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, select
 from lhcp.lighthouse.kernels.last_rows import last_rows
 from lhcp.lighthouse.score import dilated_scores

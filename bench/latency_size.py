@@ -17,8 +17,8 @@ from latency_timing import (
 from torch import Tensor
 
 import lhcp
-from lhcp.geometry import Geometry
 from lhcp.lighthouse import stages
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block
 

@@ -11,12 +11,12 @@ import torch
 from latency_timing import Run, Spread, kernel_time
 from torch import Tensor
 
-from lhcp.geometry import Geometry
 from lhcp.lighthouse import gather as torch_gather
 from lhcp.lighthouse import pool as torch_pool
 from lhcp.lighthouse import scatter as torch_scatter
 from lhcp.lighthouse import score as torch_score
 from lhcp.lighthouse import select as torch_select
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
 

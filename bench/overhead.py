@@ -19,10 +19,10 @@ from harness import backends, card, gate, join, last_line, print_card, run_to_ex
 from in_turn import check, in_turn
 from torch.distributed.device_mesh import init_device_mesh
 
+from lhcp.comm.layout import LAYOUTS
+from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layout import LAYOUTS
-from lhcp.mesh import Ranks, as_ranks
-from lhcp.overhead import Mark, OverheadReport, measure_overhead
+from lhcp.measure import Mark, OverheadReport, measure_overhead
 from lhcp.ring.rotation import NAMES
 
 

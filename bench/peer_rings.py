@@ -22,9 +22,9 @@ from rates import slowest
 from torch import Tensor
 
 import lhcp
-from lhcp.mesh import Ranks
-from lhcp.overhead.report import PHASES, Timing
-from lhcp.overhead.runs import Recorder, Runner, take
+from lhcp.comm.mesh import Ranks
+from lhcp.measure.report import PHASES, Timing
+from lhcp.measure.runs import Recorder, Runner, take
 from lhcp.ring.block import choose_block
 from lhcp.ring.rotation import NAMES
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from harness import last_line
 
-from lhcp.calibration import CALIBRATIONS, Calibration
-from lhcp.clocks import Sizes
 from lhcp.config import LighthouseConfig
-from lhcp.cost_model import PhasePrediction, predict
+from lhcp.cost.calibration import CALIBRATIONS, Calibration
+from lhcp.cost.clocks import Sizes
+from lhcp.cost.cost_model import PhasePrediction, predict
 
 Row = dict[str, Any]
 
@@ -106,7 +106,7 @@ def predicted(
 
 
 def _phase(phase: PhasePrediction) -> dict[str, float]:
-    """Milliseconds by the names of lhcp.overhead, and bytes that a rank sends."""
+    """Milliseconds by the names of lhcp.measure, and bytes that a rank sends."""
     return {
         "T": 1e3 * phase.real,
         "C": 1e3 * phase.compute,

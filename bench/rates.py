@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lhcp.collectives import Rows, Works, all_gathers, all_to_alls, exchange
-from lhcp.mesh import Ranks
+from lhcp.comm.collectives import Rows, Works, all_gathers, all_to_alls, exchange
+from lhcp.comm.mesh import Ranks
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:

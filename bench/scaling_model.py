@@ -20,12 +20,12 @@ import torch.distributed as dist
 from calibrate import calibrate
 from harness import card, gate, join, last_line, print_card, run_to_exit
 
-from lhcp.calibration import CALIBRATIONS, Calibration
-from lhcp.clocks import Sizes
+from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
-from lhcp.cost_model import boundary_bytes, choose, predict, rotation_memory
-from lhcp.mesh import Ranks
-from lhcp.overhead import measure_overhead
+from lhcp.cost.calibration import CALIBRATIONS, Calibration
+from lhcp.cost.clocks import Sizes
+from lhcp.cost.cost_model import boundary_bytes, choose, predict, rotation_memory
+from lhcp.measure import measure_overhead
 
 Row = dict[str, Any]
 

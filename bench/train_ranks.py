@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
 from recipes import RECIPES
 
-from lhcp.mesh import Ranks
+from lhcp.comm.mesh import Ranks
 from lhcp.training.data import Sequences, open_corpus
 from lhcp.training.loop import StepRecord, train_step
 from lhcp.training.model import Mode, flops_per_token, num_parameters, set_mode

@@ -24,7 +24,7 @@ from train_step_model import Row, complete, config_for
 from train_step_report import line, results, write
 from train_step_trainer import PRECISION, Trainer, gate, introduce_operators
 
-from lhcp.mesh import Ranks
+from lhcp.comm.mesh import Ranks
 from lhcp.ring.block import choose_block
 from lhcp.training.model import ModelConfig, num_parameters
 

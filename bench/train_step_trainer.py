@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from train_step_model import config_for
 
-from lhcp.attention import lighthouse_attention
 from lhcp.config import LighthouseConfig
-from lhcp.module import LighthouseAttention
+from lhcp.layer.lighthouse import lighthouse_attention
+from lhcp.layer.module import LighthouseAttention
 from lhcp.testing.inputs import qkv
 from lhcp.training.model import Decoder, Mode, ModelConfig, set_mode
 from lhcp.training.stages import OptimConfig

@@ -3,15 +3,15 @@
 Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains the method.
 """
 
-from lhcp.attention import lighthouse_attention, select
-from lhcp.calibration import Calibration
-from lhcp.choice import read_calibration
+from lhcp.comm.sharding import pad_to_multiple, positions, shard, unshard
 from lhcp.config import LighthouseConfig
+from lhcp.cost.calibration import Calibration
+from lhcp.cost.choice import read_calibration
+from lhcp.layer.lighthouse import lighthouse_attention, select
+from lhcp.layer.module import LighthouseAttention
 from lhcp.lighthouse.select import Selection
-from lhcp.module import LighthouseAttention
-from lhcp.overhead import OverheadReport, measure_overhead
+from lhcp.measure import OverheadReport, measure_overhead
 from lhcp.ring.function import ring_attention
-from lhcp.sharding import pad_to_multiple, positions, shard, unshard
 from lhcp.timing import Timers
 
 __version__ = "0.1.0"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import lhcp
 from lhcp import LighthouseConfig, Selection, reference
+from lhcp.comm.layout import LayoutName
+from lhcp.comm.mesh import as_ranks
 from lhcp.config import Scorer
-from lhcp.layout import LayoutName
-from lhcp.mesh import as_ranks
 from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import qkv, small_config
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import lhcp
 from lhcp import LighthouseConfig
-from lhcp.geometry import Geometry
-from lhcp.layout import make_layout
+from lhcp.comm.layout import make_layout
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 

@@ -75,13 +75,25 @@ def test_importing_is_light() -> None:
 
 @pytest.mark.parametrize("path", files("lighthouse"), ids=lambda p: p.stem)
 def test_local_stages_never_communicate(path: Path) -> None:
-    above = ("lhcp.ring", "lhcp.mesh", "lhcp.boundary", "lhcp.attention", "lhcp.module")
-    assert not reaches(path, "torch.distributed", "lhcp.collectives", *above)
+    above = (
+        "lhcp.ring",
+        "lhcp.comm.mesh",
+        "lhcp.layer.boundary",
+        "lhcp.layer.lighthouse",
+        "lhcp.layer.module",
+    )
+    assert not reaches(path, "torch.distributed", "lhcp.comm.collectives", *above)
 
 
 @pytest.mark.parametrize("path", files("ring"), ids=lambda p: p.stem)
 def test_ring_knows_nothing_of_lighthouse(path: Path) -> None:
-    assert not reaches(path, "lhcp.lighthouse", "lhcp.geometry", "lhcp.attention", "lhcp.module")
+    assert not reaches(
+        path,
+        "lhcp.lighthouse",
+        "lhcp.lighthouse.geometry",
+        "lhcp.layer.lighthouse",
+        "lhcp.layer.module",
+    )
 
 
 def test_the_library_needs_neither_its_oracle_nor_its_programs() -> None:

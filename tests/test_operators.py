@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from lhcp.attention import local_geometry
+from lhcp.comm.mesh import Ranks
+from lhcp.layer.lighthouse import local_geometry
 from lhcp.lighthouse import stages
 from lhcp.lighthouse.scatter import scatter
-from lhcp.mesh import Ranks
 from lhcp.operators import joined, parted
 from lhcp.testing.inputs import qkv, small_config
 

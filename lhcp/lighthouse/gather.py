@@ -7,7 +7,7 @@ The gradient goes through the means as well: entry (l, i) gives each token of it
 import torch
 from torch import Tensor
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.pool import accumulate_dtype
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

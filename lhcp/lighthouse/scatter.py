@@ -2,14 +2,14 @@
 
 Entry (l, i) serves positions i p**l + p**l - 1 to i p**l + 2 p**l - 2 of its chunk: from the last
 token that it covers on. Position t therefore reads entry (t + 1) // p**l - 1 of each level; index
--1 is the last entry of the chunk before, whose row arrives as a *halo* (`lhcp/boundary.py`).
+-1 is the last entry of the chunk before, whose row arrives as a *halo* (`lhcp/layer/boundary.py`).
 """
 
 import torch
 from torch import Tensor
 
-from lhcp.geometry import Geometry
 from lhcp.lighthouse.gather import heads_of, rows_at
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.pool import accumulate_dtype
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lhcp.config import LighthouseConfig
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.pool import accumulate_dtype
 
 _FASTEST_FIRST = [

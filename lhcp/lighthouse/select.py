@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 
 
 class Selection(NamedTuple):

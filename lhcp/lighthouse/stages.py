@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.geometry import Geometry
 from lhcp.lighthouse import gather, pool, scatter, score, select
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.operators import operator
 
 Pooled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -6,17 +6,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lhcp.calibration import Calibration
 from lhcp.checks import check_qkv
-from lhcp.choice import fastest_rotation
-from lhcp.layout import LayoutName, make_layout
-from lhcp.mesh import Group, Ranks, as_ranks
+from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.cost.calibration import Calibration
+from lhcp.cost.choice import fastest_rotation
+from lhcp.integrations.ring_flash_attn import check_ring_flash_attn, ring_flash_attn
 from lhcp.operators import joined, operator, parted
-from lhcp.ring.attention import Plan, attend, attend_backward
 from lhcp.ring.block import choose_block
-from lhcp.ring.engine import check_ring_flash_attn, ring_flash_attn
-from lhcp.ring.heads import HeadsToTokens, TokensToHeads
+from lhcp.ring.loop import Plan, attend, attend_backward
 from lhcp.ring.rotation import check_rotation
+from lhcp.ring.rotation.alltoall import HeadsToTokens, TokensToHeads
 from lhcp.ring.rotation.base import wide
 from lhcp.timing import UNTIMED, Spans
 

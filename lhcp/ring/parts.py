@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from lhcp.layout import Layout
+from lhcp.comm.layout import Layout
 from lhcp.ring.schedule import Call, attend, gathered_order, prefixes, round_chunks
 
 

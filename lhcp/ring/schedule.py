@@ -13,7 +13,7 @@ of key chunks; `attend` turns it into as few block calls as the layout allows:
 from dataclasses import dataclass
 from functools import cache
 
-from lhcp.layout import Layout
+from lhcp.comm.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _make_group(rank: int, world_size: int, num_nodes: int | None) -> Any:
     """Make the groups of a job. Every worker takes part in each, also those outside of it."""
     import torch.distributed as dist
 
-    from lhcp.mesh import Ranks
+    from lhcp.comm.mesh import Ranks
 
     flat = dist.new_group(list(range(world_size)))
     if num_nodes is None:

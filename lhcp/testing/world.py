@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from lhcp.mesh import Ranks, as_ranks
+from lhcp.comm.mesh import Ranks, as_ranks
 
 
 @contextmanager

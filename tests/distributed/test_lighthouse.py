@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lhcp.layout import LayoutName
+from lhcp.comm.layout import LayoutName
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64
 from tests.cases import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lhcp import reference
-from lhcp.layout import LayoutName
+from lhcp.comm.layout import LayoutName
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from tests.cases import (

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lhcp
-from lhcp.collectives import Rows, all_to_alls
-from lhcp.layout import LayoutName, make_layout
+from lhcp.comm.collectives import Rows, all_to_alls
+from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.testing.ranks import RankPool
 from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, Problem
 

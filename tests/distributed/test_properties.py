@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lhcp
 from lhcp import reference
-from lhcp.layout import LayoutName
+from lhcp.comm.layout import LayoutName
 from lhcp.testing.ranks import RankPool
 from tests.cases import (
     LAYOUTS,

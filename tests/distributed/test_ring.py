@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import lhcp
 from lhcp import reference
-from lhcp.layout import LayoutName
+from lhcp.comm.layout import LayoutName
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.torch_ops import CPU
 from lhcp.testing.inputs import qkv
@@ -259,7 +259,7 @@ def test_hierarchical_on_any_shape_of_nodes(
 
 def as_a_long_sequence(group: Any, case: Dense, lengths: tuple[int, ...]) -> Results:
     """`ring` in rounds of these lengths, with nothing held: sums are made on the way."""
-    from lhcp.ring import partials
+    from lhcp.ring.merge import deferred as partials
     from lhcp.ring.rotation import p2p
 
     before = p2p.ring_rounds, p2p.HELD_BYTES, partials.HELD_BYTES

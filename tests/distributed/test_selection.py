@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from lhcp.comm.layout import LayoutName
 from lhcp.config import Scorer
-from lhcp.layout import LayoutName
 from lhcp.testing.ranks import RankPool
 from tests.cases import (
     LAYOUTS,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import lhcp
 from lhcp import LighthouseConfig, Selection, reference
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.testing import inputs
 from lhcp.testing.inputs import small_config
 from lhcp.testing.tolerance import assert_within_budget

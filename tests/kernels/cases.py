@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
-from lhcp.ring.merge import Part
-from lhcp.ring.merge_kernel import add_fused, merge_fused
-from lhcp.ring.sum_kernel import sum_fused
+from lhcp.ring.merge.merge import Part
+from lhcp.ring.merge.merge_kernel import add_fused, merge_fused
+from lhcp.ring.merge.sum_kernel import sum_fused
 
 TYPES = {
     torch.bfloat16: "*bf16",

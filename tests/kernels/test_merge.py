@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lhcp.ring.merge import Part, add, merge
-from lhcp.ring.merge_kernel import add_fused, merge_fused
+from lhcp.ring.merge.merge import Part, add, merge
+from lhcp.ring.merge.merge_kernel import add_fused, merge_fused
 from tests.kernels.cases import DEVICE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

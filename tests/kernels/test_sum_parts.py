@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lhcp.ring import sum_parts
-from lhcp.ring.sum_kernel import sum_fused
+from lhcp.ring.merge import sum_parts
+from lhcp.ring.merge.sum_kernel import sum_fused
 from tests.kernels.cases import DEVICE
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lhcp import LighthouseConfig, reference
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.score import level_scores, squared_norm, token_scores
 from lhcp.lighthouse.stages import TORCH
 from lhcp.testing.inputs import qkv

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lhcp import LighthouseConfig, reference
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.score import level_scores
 from lhcp.lighthouse.select import Selection, select
 

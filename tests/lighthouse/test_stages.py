@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lhcp import LighthouseConfig, reference
-from lhcp.geometry import Geometry
 from lhcp.lighthouse import gather, pool, scatter, stages
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.score import level_scores, token_scores
 from lhcp.lighthouse.select import Selection, select
 from lhcp.testing.inputs import qkv, small_config

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lhcp.ring.block import BLOCKS, choose_block, packages
 from lhcp.ring.block.torch_ops import unrecognised_schemas
-from lhcp.ring.merge import Part, merge
+from lhcp.ring.merge.merge import Part, merge
 from lhcp.testing.inputs import qkv
 from lhcp.testing.tolerance import assert_close_float64
 from tests.cases import dense_reference, strided

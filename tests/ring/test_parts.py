@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lhcp.layout import LAYOUTS, LayoutName, make_layout
+from lhcp.comm.layout import LAYOUTS, LayoutName, make_layout
 from lhcp.ring.parts import gather_segments, ring_givers, ring_route
 from lhcp.ring.schedule import MIN_ROUND_PAIRS, ring_rounds, round_chunks
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from lhcp.layout import LAYOUTS, Layout, LayoutName, make_layout
+from lhcp.comm.layout import LAYOUTS, Layout, LayoutName, make_layout
 from lhcp.ring.rotation.allgather import split_heads
 from lhcp.ring.schedule import (
     MIN_ROUND_PAIRS,

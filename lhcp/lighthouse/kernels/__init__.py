@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lhcp.geometry import Geometry
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
 from lhcp.lighthouse.stages import Stages
 

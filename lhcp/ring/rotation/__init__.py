@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lhcp.mesh import Ranks
+from lhcp.comm.mesh import Ranks
 from lhcp.ring.rotation.allgather import AllGather
 from lhcp.ring.rotation.base import Rotation, Trip
 from lhcp.ring.rotation.hierarchical import Hierarchical

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lhcp.ring.merge.sum_parts import sum_parts
 from lhcp.ring.parts import gather_segments
 from lhcp.ring.rotation.base import Grads, Trip
-from lhcp.ring.rotation.gather import Gather, PartsHome
+from lhcp.ring.rotation.kv_gather import Gather, PartsHome
 from lhcp.ring.schedule import Step, allgather_steps
-from lhcp.ring.sum_parts import sum_parts
 
 MIN_GROUP_BYTES = 16 * 2**20
 """A group of heads gathers at least this much: below, latency costs more than overlap gains."""

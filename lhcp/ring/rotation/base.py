@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.layout import Layout
-from lhcp.mesh import Ranks
+from lhcp.comm.layout import Layout
+from lhcp.comm.mesh import Ranks
 from lhcp.ring.schedule import Call, Step
 from lhcp.timing import Spans
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lhcp.collectives import Works, exchange
+from lhcp.comm.collectives import Works, exchange
+from lhcp.ring.merge.sum_parts import sum_parts
 from lhcp.ring.parts import gather_segments
 from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads, Trip, wide
-from lhcp.ring.rotation.gather import Gather, PartsHome
+from lhcp.ring.rotation.kv_gather import Gather, PartsHome
 from lhcp.ring.rotation.messages import RingBuffers
 from lhcp.ring.schedule import Step, hierarchical_steps
-from lhcp.ring.sum_parts import sum_parts
 
 
 class Hierarchical:

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.collectives import Works, exchange
+from lhcp.comm.collectives import Works, exchange
 
 
 def arriving(like: Tensor, *shape: int) -> Tensor:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lhcp.ring.merge.sum_parts import sum_parts
 from lhcp.ring.parts import ring_givers
 from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import HELD_BYTES, Grads, Trip, wide
 from lhcp.ring.rotation.rounds import RingChunks, RingParts
 from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
-from lhcp.ring.sum_parts import sum_parts
 
 
 def holds_all_parts(world_size: int, kv_bytes: int) -> bool:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.collectives import Peered, exchange
-from lhcp.layout import Layout
+from lhcp.comm.collectives import Peered, exchange
+from lhcp.comm.layout import Layout
 from lhcp.ring.parts import ring_givers, ring_route
 from lhcp.ring.rotation import messages
 from lhcp.ring.rotation.base import Grads

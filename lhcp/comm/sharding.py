@@ -1,0 +1,138 @@
+"""Whole tensors to this rank's part and back: `shard`, `unshard`, `positions`, padding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lhcp.comm.collectives import all_gather, reduce_scatter
+from lhcp.comm.layout import Layout, LayoutName, make_layout
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+
+
+def positions(
+    seqlen: int,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the global positions of this rank's tokens, for RoPE and for losses.
+
+    Args:
+        seqlen: N, tokens of the whole sequence.
+        group: the context-parallel ranks (ProcessGroup, DeviceMesh or None for one rank).
+        layout: "zigzag" or "contiguous".
+
+    Returns:
+        int64 tensor of shape [N / W], in the order in which this rank holds the tokens.
+
+    Raises:
+        ValueError: the layout does not divide `seqlen`.
+    """
+    ranks = as_ranks(group)
+    cut = make_layout(layout, ranks.world_size)
+    cut.check_seqlen(seqlen)
+    size = seqlen // cut.num_chunks
+    return torch.cat(
+        [torch.arange(c * size, (c + 1) * size, device=device) for c in cut.chunks(ranks.rank)]
+    )
+
+
+def shard(
+    x: Tensor, group: Group | Ranks = None, dim: int = 1, layout: LayoutName = "zigzag"
+) -> Tensor:
+    """Take this rank's part of a whole tensor; no communication.
+
+    The backward is the true adjoint for an objective summed over ranks: this rank's gradient at its
+    own positions, zero elsewhere. Sum over ranks (as FSDP does with a divide factor of 1) to have
+    the whole gradient of a tensor that every rank holds.
+
+    Args:
+        x: whole tensor, with N tokens along `dim`, the same on every rank.
+        group: the context-parallel ranks.
+        dim: the axis of the tokens.
+        layout: "zigzag" or "contiguous".
+
+    Returns:
+        contiguous tensor with N / W tokens along `dim`.
+
+    Raises:
+        ValueError: the layout does not divide the axis.
+    """
+    index = positions(x.shape[dim], group, layout, device=x.device)
+    return x.index_select(dim, index)
+
+
+def unshard(
+    x: Tensor, group: Group | Ranks = None, dim: int = 1, layout: LayoutName = "zigzag"
+) -> Tensor:
+    """Gather the whole tensor on every rank from each rank's part: the mirror of `shard`.
+
+    The backward is the true adjoint for an objective summed over ranks: the gradients of all ranks'
+    copies are summed and each rank gets its own part (a reduce-scatter).
+
+    Args:
+        x: this rank's part, N / W tokens along `dim` in layout order, the same shape on every rank.
+        group: the context-parallel ranks.
+        dim: the axis of the tokens.
+        layout: "zigzag" or "contiguous".
+
+    Returns:
+        tensor with N tokens along `dim`, the same on every rank.
+    """
+    ranks = as_ranks(group)
+    if ranks.world_size == 1:
+        return x.clone()
+    return _Unshard.apply(x, ranks, dim, make_layout(layout, ranks.world_size))
+
+
+def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) -> Tensor:
+    """Pad a whole tensor at its end, so that the length along `dim` is a multiple of `multiple`.
+
+    Causal attention never lets an earlier token see the padding, but lighthouse selection looks
+    ahead inside a stratum: zeros score lowest, and lose every tie to earlier entries.
+
+    Args:
+        x: whole tensor.
+        multiple: tokens, for example `LighthouseConfig.seqlen_multiple`.
+        dim: the axis of the tokens.
+        value: what the new places hold.
+    """
+    missing = -x.shape[dim] % multiple
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_full(shape, value)], dim)
+
+
+def _by_rank(world: Tensor, layout: Layout) -> Tensor:
+    """Sequence order to rank order along axis 0, in place of chunks."""
+    chunks = world.unflatten(0, (layout.num_chunks, -1))
+    order = [c for rank in range(layout.world_size) for c in layout.chunks(rank)]
+    return chunks[order].flatten(0, 1)
+
+
+def _by_position(world: Tensor, layout: Layout) -> Tensor:
+    """Rank order to sequence order along axis 0: the inverse of `_by_rank`."""
+    chunks = world.unflatten(0, (layout.num_chunks, -1))
+    owners = [layout.owner(c) for c in range(layout.num_chunks)]
+    order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
+    return chunks[order].flatten(0, 1)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int, layout: Layout) -> Tensor:
+        ctx.ranks, ctx.dim, ctx.layout = ranks, dim, layout
+        part = x.movedim(dim, 0).contiguous()
+        world = part.new_empty((part.shape[0] * ranks.world_size, *part.shape[1:]))
+        all_gather(world, part, group=ranks.flat)
+        return _by_position(world, layout).movedim(0, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        world = _by_rank(grads[0].movedim(ctx.dim, 0), ctx.layout).contiguous()
+        part = world.new_empty((world.shape[0] // ctx.ranks.world_size, *world.shape[1:]))
+        reduce_scatter(part, world, group=ctx.ranks.flat)
+        return part.movedim(0, ctx.dim), None, None, None

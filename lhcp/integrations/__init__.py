@@ -1,0 +1,1 @@
+"""Other people's packages and stacks, each in one file."""

@@ -1,0 +1,129 @@
+"""The `ring-flash-attn` package as an alternative dense ring: its zigzag ring, over flash-attn 2.
+
+The whole ring is the package's, forward and backward; nothing of `lhcp.ring.rotation` runs. Its
+private module is loaded without the package's `__init__`, whose adapter does not import beside
+transformers >= 5 and is not needed here.
+"""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lhcp.comm.layout import Layout
+
+PACKAGE = "ring_flash_attn"
+INSTALL = "pip install 'lhcp[flash]'"
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def check_ring_flash_attn(
+    dtype: torch.dtype, head_dim: int, device: torch.device, layout: Layout, causal: bool
+) -> None:
+    """Check that the package can do such inputs and that it is there.
+
+    Raises:
+        ValueError: it cannot; the message names what works.
+        ImportError: the package or flash-attn is missing or does not import.
+    """
+    other = 'or another rotation, for example rotation="auto"'
+    if device.type != "cuda":
+        raise ValueError(f"{PACKAGE}: inputs are on {device.type}; it takes cuda, {other}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{PACKAGE}: inputs are {dtype}; it takes bfloat16 and float16, {other}")
+    if head_dim > MAX_HEAD_DIM or head_dim % 8:
+        raise ValueError(
+            f"{PACKAGE}: head_dim={head_dim}; it takes multiples of 8 up to {MAX_HEAD_DIM}, {other}"
+        )
+    if layout.name != "zigzag":
+        raise ValueError(f"{PACKAGE}: layout={layout.name!r}; it takes 'zigzag', {other}")
+    if not causal:
+        raise ValueError(f"{PACKAGE}: causal=False; its zigzag ring is causal, {other}")
+    _zigzag_function()
+
+
+def ring_flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: dist.ProcessGroup | None,
+    scale: float,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Exact causal attention over zigzag-sharded tokens, differentiable, by ring-flash-attn.
+
+    Args:
+        q: [B, n, H, D], this rank's two chunks in order. k, v: [B, n, Hk, D]. bfloat16 or float16.
+        group: the ranks; None is the default group, which must exist.
+        scale: of the logits.
+        causal: must be True.
+
+    Returns:
+        out [B, n, H, D] in the dtype of q; lse [B, H, n] float32, which carries no gradient.
+
+    Raises:
+        ValueError, ImportError: see `check_ring_flash_attn`; also where no group exists.
+    """
+    check_ring_flash_attn(q.dtype, q.shape[3], q.device, Layout("zigzag", 1), causal)
+    if group is None and not dist.is_initialized():
+        raise ValueError(f"{PACKAGE}: group=None and no default group; pass a ProcessGroup")
+    out, lse, *_ = _zigzag_function()(
+        q,
+        k,
+        v,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        return_attn_probs=True,
+        group=group,
+    )
+    return out, lse.detach()
+
+
+@cache
+def _zigzag_function() -> Callable[..., Any]:
+    module = f"{PACKAGE}.zigzag_ring_flash_attn"
+    if module not in sys.modules:
+        return _load_without_init(module).zigzag_ring_flash_attn_func
+    return sys.modules[module].zigzag_ring_flash_attn_func
+
+
+def _load_without_init(module: str) -> ModuleType:
+    """Import a submodule under a bare parent, and leave sys.modules as it was."""
+    spec = importlib.util.find_spec(PACKAGE)  # does not import it
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError(f"the package ring-flash-attn is not installed; {INSTALL}")
+    before = _loaded()
+    for name in before:
+        del sys.modules[name]
+    bare = importlib.machinery.ModuleSpec(PACKAGE, None, is_package=True)
+    bare.submodule_search_locations = spec.submodule_search_locations
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(bare)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the installed ring-flash-attn does not import: {error}; {INSTALL}"
+        ) from error
+    finally:
+        for name in _loaded():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _loaded() -> dict[str, ModuleType]:
+    """What is loaded of the package now."""
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if name == PACKAGE or name.startswith(f"{PACKAGE}.")
+    }

@@ -1,0 +1,1 @@
+"""Where the two wings meet: the public functions and the module."""

@@ -1,0 +1,211 @@
+"""The hall where the two wings meet: `select` and `lighthouse_attention`."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from lhcp.checks import check_qk, check_qkv, check_scores, shape_of
+from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.config import LighthouseConfig
+from lhcp.cost.calibration import Calibration
+from lhcp.layer.scatter_back import ScatterBack
+from lhcp.lighthouse import stages
+from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.score import dilated_scores, level_scores
+from lhcp.lighthouse.select import Selection
+from lhcp.ring.function import attention, make_plan
+from lhcp.timing import UNTIMED, Spans
+
+
+def local_geometry(
+    config: LighthouseConfig, num_tokens: int, ranks: Ranks, layout: LayoutName
+) -> Geometry:
+    """Return this rank's geometry; every rule between sizes and ranks is checked here.
+
+    Raises:
+        ValueError: the sequence, the strata or the layout do not fit each other.
+    """
+    cut = make_layout(layout, ranks.world_size)
+    return Geometry.local(config, num_tokens, ranks.world_size, cut.chunks_per_rank, ranks.rank)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: LighthouseConfig,
+    geom: Geometry,
+    kernels: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores of levels 1 to L-1 from what to score on, each [B, Hk, pooled_size]."""
+    if config.scorer == "dilated":
+        assert v is not None
+        sq, sk = dilated_scores(q, k, v, geom, config, scale)
+        return level_scores(sq, geom), level_scores(sk, geom)
+    return stages.score_tensors(q, k, stages.to_list(geom), kernels)
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: LighthouseConfig,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    score_q: Tensor | None = None,
+    score_k: Tensor | None = None,
+    kernels: str = "auto",
+    v: Tensor | None = None,
+    scale: float | None = None,
+) -> Selection:
+    """Select this rank's entries, without communication: steps 1 to 4 of the method.
+
+    The result does not depend on the number of ranks: a stratum's entries are the same bit for bit.
+    Within its stratum, selection looks ahead: it may depend on later tokens (as in the paper).
+
+    Args:
+        q: [B, N / W, H, D], this rank's queries in layout order, RoPE applied.
+        k: [B, N / W, Hk, D].
+        config: the layer's sizes; N is the whole sequence.
+        group, layout: as in `lighthouse_attention`.
+        score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k.
+        kernels: "triton", "torch" or "auto".
+        v, scale: values [B, N / W, Hk, D] and logit scale; the "dilated" scorer needs v.
+
+    Returns:
+        Selection, which carries no gradient.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or sizes that do not fit, or v missing.
+    """
+    if v is None:
+        check_qk(q, k)
+    else:
+        check_qkv(q, k, v)
+    geom = local_geometry(config, q.shape[1], as_ranks(group), layout)
+    score_q, score_k = check_scores(score_q, score_k, q, k)
+    kernels = stages.choose_kernels(kernels, q.dtype, q.device)
+    if config.scorer == "dilated" and v is None:
+        raise ValueError('scorer="dilated" attends with the values: pass v=')
+    with torch.no_grad():
+        sq, sk = _scores(
+            score_q,
+            score_k,
+            v,
+            config,
+            geom,
+            kernels,
+            q.shape[3] ** -0.5 if scale is None else scale,
+        )
+        return Selection(*stages.select_entries(sq, sk, stages.to_list(geom), kernels))
+
+
+def lighthouse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: LighthouseConfig,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str | Calibration = "auto",
+    backend: str = "auto",
+    kernels: str = "auto",
+    scale: float | None = None,
+    selection: Selection | None = None,
+    score_q: Tensor | None = None,
+    score_k: Tensor | None = None,
+    timers: Spans = UNTIMED,
+) -> Tensor:
+    """Lighthouse attention (arXiv 2605.06554) of a sequence that is sharded over ranks.
+
+    Pools q, k and v, selects entries, gathers them into a short causal sub-sequence, attends to it
+    by ring attention and scatters the outputs back. The result is the same function on any number
+    of ranks. For training; causal for a fixed selection.
+
+    Args:
+        q: [B, N / W, H, D], this rank's queries in layout order, RoPE applied.
+        k, v: [B, N / W, Hk, D], the dtype of q; H a multiple of Hk.
+        config: the layer's sizes; N is the whole sequence, over all ranks.
+        group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
+            rank. Every rank must call with equal shapes and choices.
+        layout: "zigzag" or "contiguous": how `shard` cut the sequence.
+        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
+            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
+            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
+        backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
+        kernels: of the local stages: "triton", "torch" or "auto".
+        scale: of the logits; D ** -0.5 by default.
+        selection: what `select` returned for these sizes, in place of selecting here.
+        score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k: for
+            models that normalise q and k, whose norms say little.
+        timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
+
+    Returns:
+        [B, N / W, H, D] in the dtype of q, differentiable in q, k and v.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before
+            anything is sent.
+        ImportError: an explicit backend's package is missing.
+    """
+    check_qkv(q, k, v)
+    ranks = as_ranks(group)
+    geom = local_geometry(config, q.shape[1], ranks, layout)
+    plan = make_plan(q, k, ranks, layout, rotation, backend, True, scale, geom.subsequence)
+    kernels = stages.choose_kernels(kernels, q.dtype, q.device)
+    scoring_on = check_scores(score_q, score_k, q, k)
+    if geom.subsequence >= geom.num_tokens:
+        warnings.warn(
+            f"the sub-sequence has {geom.subsequence} entries for {geom.num_tokens} tokens a rank: "
+            "this config shortens nothing; use a smaller topk or a longer sequence",
+            stacklevel=2,
+        )
+    sizes = stages.to_list(geom)
+    with torch.no_grad():
+        on_qk = (
+            selection is None and config.scorer == "norm" and score_q is None and score_k is None
+        )
+        with timers.span("pool", "compute", 0, q.device):
+            pooled_q, pooled_k, pooled_v, sq, sk = stages.pool_and_score(
+                q, k, v, sizes, on_qk, kernels
+            )
+        with timers.span("select", "compute", 0, q.device):
+            if selection is None:
+                if not on_qk:
+                    sq, sk = _scores(*scoring_on, v, config, geom, kernels, plan.scale)
+                selection = Selection(*stages.select_entries(sq, sk, sizes, kernels))
+            else:
+                check_selection(selection, k, geom)
+        del sq, sk
+    with timers.span("gather", "compute", 0, q.device):
+        qs, ks, vs = stages.Gather.apply(
+            q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels
+        )
+    # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
+    del pooled_q, pooled_k, pooled_v
+    out, _ = attention(qs, ks, vs, plan, timers)
+    with timers.span("scatter", "compute", 0, q.device):
+        return ScatterBack.apply(out, *selection, sizes, kernels, ranks, plan.layout, timers)
+
+
+def check_selection(selection: Selection, k: Tensor, geom: Geometry) -> None:
+    """Check that a selection was made for these sizes.
+
+    Raises:
+        ValueError: shapes, dtype or device do not fit.
+    """
+    wanted = {
+        "entries": (k.shape[0], k.shape[2], geom.subsequence),
+        "places": (k.shape[0], k.shape[2], geom.pyramid_size),
+    }
+    for name, shape in wanted.items():
+        x: Tensor = getattr(selection, name)
+        if tuple(x.shape) != shape or x.dtype != torch.int32 or x.device != k.device:
+            raise ValueError(
+                f"selection.{name} is {shape_of(x)}: these inputs need {list(shape)} torch.int32 "
+                f"on {k.device}; make it with lhcp.select on inputs of the same sizes and ranks"
+            )

@@ -1,0 +1,182 @@
+"""The measurement: rounds of runs on all ranks, and their summary."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lhcp.comm.agreement import check_agreement
+from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.config import LighthouseConfig
+from lhcp.cost.calibration import Calibration
+from lhcp.layer.lighthouse import local_geometry
+from lhcp.measure.report import PHASES, OverheadReport
+from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take
+from lhcp.measure.summary import Samples, summarize
+from lhcp.measure.twins import silent
+from lhcp.ring.function import make_plan
+
+_SAMPLE_SECONDS = 0.1
+"""Calls in a row on a GPU last at least this long: the first waits for the host to launch it, which
+in a program that runs on happens while the GPU is busy."""
+
+
+def measure_overhead(
+    config: LighthouseConfig | None,
+    *,
+    seqlen: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str | Calibration = "auto",
+    backend: str = "auto",
+    kernels: str = "auto",
+    device: torch.device | str | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
+    calls: int | None = None,
+    single_seconds: float = 10.0,
+) -> OverheadReport:
+    """Measure what the rotation costs on these ranks, with random inputs.
+
+    A collective: every rank of the group must call it with equal arguments. Takes about
+    12 x repeats runs of the attention, plus as many of the layer where there is a config.
+
+    Args:
+        config: of the lighthouse layer: the attention over its sub-sequence is measured, and the
+            layer by stages. None: dense attention over `seqlen` tokens.
+        seqlen: N, tokens of the whole sequence.
+        num_heads, num_kv_heads, head_dim, batch, dtype: of q, k, v; num_kv_heads None: num_heads.
+        group, layout, rotation, backend, kernels: as in `lhcp.lighthouse_attention`.
+        device: None: the current GPU if the group communicates by NCCL (or there is no group and
+            there is a GPU), else the CPU.
+        repeats: measurements of each run; warmup: unmeasured ones before.
+        calls: runs in a row that one measurement times; None: as many as last 20 ms on a GPU, one
+            on a CPU.
+        single_seconds: the longest that T1 may take, forward and backward. It is measured at the
+            largest S / 2^i that keeps to this (and fits in memory) and scaled by pairs of tokens.
+
+    Returns:
+        OverheadReport, the same on every rank.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `lhcp.lighthouse_attention`, on every rank.
+    """
+    ranks = as_ranks(group)
+    job: Job | None = None
+    problem: Exception | None = None
+    try:
+        heads = (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+        where = _device(ranks, device)
+        entries = seqlen if config is None else config.subsequence_length(seqlen)
+        if repeats < 1 or warmup < 0 or (calls is not None and calls < 1):
+            raise ValueError(
+                f"repeats={repeats}, warmup={warmup}, calls={calls}: measure at least once"
+            )
+        like = torch.empty((batch, 1, heads[0], head_dim), dtype=dtype, device=where)
+        make_layout(layout, ranks.world_size).check_seqlen(entries)
+        choices = (layout, rotation, backend, True, None, entries // ranks.world_size)
+        plan = make_plan(like, like[:, :, : heads[1]], ranks, *choices)
+        if config is not None:
+            local_geometry(config, seqlen // ranks.world_size, ranks, layout)
+        job = Job(
+            config=config,
+            tokens=seqlen,
+            entries=entries,
+            heads=heads,
+            head_dim=head_dim,
+            batch=batch,
+            dtype=dtype,
+            device=where,
+            plan=plan,
+            kernels=kernels,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        problem = error
+    named = rotation if isinstance(rotation, str) else rotation.name
+    meaning = (
+        f"measure_overhead({config}, {seqlen}, {num_heads}, {num_kv_heads}, {head_dim}, {batch}, "
+        f"{dtype}, {layout}, {named}, {backend}, {kernels}, {repeats}, {warmup}, {calls})"
+    )
+    check_agreement(ranks, meaning, problem)
+    assert job is not None
+    with silent(ranks) as quiet:
+        return _measure(job, quiet, repeats, warmup, calls, single_seconds)
+
+
+def _measure(
+    job: Job, quiet: Ranks, repeats: int, warmup: int, calls: int | None, single_seconds: float
+) -> OverheadReport:
+    ranks, spans = job.plan.ranks, Recorder(job.device)
+    local = job.entries // ranks.world_size
+    runs = {
+        "real": job.attention(job.plan, spans, local),
+        "compute": filled(job.attention(replace(job.plan, ranks=quiet), spans, local)),
+        "communication": job.messages(spans),
+    }
+    if job.config is not None:
+        tokens = job.tokens // ranks.world_size
+        runs["layer"] = job.layer(ranks, spans, tokens)
+        runs["layer_compute"] = filled(job.layer(quiet, spans, tokens))
+        runs["layer_communication"] = job.messages(spans, layer=True)
+    calls = calls or _calls(job, runs["real"], spans)
+    alone: dict[str, Runner] = {}
+    single_seqlen = 0
+    if ranks.rank == 0:
+        alone["single"], single_seqlen = single(job, single_seconds)
+        if job.config is not None and single_seqlen == job.entries:
+            alone |= single_layer(job)
+
+    samples: Samples = {}
+    for repeat in range(warmup + repeats):
+        for phase in PHASES:
+            for name, runner in (runs | alone).items():
+                if name in runs:
+                    _barrier(ranks, job.device)
+                sample = take(runner, phase, spans, calls)
+                if repeat >= warmup:
+                    samples.setdefault((name, phase), []).append(sample)
+    gathered: list[Any] = [(samples, single_seqlen)] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(gathered, (samples, single_seqlen), group=ranks.flat)
+    return summarize(job, [g[0] for g in gathered], gathered[0][1], repeats, calls)
+
+
+def _device(ranks: Ranks, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        where = torch.device(device)
+    elif ranks.flat is None:
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        where = torch.device("cuda" if "nccl" in dist.get_backend_config(ranks.flat) else "cpu")
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def _barrier(ranks: Ranks, device: torch.device) -> None:
+    if ranks.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        dist.barrier(group=ranks.flat, device_ids=ids)
+
+
+def _calls(job: Job, runner: Runner, spans: Recorder) -> int:
+    """How many calls in a row last long enough, the same on every rank."""
+    ranks = job.plan.ranks
+    wanted = 1
+    for _ in range(2):  # the first run compiles and allocates
+        _barrier(ranks, job.device)
+        seconds = take(runner, "both", spans, 1).seconds
+    if job.device.type == "cuda":
+        wanted = min(100, math.ceil(_SAMPLE_SECONDS / seconds))
+    everybody = [wanted] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everybody, wanted, group=ranks.flat)
+    return max(everybody)

@@ -1,0 +1,182 @@
+"""From every rank's samples to a report: the slowest rank of each repeat, then the median."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lhcp.cost.clocks import Sizes
+from lhcp.cost.cost_model import boundary_bytes, most_traffic
+from lhcp.measure.report import PHASES, Mark, OverheadReport, PhaseReport, StepReport, Timing
+from lhcp.measure.runs import Job, Sample
+from lhcp.timing import uncovered
+
+Samples = dict[tuple[str, str], list[Sample]]
+"""(run, phase) -> one sample a repeat, on one rank."""
+
+
+def summarize(
+    job: Job, by_rank: Sequence[Samples], single_seqlen: int, repeats: int, calls: int
+) -> OverheadReport:
+    """Make the report.
+
+    Args:
+        by_rank: all ranks' samples; those of one device alone are rank 0's.
+        single_seqlen: tokens of T1's run.
+    """
+    sizes = _sizes(job)
+    factor = (job.entries / single_seqlen) ** 2
+    phases = tuple(
+        _phase(
+            phase,
+            "real",
+            "compute",
+            "communication",
+            "single",
+            by_rank,
+            factor,
+            _bytes(job, sizes, phase),
+        )
+        for phase in PHASES
+    )
+    layer: tuple[PhaseReport, ...] = ()
+    if job.config is not None:
+        names = ("layer", "layer_compute", "layer_communication", "layer_single")
+        layer = tuple(
+            _phase(phase, *names, by_rank, 1.0, _bytes(job, sizes, phase, layer=True))
+            for phase in PHASES
+        )
+    return OverheadReport(
+        setting=_setting(job, repeats, calls),
+        phases=phases,
+        layer=layer,
+        steps=tuple(_steps(by_rank)),
+        timeline=tuple(_timeline(by_rank)),
+        single_seqlen=single_seqlen,
+    )
+
+
+def _sizes(job: Job) -> Sizes:
+    ranks = job.plan.ranks
+    return Sizes(
+        seqlen=job.entries,
+        world_size=ranks.world_size,
+        num_heads=job.heads[0],
+        num_kv_heads=job.heads[1],
+        head_dim=job.head_dim,
+        batch=job.batch,
+        element_bytes=job.dtype.itemsize,
+        grad_bytes=8 if job.dtype == torch.float64 else 4,
+        layout=job.plan.layout.name,
+        node_size=None if ranks.inner is None else ranks.inner.size(),
+    )
+
+
+def _bytes(job: Job, sizes: Sizes, phase: str, layer: bool = False) -> int | None:
+    total = 0
+    for direction in ("forward", "backward"):
+        if phase not in (direction, "both"):
+            continue
+        try:
+            total += most_traffic(job.plan.rotation, sizes, direction).num_bytes
+        except ValueError:
+            return None
+        if layer and job.config is not None:
+            total += boundary_bytes(sizes, job.config.num_levels)
+    return total
+
+
+def _slowest(by_rank: Sequence[Samples], name: str, phase: str) -> list[float]:
+    """Seconds of the slowest rank, repeat by repeat."""
+    repeats = zip(*(samples[name, phase] for samples in by_rank), strict=True)
+    return [max(sample.seconds for sample in repeat) for repeat in repeats]
+
+
+def _phase(
+    phase: str,
+    real: str,
+    compute: str,
+    communication: str,
+    single: str,
+    by_rank: Sequence[Samples],
+    factor: float,
+    num_bytes: int | None,
+) -> PhaseReport:
+    alone = by_rank[0].get((single, phase))
+    waits = []
+    for repeat in zip(*(samples[real, phase] for samples in by_rank), strict=True):
+        sample = max(repeat, key=lambda s: s.seconds)
+        found: dict[str, list[tuple[float, float]]] = {"wait": [], "compute": []}
+        for _, kind, _, start, stop in sample.spans:
+            found.setdefault(kind, []).append((start, stop))
+        if found["wait"]:
+            waits.append(uncovered(found["wait"], found["compute"]) / sample.calls)
+    waited = Timing.of(waits).median if waits else None
+    return PhaseReport(
+        phase=phase,
+        real=Timing.of(_slowest(by_rank, real, phase)),
+        compute=Timing.of(_slowest(by_rank, compute, phase)),
+        communication=Timing.of(_slowest(by_rank, communication, phase)),
+        single=None if alone is None else Timing.of([s.seconds * factor for s in alone]),
+        waited=waited,
+        bytes_per_rank=num_bytes,
+        world_size=len(by_rank),
+    )
+
+
+def _steps(by_rank: Sequence[Samples]) -> Iterator[StepReport]:
+    for name, phase in by_rank[0]:
+        if phase == "both" or "single" in name:
+            continue
+        repeats: dict[tuple[str, str, int], list[float]] = {}
+        for repeat in zip(*(samples[name, phase] for samples in by_rank), strict=True):
+            worst: dict[tuple[str, str, int], float] = {}
+            for sample in repeat:
+                for key, seconds in _totals(sample).items():
+                    worst[key] = max(worst.get(key, 0.0), seconds)
+            for key, seconds in worst.items():
+                repeats.setdefault(key, []).append(seconds)
+        for (stage, kind, step), measured in repeats.items():
+            yield StepReport(name, phase, stage, kind, step, Timing.of(measured))
+
+
+def _totals(sample: Sample) -> dict[tuple[str, str, int], float]:
+    """Seconds by step, of one call."""
+    totals: dict[tuple[str, str, int], float] = {}
+    for stage, kind, step, start, stop in sample.spans:
+        key = (stage, kind, step)
+        totals[key] = totals.get(key, 0.0) + (stop - start) / sample.calls
+    return totals
+
+
+def _timeline(by_rank: Sequence[Samples]) -> Iterator[Mark]:
+    seconds = _slowest(by_rank, "real", "both")
+    middle = sorted(range(len(seconds)), key=lambda i: seconds[i])[len(seconds) // 2]
+    for rank, samples in enumerate(by_rank):
+        for name in ("real", "communication"):
+            for stage, kind, step, start, stop in samples[name, "both"][middle].first_call:
+                yield Mark(rank, name, stage, kind, step, start, stop)
+
+
+def _setting(job: Job, repeats: int, calls: int) -> dict[str, Any]:
+    cuda = job.device.type == "cuda"
+    return {
+        "seqlen": job.tokens,
+        "subsequence": job.entries,
+        "world_size": job.plan.ranks.world_size,
+        "batch": job.batch,
+        "num_heads": job.heads[0],
+        "num_kv_heads": job.heads[1],
+        "head_dim": job.head_dim,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "layout": job.plan.layout.name,
+        "rotation": job.plan.rotation,
+        "backend": job.plan.backend,
+        "config": None if job.config is None else asdict(job.config),
+        "repeats": repeats,
+        "calls": calls,
+        "device": torch.cuda.get_device_name(job.device) if cuda else platform.machine() + " cpu",
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,1 @@
+"""Partial results of one attention, merged; parts of gradients, summed."""

@@ -1,0 +1,70 @@
+"""What "auto" takes: the model's fastest, by one table on all ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lhcp
+from lhcp.comm.mesh import as_ranks
+from lhcp.cost.calibration import CPU, Link
+from lhcp.ring.function import make_plan
+from lhcp.testing.inputs import qkv
+from lhcp.testing.ranks import RankPool
+
+FAST = Link(latency=0.0, bandwidth=1e15)
+# Gathers that cost a second a message, or neighbours that do.
+SLOW_GATHERS = replace(CPU, name="slow gathers", inner=replace(FAST, hop=1.0))
+TEDIOUS = Link(latency=1.0, bandwidth=1e15, hop=0.0)
+SLOW_NEIGHBOURS = replace(CPU, name="slow neighbours", inner=TEDIOUS)
+
+
+def chosen(group: Any, rotation: Any) -> str:
+    q, k, _, _ = qkv(64, dtype=torch.float32)
+    plan = make_plan(q, k, as_ranks(group), "zigzag", rotation, "auto", True, None, 64)
+    return plan.rotation
+
+
+def test_the_table_decides(ranks: RankPool) -> None:
+    """Fails if "auto" is a fixed name, or ranks differ."""
+    assert ranks.run(chosen, 4, SLOW_GATHERS) == ["p2p"] * 4
+    assert len(set(ranks.run(chosen, 4, "auto"))) == 1
+
+
+def read(group: Any, path: str) -> str:
+    """Only rank 0 sees the file."""
+    own = path if group.rank() == 0 else "nowhere.json"
+    try:
+        return lhcp.read_calibration(own, group).name
+    except (OSError, ValueError) as error:
+        return type(error).__name__
+
+
+def test_one_rank_reads_for_all(ranks: RankPool, tmp_path: Path) -> None:
+    """Fails if another rank reads its own file, or only rank 0 learns that there is none."""
+    SLOW_GATHERS.save(tmp_path / "c.json")
+    assert ranks.run(read, 3, str(tmp_path / "c.json")) == ["slow gathers"] * 3
+    assert ranks.run(read, 3, str(tmp_path / "d.json")) == ["FileNotFoundError"] * 3
+
+
+def attend(group: Any, rotation: Any) -> bool:
+    """Whether a table given as `rotation` gives the result of the rotation that it chooses."""
+    q, k, v, _ = (lhcp.shard(x, group) for x in qkv(64, dtype=torch.float32))
+    by_table = lhcp.ring_attention(q, k, v, group=group, rotation=rotation)
+    return torch.equal(by_table, lhcp.ring_attention(q, k, v, group=group, rotation="p2p"))
+
+
+def test_a_table_is_given_as_the_rotation(ranks: RankPool) -> None:
+    assert ranks.run(attend, 4, SLOW_GATHERS) == [True] * 4
+
+
+def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a user cannot see why, or sees it at every call."""
+    arguments: Any = (4096, 4, None, (4, 4), 64, 1, 4, "zigzag", True)
+    with caplog.at_level("INFO", logger="lhcp"):
+        for _ in range(3):
+            lhcp.cost.choice.fastest_rotation(*arguments, "cpu", SLOW_NEIGHBOURS.text)
+    (record,) = caplog.records
+    assert "allgather" in record.getMessage() and "slow neighbours" in record.getMessage()

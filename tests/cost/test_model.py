@@ -1,0 +1,218 @@
+"""The cost model as a pure function: what must hold whatever the machine."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lhcp.cost.clocks
+from lhcp.cost.calibration import CALIBRATIONS, CPU, H200, Calibration, Link, interpolate
+from lhcp.cost.clocks import Message, Sizes, finish, step_seconds
+from lhcp.cost.cost_model import attention_flops, choose, most_traffic, predict
+from lhcp.ring.rotation import NAMES
+from lhcp.ring.schedule import allgather_steps, p2p_steps, ring_rounds
+
+BASE = Sizes(seqlen=65_536, world_size=8, num_heads=8, num_kv_heads=8, head_dim=128, node_size=4)
+
+
+def total(rotation: str, sizes: Sizes, calibration: Calibration = H200) -> float:
+    return predict(rotation, sizes, calibration).real
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_times_are_bounded_by_the_twins(rotation: str, layout: str) -> None:
+    """Fails if T is shorter than a twin, or longer than both in a row."""
+    for calibration in CALIBRATIONS.values():
+        prediction = predict(rotation, replace(BASE, layout=layout), calibration)  # type: ignore[arg-type]
+        for phase in (prediction.forward, prediction.backward):
+            longest = max(phase.compute, phase.communication)
+            assert longest <= phase.real * (1 + 1e-9)
+            assert phase.real <= (phase.compute + phase.communication) * (1 + 1e-9)
+            assert sum(phase.step_compute) >= phase.compute * 0.5
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_monotone_in_sizes(rotation: str) -> None:
+    """Fails if a longer sequence, a larger batch or a slower link is predicted to cost less."""
+    time = total(rotation, BASE)
+    assert total(rotation, replace(BASE, seqlen=2 * BASE.seqlen)) > time
+    assert total(rotation, replace(BASE, batch=2)) > time
+    slow = replace(
+        H200, inner=replace(H200.inner, bandwidth=1e9), outer=Link(latency=1e-3, bandwidth=1e9)
+    )
+    assert total(rotation, BASE, slow) > 2 * time
+    for direction in ("forward", "backward"):
+        few = most_traffic(rotation, BASE, direction)  # type: ignore[arg-type]
+        many = most_traffic(rotation, replace(BASE, seqlen=2 * BASE.seqlen), direction)  # type: ignore[arg-type]
+        assert many.num_bytes == 2 * few.num_bytes
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_one_rank_costs_one_device(rotation: str) -> None:
+    """Fails if a rotation that moves nothing costs something."""
+    alone = replace(BASE, world_size=1, node_size=None)
+    prediction = predict(rotation, alone, H200)
+    assert prediction.overhead == pytest.approx(0.0)
+    assert most_traffic(rotation, alone, "backward").num_bytes == 0
+
+
+@pytest.mark.parametrize("steps", [p2p_steps, allgather_steps])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
+    """Fails if the FLOPs of all ranks' calls are not those of the whole causal attention."""
+    sizes = replace(BASE, world_size=world, node_size=None)
+    flops = 0.0
+    for rank in range(world):
+        rounds = ring_rounds(world, sizes.ring_pairs)
+        last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds, True)
+        for step in steps(rank, sizes.cut, True, *last):  # type: ignore[operator]
+            heads = step.heads[1] - step.heads[0]
+            for call in step.calls:
+                q, kv = (side[1] - side[0] for side in (call.q, call.kv))
+                if call.per_chunk:
+                    blocks, q, kv = q, 1, 1
+                else:
+                    blocks = 1
+                flops += blocks * attention_flops(
+                    q * sizes.chunk, kv * sizes.chunk, heads, 128, call.causal, "forward"
+                )
+            assert step_seconds(step, sizes, H200, "forward") >= 0
+    whole = attention_flops(sizes.seqlen, sizes.seqlen, 8, 128, True, "forward")
+    assert flops == pytest.approx(whole)
+
+
+def test_messages_hide_behind_long_steps() -> None:
+    """Fails if the schedule is not pipelined: fast links must cost next to nothing."""
+    fast = replace(
+        H200, inner=Link(latency=0.0, bandwidth=1e15), outer=Link(latency=0.0, bandwidth=1e15)
+    )
+    for rotation in ("p2p", "allgather", "hierarchical"):
+        for phase in (
+            predict(rotation, BASE, fast).forward,
+            predict(rotation, BASE, fast).backward,
+        ):
+            assert phase.exposed < 0.01 * phase.real
+    long = replace(BASE, seqlen=2**20)
+    assert (
+        predict("p2p", long, H200).forward.exposed < 0.02 * predict("p2p", long, H200).forward.real
+    )
+
+
+HAND_LINK = Link(latency=0.5, bandwidth=1.0)
+HAND = Calibration(
+    name="hand",
+    source="these tests",
+    num_heads=1,
+    head_dim=1,
+    square=((1, 1.0, 2.0),),
+    full=((1, 1, 3.0, 6.0),),
+    copy_bandwidth=1e18,
+    merge_bandwidth=1e18,
+    launch=0.0,
+    inner=HAND_LINK,
+    outer=HAND_LINK,
+)
+HAND_SIZES = Sizes(
+    seqlen=2,
+    world_size=2,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=1,
+    element_bytes=2,
+    layout="contiguous",
+    causal=False,
+)
+
+
+def test_two_equal_steps_by_hand() -> None:
+    """Fails if the ring's arithmetic changes: two ranks, no mask, a message slower than a step."""
+    # kv: 2 tensors x 1 token x 2 bytes = 4 bytes: 4.5 s, the step 3 s.
+    assert predict("p2p", HAND_SIZES, HAND).forward.real == pytest.approx(4.5 + 3)
+    # Gradients of the other rank's token: 4 bytes, 4.5 s, posted after the second step.
+    backward = predict("p2p", HAND_SIZES, HAND).backward
+    assert backward.real == pytest.approx(6 + 6 + 4.5)
+    assert backward.compute == pytest.approx(12)
+    # One link carries one message at a time, and its latency beside the next one's bytes.
+    assert backward.communication == pytest.approx(4.5 + 4.5)
+
+
+def test_compute_that_bytes_take_by_hand() -> None:
+    """Fails if messages take no compute, take it from a rank that waits, or change a twin."""
+    # 4 bytes go and 4 come, each in 4 s: together they take a fifth of the compute meanwhile.
+    prediction = predict("p2p", HAND_SIZES, replace(HAND, byte_compute=0.1))
+    # The first step's 3 s take 3.75, and then the rank waits for its message, as it did before.
+    assert prediction.forward.real == pytest.approx(4.5 + 3)
+    # The first step's 6 s: 3.2 in the message's 4, 2.8 after. Nothing computes beside the last one.
+    assert prediction.backward.real == pytest.approx(4 + 2.8 + 6 + 4.5)
+    assert prediction.backward.compute == pytest.approx(12)
+    assert prediction.backward.communication == pytest.approx(4.5 + 4.5)
+    # A gather's bytes come and go as well. Beside it the diagonal, here 6 s; then the other's keys.
+    long = replace(HAND, byte_compute=0.1, square=((1, 6.0, 12.0),))
+    gathered = predict("allgather", replace(HAND_SIZES, causal=True), long)
+    assert gathered.forward.real == pytest.approx(4 + 2.8 + 3)
+
+
+def test_compute_beside_messages() -> None:
+    """Fails if a message's share is taken when it is not under way, not added, or not bounded."""
+    assert finish(1.0, 3.0, [Message(0.0, 1.0, 0.5), Message(4.0, 9.0, 0.5)]) == 4.0
+    assert finish(0.0, 3.0, [Message(1.0, 3.0, 0.5)]) == pytest.approx(1 + 2 + 1)
+    assert finish(2.0, 0.25, [Message(1.0, 3.0, 0.5)]) == pytest.approx(2.5)
+    both = [Message(0.0, 2.0, 0.5), Message(1.0, 3.0, 0.25)]
+    assert finish(0.0, 2.0, both) == pytest.approx(3 + (2 - 0.5 - 0.25 - 0.75))
+    # Two that would take more than all leave a tenth.
+    assert finish(0.0, 0.1, [Message(0.0, 9.0, 0.7), Message(0.0, 9.0, 5.0)]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_compute_that_bytes_take(rotation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the charge shortens a prediction or changes C, or if a charge of 0 does anything."""
+    free = replace(CPU, byte_compute=0.0)
+    taken, without = (predict(rotation, BASE, calibration) for calibration in (CPU, free))
+    for phase in ("forward", "backward"):
+        more, less = getattr(taken, phase), getattr(without, phase)
+        assert more.compute == less.compute
+        assert more.real >= less.real * (1 - 1e-9)
+    monkeypatch.setattr(lhcp.cost.clocks, "finish", lambda now, seconds, _: now + seconds)
+    assert predict(rotation, BASE, free) == without
+
+
+def test_choice_follows_the_machine() -> None:
+    """Fails if `choose` does not take the shortest prediction, or hides the others."""
+    for sizes in (BASE, replace(BASE, seqlen=2**20, world_size=32, node_size=8)):
+        for calibration in CALIBRATIONS.values():
+            rotation, reason = choose(sizes, calibration)
+            assert choose(sizes, calibration) == (rotation, reason)
+            times = {r: total(r, sizes, calibration) for r in ("allgather", "p2p", "hierarchical")}
+            assert times[rotation] == min(times.values())
+            assert all(r in reason for r in times) and calibration.name in reason
+    assert choose(replace(BASE, node_size=None), CPU, ("alltoall",))[0] == "alltoall"
+
+
+def test_calibration_file(tmp_path: Path) -> None:
+    """Fails if a calibration changes on disk, if an older one is refused or a wrong one is not."""
+    for calibration in CALIBRATIONS.values():
+        calibration.save(tmp_path / "c.json")
+        assert Calibration.load(tmp_path / "c.json") == calibration
+    older = {name: value for name, value in json.loads(CPU.text).items() if name != "byte_compute"}
+    (tmp_path / "c.json").write_text(json.dumps(older))
+    assert Calibration.load(tmp_path / "c.json") == replace(CPU, byte_compute=0.0)
+    (tmp_path / "c.json").write_text('{"name": "x"}')
+    with pytest.raises(ValueError, match="does not hold an lhcp calibration"):
+        Calibration.load(tmp_path / "c.json")
+
+
+def test_interpolation() -> None:
+    """Fails if the curve misses its points, or leaves them in the wrong direction."""
+    points = [(1.0, 2.0), (4.0, 4.0), (16.0, 32.0)]
+    assert [interpolate(points, x) for x, _ in points] == pytest.approx([2.0, 4.0, 32.0])
+    assert interpolate(points, 2.0) == pytest.approx(2 * 2**0.5)
+    assert interpolate(points, 0.25) == pytest.approx(1.0)
+    assert interpolate(points, 32.0) == pytest.approx(64.0)
+
+
+def test_unknown_rotation() -> None:
+    """Fails if a rotation that the model does not know gets a number."""
+    with pytest.raises(ValueError, match="the cost model knows"):
+        most_traffic("carrier pigeon", BASE, "forward")

@@ -1,0 +1,218 @@
+"""The twins' own truth: C sends nothing, M attends to nothing, M and T send the same."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lhcp.comm.layout import LAYOUTS, LayoutName
+from lhcp.comm.mesh import Ranks, as_ranks
+from lhcp.cost.clocks import Sizes
+from lhcp.cost.cost_model import boundary_bytes, traffic
+from lhcp.cost.schedules import SCHEDULES
+from lhcp.measure.runs import Job, Recorder
+from lhcp.measure.twins import Filled, silent
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.function import attention, make_plan
+from lhcp.ring.rotation import NAMES, messages
+from lhcp.testing.inputs import small_config
+from lhcp.testing.ranks import RankPool
+from lhcp.timing import UNTIMED
+from tests.measure.counting import Messages
+
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 8
+CPU = torch.device("cpu")
+
+
+def groups_of(group: dist.ProcessGroup, rotation: str) -> Ranks:
+    """All ranks; for "hierarchical" as two nodes."""
+    if rotation != "hierarchical":
+        return as_ranks(group)
+    world = dist.get_process_group_ranks(group)
+    mesh = torch.tensor(world).view(2, -1)
+    return as_ranks(DeviceMesh("cpu", mesh, mesh_dim_names=("node", "local")))
+
+
+def make_job(
+    ranks: Ranks, rotation: str, layout: LayoutName, dtype: torch.dtype, lighthouse: bool
+) -> Job:
+    config, tokens = small_config(num_strata=8) if lighthouse else (None, 192)
+    entries = tokens if config is None else config.subsequence_length(tokens)
+    q = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=dtype)
+    plan = make_plan(q, q[:, :, :KV_HEADS], ranks, layout, rotation, "auto", True, None, entries)
+    return Job(
+        config=config,
+        tokens=tokens,
+        entries=entries,
+        heads=(HEADS, KV_HEADS),
+        head_dim=HEAD_DIM,
+        batch=2,
+        dtype=dtype,
+        device=CPU,
+        plan=plan,
+        kernels="auto",
+    )
+
+
+def count(
+    group: dist.ProcessGroup, rotation: str, layout: LayoutName, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Post every run's messages on this rank and count them and the block calls."""
+    ranks = groups_of(group, rotation)
+    job = make_job(ranks, rotation, layout, dtype, lighthouse=False)
+    local = job.entries // ranks.world_size
+    spans, found = Recorder(CPU), {}
+    blocks = 0
+    original = BLOCKS[job.plan.backend]
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal blocks
+            blocks += 1
+            return function(*args)
+
+        return call
+
+    BLOCKS[job.plan.backend] = replace(
+        original, forward=counted(original.forward), backward=counted(original.backward)
+    )
+    try:
+        with silent(ranks) as quiet:
+            real_names = {g.group_name for g in (ranks.flat, ranks.outer, ranks.inner) if g}
+            runs = {
+                "real": job.attention(job.plan, spans, local),
+                "compute": job.attention(replace(job.plan, ranks=quiet), spans, local),
+                "communication": job.messages(spans),
+            }
+            spans.begin()
+            for name, runner in runs.items():
+                for phase in ("forward", "backward"):
+                    blocks = 0
+                    with Messages() as messages:
+                        runner.run(phase)
+                    sent = [m for m in messages.posted if m[1] in real_names]
+                    found[name, phase] = (sent, blocks)
+    finally:
+        BLOCKS[job.plan.backend] = original
+    return found
+
+
+CASES = [
+    (rotation, layout, dtype, world)
+    for rotation in NAMES
+    for layout in LAYOUTS
+    for dtype, world in ((torch.float32, 4), (torch.float64, 2), (torch.bfloat16, 4))
+    if rotation != "hierarchical" or world == 4
+]
+
+
+@pytest.mark.parametrize(("rotation", "layout", "dtype", "world"), CASES, ids=str)
+def test_messages_and_blocks(
+    ranks: RankPool, rotation: str, layout: LayoutName, dtype: torch.dtype, world: int
+) -> None:
+    """Fails if C sends, if M attends, if M and T differ in a message, or if the model miscounts."""
+    sizes = Sizes(
+        seqlen=192,
+        world_size=world,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        batch=2,
+        element_bytes=dtype.itemsize,
+        grad_bytes=8 if dtype == torch.float64 else 4,
+        layout=layout,
+        node_size=2 if rotation == "hierarchical" else None,
+    )
+    for rank, found in enumerate(ranks.run(count, world, rotation, layout, dtype)):
+        for phase in ("forward", "backward"):
+            real, real_blocks = found["real", phase]
+            assert found["compute", phase] == ([], real_blocks)
+            assert found["communication", phase] == (real, 0)
+            assert real_blocks > 0
+            expected = traffic(rotation, sizes, phase, rank)  # type: ignore[arg-type]
+            assert sum(size for _, _, size in real) == expected.num_bytes
+            assert len(real) == expected.num_messages
+
+
+def count_layer(group: dist.ProcessGroup, layout: LayoutName) -> dict[str, int]:
+    ranks = as_ranks(group)
+    job = make_job(ranks, "allgather", layout, torch.float32, lighthouse=True)
+    spans, sent = Recorder(CPU), {}
+    with silent(ranks) as quiet:
+        runs = {
+            "layer": job.layer(ranks, spans, job.tokens // ranks.world_size),
+            "compute": job.layer(quiet, spans, job.tokens // ranks.world_size),
+            "communication": job.messages(spans, layer=True),
+            "attention": job.messages(spans),
+        }
+        spans.begin()
+        for name, runner in runs.items():
+            with Messages() as messages:
+                runner.run("both")
+            assert ranks.flat is not None
+            sent[name] = messages.bytes_on(ranks.flat.group_name)
+    sizes = Sizes(
+        seqlen=job.entries,
+        world_size=ranks.world_size,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        batch=2,
+        element_bytes=4,
+        layout=layout,
+    )
+    assert job.config is not None
+    return sent | {"boundary": 2 * boundary_bytes(sizes, job.config.num_levels)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_of_the_layer(ranks: RankPool, layout: LayoutName) -> None:
+    """Fails if the layer sends what its communication-only twin or the model does not count."""
+    for sent in ranks.run(count_layer, 2, layout):
+        assert sent["layer"] == sent["communication"] == sent["attention"] + sent["boundary"]
+        assert sent["compute"] == 0
+
+
+def test_filled_memory_is_random_and_only_while_entered() -> None:
+    """Fails if a twin reads what memory happened to hold, or if a real run then would too."""
+    like = torch.full((4,), torch.nan)
+    original, memory = messages.arriving, Filled()
+    with memory:
+        first, second = (messages.arriving(like, 64) for _ in range(2))
+        assert first.isfinite().all() and first.std() > 0.5
+        assert first.data_ptr() != second.data_ptr()
+    with memory:
+        assert messages.arriving(like, 64).data_ptr() == first.data_ptr()
+    assert messages.arriving is original
+
+
+def run_poisoned(group: dist.ProcessGroup, rotation: str, layout: LayoutName) -> bool:
+    """Run a compute-only twin where new memory is NaN: whether all that it returns is finite."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        return new_empty(self, *shape, **options).fill_(torch.nan)
+
+    with silent(groups_of(group, rotation)) as quiet:
+        job = make_job(quiet, rotation, layout, torch.float32, lighthouse=False)
+        inputs = [x.requires_grad_() for x in job.draw(job.entries // quiet.world_size)]
+        torch.Tensor.new_empty = poisoned
+        try:
+            with Filled():
+                out = attention(*inputs, job.plan, UNTIMED)[0]
+                grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+        finally:
+            torch.Tensor.new_empty = new_empty
+        return all(bool(x.isfinite().all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rotation", sorted(SCHEDULES))
+def test_twins_fill_whatever_a_message_would(
+    ranks: RankPool, rotation: str, layout: LayoutName
+) -> None:
+    """Fails if a rotation gets memory for a message in a way that its twin cannot fill."""
+    assert all(ranks.run(run_poisoned, 4, rotation, layout))
