@@ -6,13 +6,18 @@ Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains
 from lhcp.comm.sharding import pad_to_multiple, positions, shard, unshard
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.cost.choice import read_calibration
+from lhcp.cost.tables import read_calibration
+from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
+from lhcp.layer.dense import ring_attention
 from lhcp.layer.lighthouse import lighthouse_attention, select
 from lhcp.layer.module import LighthouseAttention
+from lhcp.layer.plan import PACKAGE_RINGS
 from lhcp.lighthouse.select import Selection
 from lhcp.measure import OverheadReport, measure_overhead
-from lhcp.ring.function import ring_attention
 from lhcp.timing import Timers
+
+# Here the rooms meet: integrations are above the layer, which takes their rings by name.
+PACKAGE_RINGS["ring_flash_attn"] = RING_FLASH_ATTN
 
 __version__ = "0.1.0"
 

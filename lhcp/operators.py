@@ -2,27 +2,57 @@
 
 `torch.library.custom_op` would do the same at several times the cost a call, which shows at short
 sequences; this is the plain define / impl pair that it wraps.
+
+Records cross into an operator in two forms, packed and unpacked here alone: names as one string,
+and integers as a list.
 """
 
+import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed; looked up once, and outside of what torch.compile traces."""
 
 _LIBRARY = torch.library.Library("lhcp", "FRAGMENT")
 
 
-def joined(words: Sequence[str]) -> str:
-    """Return words as one argument of an operator; `parted` is the way back.
+def pack_words(words: Sequence[str]) -> str:
+    """Return words as one argument of an operator; `unpack_words` is the way back.
 
     On one line: torch.compile writes arguments into comments of the code that it generates.
     """
     return "|".join(words)
 
 
-def parted(argument: str) -> list[str]:
-    """Return the words of an argument that `joined` made."""
+def unpack_words(argument: str) -> list[str]:
+    """Return the words of an argument that `pack_words` made."""
     return argument.split("|")
+
+
+def pack_integers(record: Any) -> list[int]:
+    """Return a flat dataclass of integers and bools as one argument of an operator."""
+    return [int(getattr(record, field.name)) for field in dataclasses.fields(record)]
+
+
+def unpack_integers(kind: type[R], argument: Sequence[int]) -> R:
+    """Return the record of this kind that `pack_integers` packed; equal ones are one object."""
+    record: R = _unpacked(kind, tuple(argument))  # type: ignore[arg-type]
+    return record
+
+
+@cache
+def _unpacked(kind: Any, values: tuple[int, ...]) -> Any:
+    fields = dataclasses.fields(kind)
+    named = {f.name: value for f, value in zip(fields, values, strict=True)}
+    flags = {f.name: bool(named[f.name]) for f in fields if f.type in (bool, "bool")}
+    return kind(**(named | flags))
 
 
 def operator(

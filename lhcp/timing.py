@@ -33,6 +33,15 @@ class Spans:
 UNTIMED = Spans()
 
 
+def goes_through_operators(spans: Spans) -> bool:
+    """Return whether a stage runs as an opaque operator, not as the function inside of it.
+
+    Compilers, graphs and checkpoint policies see operators; spans that measure cannot be handed
+    into one.
+    """
+    return spans is UNTIMED or torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class Span:
     """One measured range, in seconds since its `Timers` were reset."""
@@ -45,6 +54,7 @@ class Span:
 
     @property
     def seconds(self) -> float:
+        """How long it took."""
         return self.stop - self.start
 
 

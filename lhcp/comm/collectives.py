@@ -7,6 +7,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.comm.torch_private import coalesces, coalescing, is_fake, receive, send
+
 all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """all_gather(output, input, group, async_op): inputs of all ranks, one after another on axis 0."""
 
@@ -14,14 +16,6 @@ reduce_scatter: Callable[..., Any] = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor
 )
 """reduce_scatter(output, input, group=, async_op=): this rank's run of axis 0 of the sum."""
-
-
-def sends_nothing(group: dist.ProcessGroup) -> bool:
-    """Whether the group is of torch's "fake" backend, which copies in place of what it would send.
-
-    Nothing is asked of it then: the compute-only twin of a rotation would count the copies.
-    """
-    return dist.get_backend(group) == "fake"
 
 
 class Works:
@@ -37,12 +31,6 @@ class Works:
         self._sent = ()
 
 
-def _coalesces(group: dist.ProcessGroup, like: Tensor) -> bool:
-    """Whether the backend can start several messages as one."""
-    able: bool = group._get_backend(like.device).supports_coalescing
-    return able
-
-
 Peered = tuple[Tensor, int]
 """What a message is read from or written to, and the rank of the group at its other end."""
 
@@ -54,23 +42,24 @@ def exchange(
 
     Several between the same two ranks arrive in the order in which they are given.
     """
-    if sends_nothing(group) or not (outgoing or incoming):
+    # A group that sends nothing copies what it would send: the compute-only twin of a rotation
+    # would count the copies, so nothing is asked of it, here and below.
+    if is_fake(group) or not (outgoing or incoming):
         return Works()
-    like = (*outgoing, *incoming)[0][0]
-    if not _coalesces(group, like):
+    device = (*outgoing, *incoming)[0][0].device
+    if not coalesces(group, device):
         return Works(_post(outgoing, incoming, group), outgoing)
-    with dist._coalescing_manager(group, like.device, async_ops=True) as together:
+    with coalescing(group, device) as together:
         _post(outgoing, incoming, group)
     return Works((together,), outgoing)
 
 
 def _post(
     outgoing: Sequence[Peered], incoming: Sequence[Peered], group: dist.ProcessGroup
-) -> list[dist.Work]:
-    # Below isend and irecv, which take the host longer than NCCL takes for a short message.
+) -> list[Any]:
     # Receives first: after a send, gloo's link between two ranks runs one way at a time.
-    works = [group.recv([x], peer, 0) for x, peer in incoming]
-    return works + [group.send([x], peer, 0) for x, peer in outgoing]
+    works = [receive(x, peer, group) for x, peer in incoming]
+    return works + [send(x, peer, group) for x, peer in outgoing]
 
 
 def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> Works:
@@ -81,10 +70,11 @@ def all_gathers(pairs: Sequence[tuple[Tensor, Tensor]], group: dist.ProcessGroup
     wait until whatever computes meanwhile leaves a multiprocessor free; gloo's would go one after
     another, and each one way at a time.
     """
-    if sends_nothing(group) or not pairs:
+    if is_fake(group) or not pairs:
         return Works()
-    if _coalesces(group, pairs[0][0]):
-        with dist._coalescing_manager(group, async_ops=True) as together:
+    device = pairs[0][0].device
+    if coalesces(group, device):
+        with coalescing(group) as together:
             for output, given in pairs:
                 all_gather(output, given, group=group, async_op=True)
         return Works((together,), pairs)
@@ -107,20 +97,20 @@ class Rows:
 
     output: Tensor
     output_rows: list[int]
-    """From each rank."""
+    """Rows from each rank."""
     input: Tensor
     input_rows: list[int]
-    """For each rank."""
+    """Rows for each rank."""
 
 
 def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
     """Start all-to-alls: as one collective where the backend can, else as a message a part."""
-    if sends_nothing(group) or not exchanges:
+    if is_fake(group) or not exchanges:
         return Works()
-    like = exchanges[0].output
-    if not _coalesces(group, like):
+    device = exchanges[0].output.device
+    if not coalesces(group, device):
         return _part_by_part(exchanges, group)
-    with dist._coalescing_manager(group, like.device, async_ops=True) as together:
+    with coalescing(group, device) as together:
         for rows in exchanges:
             dist.all_to_all_single(
                 rows.output,
@@ -134,8 +124,8 @@ def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
 
 
 def swap(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
-    """All-to-all of equal parts of axis 0, waited for."""
-    if not sends_nothing(group):
+    """Exchange equal parts of axis 0 by all-to-all, and wait for it."""
+    if not is_fake(group):
         dist.all_to_all_single(output, given, group=group)
 
 

@@ -34,9 +34,9 @@ class Layout:
 
     def chunks(self, rank: int) -> tuple[int, ...]:
         """Return the chunks that `rank` holds, in the order of its tokens, which is ascending."""
-        if self.chunks_per_rank == 1:
-            return (rank,)
-        return (rank, self.num_chunks - 1 - rank)
+        if self.name == "zigzag" and self.world_size > 1:
+            return (rank, 2 * self.world_size - 1 - rank)
+        return (rank,)
 
     def owner(self, chunk: int) -> tuple[int, int]:
         """Return (rank, slot): which rank holds `chunk`, and as which of its chunks."""

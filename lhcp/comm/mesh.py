@@ -1,13 +1,25 @@
 """Groups of ranks: what a user passes as `group`, turned into the process groups that lhcp uses."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lhcp.comm.layout import Layout, make_layout
+from lhcp.comm.torch_private import flat_group, resolve_group
+from lhcp.operators import pack_words, unpack_words
+
 Group = dist.ProcessGroup | DeviceMesh | None
+
+Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""(like, shape) -> memory of the dtype and device of `like`."""
+
+
+def new_memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return memory that holds whatever it happens to hold."""
+    return like.new_empty(shape)
 
 
 @dataclass(frozen=True)
@@ -17,17 +29,30 @@ class Ranks:
     flat: dist.ProcessGroup | None = None
     """All ranks; None for one rank without a group."""
     outer: dist.ProcessGroup | None = None
-    """The ranks in this one's place on every node; only from a mesh of two axes."""
+    """The ranks with this one's index on every node; only from a mesh of two axes."""
     inner: dist.ProcessGroup | None = None
     """The ranks of this node; only from a mesh of two axes."""
+    allocate: Allocate = field(default=new_memory, compare=False, repr=False)
+    """Where messages arrive. Measurements whose groups send nothing put random numbers there."""
+
+    def receive_buffer(self, like: Tensor, *shape: int) -> Tensor:
+        """Return memory for a message that arrives, of the dtype and device of `like`."""
+        return self.allocate(like, shape)
 
     @property
     def rank(self) -> int:
+        """This rank, counted inside the group."""
         return 0 if self.flat is None else self.flat.rank()
 
     @property
     def world_size(self) -> int:
+        """W, the number of ranks."""
         return 1 if self.flat is None else self.flat.size()
+
+    @property
+    def node_size(self) -> int | None:
+        """Ranks of one node; None where the mesh says nothing of nodes."""
+        return None if self.inner is None else self.inner.size()
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -39,8 +64,21 @@ class Ranks:
 
     @classmethod
     def from_names(cls, names: tuple[str, str, str]) -> "Ranks":
-        resolve: Callable[[Any], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group
-        return cls(*(resolve(name) if name else None for name in names))
+        """Return the ranks of the groups that are called so; "" is no group."""
+        flat, outer, inner = (resolve_group(name) if name else None for name in names)
+        return cls(flat, outer, inner)
+
+
+def pack_cut(ranks: Ranks, layout: Layout, *more: str) -> str:
+    """Return ranks, layout and more names as one argument of an operator."""
+    return pack_words([*ranks.names, layout.name, *more])
+
+
+def unpack_cut(argument: str) -> tuple[Ranks, Layout, list[str]]:
+    """Return the ranks, the layout and the other names that `pack_cut` packed."""
+    flat, outer, inner, name, *more = unpack_words(argument)
+    ranks = Ranks.from_names((flat, outer, inner))
+    return ranks, make_layout(name, ranks.world_size), more
 
 
 def as_ranks(group: Group | Ranks) -> Ranks:
@@ -63,7 +101,7 @@ def as_ranks(group: Group | Ranks) -> Ranks:
             return Ranks(group.get_group())
         if group.ndim == 2:
             # Row-major: flat rank = outer * inner size + inner, which the rotations rely on.
-            return Ranks(group._flatten().get_group(), group.get_group(0), group.get_group(1))
+            return Ranks(flat_group(group), group.get_group(0), group.get_group(1))
         raise ValueError(
             f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}: pass one axis, "
             'for example mesh["cp"], or two, outer across nodes'

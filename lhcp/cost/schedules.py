@@ -1,66 +1,33 @@
 """Each rotation's schedule, played on clocks.
 
 The functions mirror lhcp/ring/rotation file by file: what is posted when, what waits for what. They
-decide nothing; `lhcp.cost.cost_model` asks them for times.
+decide nothing; `lhcp.cost.choose` asks them for times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 from lhcp.cost.clocks import Clocks, single_seconds
-from lhcp.ring.parts import Segment, gather_segments
-from lhcp.ring.rotation.p2p import holds_all_parts
-from lhcp.ring.schedule import (
-    allgather_steps,
-    hierarchical_steps,
-    p2p_steps,
-    ring_rounds,
-    round_chunks,
-)
-
-
-def parts_received(plan: Sequence[Segment], num_ranks: int) -> list[int]:
-    """Chunks of which each rank gets parts, its own among them."""
-    return [sum(len(segment.givers(rank)) for segment in plan) for rank in range(num_ranks)]
-
-
-def parts_sent(plan: Sequence[Segment], num_ranks: int) -> list[int]:
-    """Chunks of which each rank gives parts to other ranks."""
-    sent = []
-    for rank in range(num_ranks):
-        runs = [segment.runs[rank] for segment in plan]
-        sent.append(sum(stop - start - (start <= rank < stop) for start, stop in runs))
-    return sent
+from lhcp.ring.parts import gather_segments, parts_received, parts_sent
+from lhcp.ring.schedule import allgather_steps, hierarchical_steps, p2p_steps, round_chunks
+from lhcp.ring.shape import AttentionShape
 
 
 def _p2p(clocks: Clocks) -> None:
-    s = clocks.sizes
-    world = s.world_size
-    rounds = ring_rounds(world, s.ring_pairs)
-    steps = [
-        p2p_steps(rank, s.cut, s.causal, s.num_kv_heads, rounds, clocks.backward)
-        for rank in range(world)
-    ]
-    kv, sums = s.kv_elements * s.element_bytes, s.kv_elements * s.grad_bytes
-    held = holds_all_parts(world, kv)
-
-    def seen(rank: int, distance: int) -> float:
-        """Bytes of the keys that a rank attends to at a distance."""
-        one = range(distance, distance + 1)
-        return float(len(round_chunks(rank % world, s.cut, s.causal, one)) * s.chunk_bytes)
+    shape = clocks.shape
+    world, rounds, held = shape.world_size, shape.rounds, shape.holds_all_parts
+    steps = [p2p_steps(shape, rank, clocks.backward) for rank in range(world)]
+    kv, sums = shape.kv_bytes, shape.kv_sum_bytes
+    seen = _bytes_seen(shape)
 
     def exchange(i: int, home: bool) -> list[float]:
         """Fetch the keys of a round, or send their gradients home."""
         done = list(clocks.now)
         for d in rounds[i]:
-
-            def num_bytes(sender: int, d: int = d) -> float:
-                return seen(sender if home else sender + d, d)
-
-            def before(rank: int, d: int = d) -> int:
-                return (rank + d if home else rank - d) % world
-
-            done = list(map(max, done, clocks.exchange(num_bytes, before)))
+            # Gradients of a rank's keys come from the rank d after it: what that one has seen.
+            arriving = seen[d][d:] + seen[d][:d] if home else seen[d]
+            done = list(map(max, done, clocks.exchange(-d if home else d, arriving)))
         return done
 
     coming = exchange(0, home=False)
@@ -82,14 +49,27 @@ def _p2p(clocks: Clocks) -> None:
         clocks.local(((world - 1) if held else len(rounds[-1])) * kv + sums + kv)
 
 
+@cache
+def _bytes_seen(shape: AttentionShape) -> dict[int, list[float]]:
+    """Return, by distance, the bytes of the keys that each rank attends to there."""
+    layout, mask, chunk = shape.layout, shape.mask, float(shape.chunk_bytes)
+    ranks = range(shape.world_size)
+    return {
+        d: [len(round_chunks(rank, layout, mask, range(d, d + 1))) * chunk for rank in ranks]
+        for d in ranks[1:]
+    }
+
+
 def _allgather(clocks: Clocks) -> None:
-    s = clocks.sizes
-    groups, world = s.head_groups, s.world_size
-    steps = [allgather_steps(rank, s.cut, s.causal, groups) for rank in range(world)]
-    kv = s.kv_elements * s.element_bytes // len(groups)
-    chunk = s.chunk_bytes / len(groups)
+    shape = clocks.shape
+    groups, world = shape.head_groups, shape.world_size
+    steps = [allgather_steps(shape, rank) for rank in range(world)]
+    kv = shape.kv_bytes // len(groups)
+    chunk = shape.chunk_bytes / len(groups)
     everyone = range(world)
-    plan = gather_segments(s.cut, s.causal, everyone, everyone)
+    plan = gather_segments(shape.layout, shape.mask, everyone, everyone)
+    received = max(parts_received(plan, world)) * chunk
+    sent = max(parts_sent(plan, world)) * chunk
 
     def gather() -> list[float]:
         clocks.local(2 * kv)
@@ -104,7 +84,7 @@ def _allgather(clocks: Clocks) -> None:
     def arrive() -> None:
         if leaving is not None:
             clocks.wait(leaving)
-            clocks.local(max(parts_received(plan, world)) * chunk + 2 * kv)
+            clocks.local(received + 2 * kv)
 
     for group in range(len(groups)):
         clocks.wait(arriving)
@@ -113,20 +93,16 @@ def _allgather(clocks: Clocks) -> None:
         clocks.step([of_rank[first + group] for of_rank in steps])
         if clocks.backward:
             arrive()
-            most = max(parts_sent(plan, world)) * chunk
-            leaving = clocks.all_to_all([most], [everyone])
+            leaving = clocks.all_to_all([sent], [everyone])
     arrive()
 
 
 def _hierarchical(clocks: Clocks) -> None:
-    s = clocks.sizes
-    nodes = s.num_nodes
-    size = s.world_size // nodes
-    steps = [
-        hierarchical_steps(rank, s.cut, s.causal, s.num_kv_heads, size)
-        for rank in range(s.world_size)
-    ]
-    kv, sums = s.kv_elements * s.element_bytes, s.kv_elements * s.grad_bytes
+    shape = clocks.shape
+    nodes, world = shape.num_nodes, shape.world_size
+    size = world // nodes
+    steps = [hierarchical_steps(shape, rank) for rank in range(world)]
+    kv, sums = shape.kv_bytes, shape.kv_sum_bytes
     inside = [range(node * size, (node + 1) * size) for node in range(nodes)]
 
     def gather() -> list[float]:
@@ -134,7 +110,7 @@ def _hierarchical(clocks: Clocks) -> None:
         return clocks.gather(kv, inside)
 
     def ring() -> list[float]:
-        return clocks.exchange(lambda _: kv, lambda rank: (rank - size) % s.world_size)
+        return clocks.exchange(size, [kv] * world)
 
     clocks.local(2 * kv)
     gathering = gather()
@@ -157,8 +133,7 @@ def _hierarchical(clocks: Clocks) -> None:
         if homeward is not None:
             clocks.wait(homeward)
             clocks.local(3 * sums)
-        back = j * size
-        return clocks.exchange(lambda _: sums, lambda rank: (rank + back) % s.world_size)
+        return clocks.exchange(-j * size, [sums] * world)
 
     for node in range(nodes):
         clocks.wait(gathering)
@@ -171,10 +146,11 @@ def _hierarchical(clocks: Clocks) -> None:
             homeward = pass_on(node - 1)
             keys = [inside[(i - node) % nodes] for i in range(nodes)]
             plans = [
-                gather_segments(s.cut, s.causal, *pair) for pair in zip(inside, keys, strict=True)
+                gather_segments(shape.layout, shape.mask, *pair)
+                for pair in zip(inside, keys, strict=True)
             ]
-            most = [max(parts_sent(plan, size)) * s.chunk_bytes for plan in plans]
-            received = max(max(parts_received(plan, size)) for plan in plans) * s.chunk_bytes
+            most = [max(parts_sent(plan, size)) * shape.chunk_bytes for plan in plans]
+            received = max(max(parts_received(plan, size)) for plan in plans) * shape.chunk_bytes
             parts = clocks.all_to_all(most, inside)
     if clocks.backward:
         last = pass_on(nodes - 1)
@@ -185,28 +161,26 @@ def _hierarchical(clocks: Clocks) -> None:
 
 
 def _alltoall(clocks: Clocks) -> None:
-    s = clocks.sizes
-    qkv = (s.q_elements + s.kv_elements) * s.element_bytes
-    out = s.q_elements * s.element_bytes
+    shape, calibration, direction = clocks.setting
+    world = shape.world_size
+    qkv, out = shape.q_bytes + shape.kv_bytes, shape.q_bytes
     order = (out, qkv) if clocks.backward else (qkv, out)
-    seconds = single_seconds(
-        replace(s, num_heads=max(1, s.num_heads // s.world_size)),
-        clocks.calibration,
-        clocks.direction,
-    )
-    everyone = range(s.world_size)
+    fewer = replace(shape, num_heads=max(1, shape.num_heads // world))
+    seconds = single_seconds(fewer, calibration, direction)
+    everyone = range(world)
     for i, num_bytes in enumerate(order):
         clocks.local(2 * num_bytes, 2 * num_bytes)
-        sent = num_bytes * (s.world_size - 1) / s.world_size
+        sent = num_bytes * (world - 1) / world
         clocks.wait(clocks.all_to_all([sent], [everyone]))
         if i == 0:
             clocks.steps.append(seconds)
-            clocks.work([seconds] * s.world_size)
+            clocks.work([seconds] * world)
 
 
 SCHEDULES: dict[str, Callable[[Clocks], None]] = {
-    "p2p": _p2p,
     "allgather": _allgather,
+    "p2p": _p2p,
     "hierarchical": _hierarchical,
     "alltoall": _alltoall,
 }
+"""What the model knows."""

@@ -1,6 +1,6 @@
 """The `ring-flash-attn` package as an alternative dense ring: its zigzag ring, over flash-attn 2.
 
-The whole ring is the package's, forward and backward; nothing of `lhcp.ring.rotation` runs. Its
+The whole ring is the package's, forward and backward; nothing of `lhcp.ring` runs. Its
 private module is loaded without the package's `__init__`, whose adapter does not import beside
 transformers >= 5 and is not needed here.
 """
@@ -19,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.comm.layout import Layout
+from lhcp.layer.plan import PackageRing
+from lhcp.ring.plan import RingPlan
+from lhcp.ring.shape import CAUSAL, Mask
 
 PACKAGE = "ring_flash_attn"
 INSTALL = "pip install 'lhcp[flash]'"
@@ -26,38 +29,34 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-def check_ring_flash_attn(
-    dtype: torch.dtype, head_dim: int, device: torch.device, layout: Layout, causal: bool
-) -> None:
+def check_ring_flash_attn(q: Tensor, layout: Layout, mask: Mask) -> None:
     """Check that the package can do such inputs and that it is there.
+
+    Args:
+        q: [B, n, H, D]; only its dtype, device and head_dim are read.
 
     Raises:
         ValueError: it cannot; the message names what works.
         ImportError: the package or flash-attn is missing or does not import.
     """
-    other = 'or another rotation, for example rotation="auto"'
-    if device.type != "cuda":
-        raise ValueError(f"{PACKAGE}: inputs are on {device.type}; it takes cuda, {other}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{PACKAGE}: inputs are {dtype}; it takes bfloat16 and float16, {other}")
+    other, head_dim = 'or another rotation, for example rotation="auto"', q.shape[3]
+    if q.device.type != "cuda":
+        raise ValueError(f"{PACKAGE}: inputs are on {q.device.type}; it takes cuda, {other}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"{PACKAGE}: inputs are {q.dtype}; it takes bfloat16 and float16, {other}")
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         raise ValueError(
             f"{PACKAGE}: head_dim={head_dim}; it takes multiples of 8 up to {MAX_HEAD_DIM}, {other}"
         )
     if layout.name != "zigzag":
         raise ValueError(f"{PACKAGE}: layout={layout.name!r}; it takes 'zigzag', {other}")
-    if not causal:
+    if not mask.causal:
         raise ValueError(f"{PACKAGE}: causal=False; its zigzag ring is causal, {other}")
     _zigzag_function()
 
 
 def ring_flash_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: dist.ProcessGroup | None,
-    scale: float,
-    causal: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Exact causal attention over zigzag-sharded tokens, differentiable, by ring-flash-attn.
 
@@ -65,7 +64,6 @@ def ring_flash_attn(
         q: [B, n, H, D], this rank's two chunks in order. k, v: [B, n, Hk, D]. bfloat16 or float16.
         group: the ranks; None is the default group, which must exist.
         scale: of the logits.
-        causal: must be True.
 
     Returns:
         out [B, n, H, D] in the dtype of q; lse [B, H, n] float32, which carries no gradient.
@@ -73,7 +71,7 @@ def ring_flash_attn(
     Raises:
         ValueError, ImportError: see `check_ring_flash_attn`; also where no group exists.
     """
-    check_ring_flash_attn(q.dtype, q.shape[3], q.device, Layout("zigzag", 1), causal)
+    check_ring_flash_attn(q, Layout("zigzag", 1), CAUSAL)
     if group is None and not dist.is_initialized():
         raise ValueError(f"{PACKAGE}: group=None and no default group; pass a ProcessGroup")
     out, lse, *_ = _zigzag_function()(
@@ -87,6 +85,14 @@ def ring_flash_attn(
         group=group,
     )
     return out, lse.detach()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: RingPlan) -> tuple[Tensor, Tensor]:
+    return ring_flash_attn(q, k, v, plan.ranks.flat, plan.scale)
+
+
+RING_FLASH_ATTN = PackageRing(check_ring_flash_attn, _attend)
+"""The rotation "ring_flash_attn"."""
 
 
 @cache
@@ -121,7 +127,7 @@ def _load_without_init(module: str) -> ModuleType:
 
 
 def _loaded() -> dict[str, ModuleType]:
-    """What is loaded of the package now."""
+    """Return what is loaded of the package now."""
     return {
         name: module
         for name, module in sys.modules.items()

@@ -56,8 +56,8 @@ class BoundaryExchange:
         """
         if self._works is None:
             return torch.zeros_like(self._rows)
-        stage = "boundary_backward" if self._back else "boundary"
-        with self._spans.span(stage, "wait", 0, self._rows.device):
+        name = "boundary_backward" if self._back else "boundary"
+        with self._spans.span(name, "wait", 0, self._rows.device):
             self._works.wait()
         layout, rank = self._layout, self._ranks.rank
         for slot, chunk in enumerate(layout.chunks(rank)):

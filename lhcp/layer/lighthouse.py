@@ -1,6 +1,7 @@
-"""The hall where the two wings meet: `select` and `lighthouse_attention`."""
+"""`select` and `lighthouse_attention`: the local stages, then the ring, then scatter-back."""
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,13 +11,28 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.scatter_back import ScatterBack
-from lhcp.lighthouse import stages
+from lhcp.layer.plan import Choices, carry_out, choose_kernels, make_plan
+from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
+from lhcp.lighthouse import operators
+from lhcp.lighthouse.autograd import GatherSubsequence
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.score import dilated_scores, level_scores
+from lhcp.lighthouse.kernel_set import QKV
+from lhcp.lighthouse.score import SCORERS, ScoreInputs
 from lhcp.lighthouse.select import Selection
-from lhcp.ring.function import attention, make_plan
+from lhcp.operators import pack_integers
 from lhcp.timing import UNTIMED, Spans
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller brings in place of what the layer would compute."""
+
+    selection: Selection | None = None
+    score_q: Tensor | None = None
+    score_k: Tensor | None = None
+
+
+NOTHING_GIVEN = Given()
 
 
 def local_geometry(
@@ -29,23 +45,6 @@ def local_geometry(
     """
     cut = make_layout(layout, ranks.world_size)
     return Geometry.local(config, num_tokens, ranks.world_size, cut.chunks_per_rank, ranks.rank)
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    config: LighthouseConfig,
-    geom: Geometry,
-    kernels: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Scores of levels 1 to L-1 from what to score on, each [B, Hk, pooled_size]."""
-    if config.scorer == "dilated":
-        assert v is not None
-        sq, sk = dilated_scores(q, k, v, geom, config, scale)
-        return level_scores(sq, geom), level_scores(sk, geom)
-    return stages.score_tensors(q, k, stages.to_list(geom), kernels)
 
 
 def select(
@@ -87,20 +86,14 @@ def select(
         check_qkv(q, k, v)
     geom = local_geometry(config, q.shape[1], as_ranks(group), layout)
     score_q, score_k = check_scores(score_q, score_k, q, k)
-    kernels = stages.choose_kernels(kernels, q.dtype, q.device)
-    if config.scorer == "dilated" and v is None:
-        raise ValueError('scorer="dilated" attends with the values: pass v=')
+    kernels = choose_kernels(kernels, q.dtype, q.device)
+    scorer = SCORERS[config.scorer]
+    if scorer.needs_values and v is None:
+        raise ValueError(f"scorer={config.scorer!r} attends with the values: pass v=")
+    inputs = ScoreInputs(geom, config, kernels, Choices(scale=scale).scale_of(q))
     with torch.no_grad():
-        sq, sk = _scores(
-            score_q,
-            score_k,
-            v,
-            config,
-            geom,
-            kernels,
-            q.shape[3] ** -0.5 if scale is None else scale,
-        )
-        return Selection(*stages.select_entries(sq, sk, stages.to_list(geom), kernels))
+        sq, sk = scorer.score(QKV(score_q, score_k, k if v is None else v), inputs)
+        return Selection(*operators.select_entries(sq, sk, pack_integers(geom), kernels))
 
 
 def lighthouse_attention(
@@ -152,44 +145,52 @@ def lighthouse_attention(
             anything is sent.
         ImportError: an explicit backend's package is missing.
     """
+    choices = Choices(layout, rotation, backend, kernels, scale, timers)
+    given = Given(selection, score_q, score_k)
+    return sparse_attention(QKV(q, k, v), config, as_ranks(group), choices, given)
+
+
+def sparse_attention(
+    qkv: QKV, config: LighthouseConfig, ranks: Ranks, choices: Choices, given: Given
+) -> Tensor:
+    """Attend as `lighthouse_attention`, which has the rules."""
+    q, k, v = qkv
     check_qkv(q, k, v)
-    ranks = as_ranks(group)
-    geom = local_geometry(config, q.shape[1], ranks, layout)
-    plan = make_plan(q, k, ranks, layout, rotation, backend, True, scale, geom.subsequence)
-    kernels = stages.choose_kernels(kernels, q.dtype, q.device)
-    scoring_on = check_scores(score_q, score_k, q, k)
+    geom = local_geometry(config, q.shape[1], ranks, choices.layout)
+    plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence)
+    kernels = choose_kernels(choices.kernels, q.dtype, q.device)
+    score_q, score_k = check_scores(given.score_q, given.score_k, q, k)
     if geom.subsequence >= geom.num_tokens:
         warnings.warn(
             f"the sub-sequence has {geom.subsequence} entries for {geom.num_tokens} tokens a rank: "
             "this config shortens nothing; use a smaller topk or a longer sequence",
-            stacklevel=2,
+            stacklevel=3,
         )
-    sizes = stages.to_list(geom)
+    scorer, selection, timers = SCORERS[config.scorer], given.selection, choices.timers
+    integers = pack_integers(geom)
     with torch.no_grad():
-        on_qk = (
-            selection is None and config.scorer == "norm" and score_q is None and score_k is None
-        )
+        unchanged = given.score_q is None and given.score_k is None
+        on_the_way = selection is None and scorer.comes_with_pooling and unchanged
         with timers.span("pool", "compute", 0, q.device):
-            pooled_q, pooled_k, pooled_v, sq, sk = stages.pool_and_score(
-                q, k, v, sizes, on_qk, kernels
-            )
+            *pooled, sq, sk = operators.pool_and_score(q, k, v, integers, on_the_way, kernels)
         with timers.span("select", "compute", 0, q.device):
             if selection is None:
-                if not on_qk:
-                    sq, sk = _scores(*scoring_on, v, config, geom, kernels, plan.scale)
-                selection = Selection(*stages.select_entries(sq, sk, sizes, kernels))
+                if not on_the_way:
+                    inputs = ScoreInputs(geom, config, kernels, plan.scale)
+                    sq, sk = scorer.score(QKV(score_q, score_k, v), inputs)
+                selection = Selection(*operators.select_entries(sq, sk, integers, kernels))
             else:
                 check_selection(selection, k, geom)
         del sq, sk
     with timers.span("gather", "compute", 0, q.device):
-        qs, ks, vs = stages.Gather.apply(
-            q, k, v, pooled_q, pooled_k, pooled_v, *selection, sizes, kernels
-        )
+        qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, integers, kernels)
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
-    del pooled_q, pooled_k, pooled_v
-    out, _ = attention(qs, ks, vs, plan, timers)
+    del pooled
+    out, _ = carry_out(qs, ks, vs, plan, timers)
     with timers.span("scatter", "compute", 0, q.device):
-        return ScatterBack.apply(out, *selection, sizes, kernels, ranks, plan.layout, timers)
+        back = ScatterPlan(integers, kernels, ranks, plan.layout)
+        scattered: Tensor = ScatterBack.apply(out, *selection, back, timers)
+        return scattered
 
 
 def check_selection(selection: Selection, k: Tensor, geom: Geometry) -> None:
@@ -200,7 +201,7 @@ def check_selection(selection: Selection, k: Tensor, geom: Geometry) -> None:
     """
     wanted = {
         "entries": (k.shape[0], k.shape[2], geom.subsequence),
-        "places": (k.shape[0], k.shape[2], geom.pyramid_size),
+        "row_of_entry": (k.shape[0], k.shape[2], geom.pyramid_size),
     }
     for name, shape in wanted.items():
         x: Tensor = getattr(selection, name)

@@ -11,10 +11,12 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.lighthouse import lighthouse_attention, local_geometry
+from lhcp.layer.dense import dense_attention
+from lhcp.layer.lighthouse import Given, local_geometry, sparse_attention
+from lhcp.layer.plan import Choices, choose_kernels, make_plan
+from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
-from lhcp.lighthouse.stages import choose_kernels
-from lhcp.ring.function import make_plan, ring_attention
+from lhcp.ring.shape import CAUSAL
 from lhcp.timing import UNTIMED, Spans
 
 Mode = Literal["lighthouse", "dense"]
@@ -50,12 +52,8 @@ class LighthouseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.ranks = as_ranks(group)
-        self.layout: LayoutName = layout
-        self.rotation = rotation
-        self.backend = backend
-        self.kernels = kernels
-        self.scale = scale
-        self.timers = UNTIMED if timers is None else timers
+        spans = UNTIMED if timers is None else timers
+        self.choices = Choices(layout, rotation, backend, kernels, scale, spans)
         self._agreed: set[str] = set()
         self._mode: Mode = "dense" if config is None else "lighthouse"
 
@@ -90,65 +88,44 @@ class LighthouseAttention(nn.Module):
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`; at the
                 first call also where another rank has a problem or was asked for something else.
         """
+        qkv, given = QKV(q, k, v), Given(selection, score_q, score_k)
         if not torch.compiler.is_compiling() and self._mode not in self._agreed:
-            self._agree(q, k, v, score_q, score_k)
+            self._agree(qkv, given)
         if self._mode == "dense":
-            return ring_attention(
-                q,
-                k,
-                v,
-                group=self.ranks,
-                layout=self.layout,
-                rotation=self.rotation,
-                backend=self.backend,
-                scale=self.scale,
-                timers=self.timers,
-            )
+            out, _ = dense_attention(qkv, self.ranks, self.choices, CAUSAL)
+            return out
         assert self.config is not None
-        return lighthouse_attention(
-            q,
-            k,
-            v,
-            config=self.config,
-            group=self.ranks,
-            layout=self.layout,
-            rotation=self.rotation,
-            backend=self.backend,
-            kernels=self.kernels,
-            scale=self.scale,
-            selection=selection,
-            score_q=score_q,
-            score_k=score_k,
-            timers=self.timers,
-        )
+        return sparse_attention(qkv, self.config, self.ranks, self.choices, given)
 
     def extra_repr(self) -> str:
-        rotation = self.rotation if isinstance(self.rotation, str) else self.rotation.name
+        """Return what the layer was made with, for printing a model."""
+        c = self.choices
+        rotation = c.rotation if isinstance(c.rotation, str) else c.rotation.name
         return (
             f"{self.config}, mode={self._mode!r}, world_size={self.ranks.world_size}, "
-            f"layout={self.layout!r}, rotation={rotation!r}, backend={self.backend!r}"
+            f"layout={c.layout!r}, rotation={rotation!r}, backend={c.backend!r}"
         )
 
-    def _agree(
-        self, q: Tensor, k: Tensor, v: Tensor, score_q: Tensor | None, score_k: Tensor | None
-    ) -> None:
+    def _agree(self, qkv: QKV, given: Given) -> None:
+        """Compare with the other ranks what this one is asked to do in this mode."""
+        (q, k, v), choices = qkv, self.choices
         meaning, problem = "", None
         try:
             check_qkv(q, k, v)
             kernels, tokens = "none", q.shape[1]
             if self._mode == "lighthouse":
                 assert self.config is not None
-                check_scores(score_q, score_k, q, k)
-                geom = local_geometry(self.config, tokens, self.ranks, self.layout)
-                kernels, tokens = choose_kernels(self.kernels, q.dtype, q.device), geom.subsequence
+                check_scores(given.score_q, given.score_k, q, k)
+                geom = local_geometry(self.config, tokens, self.ranks, choices.layout)
+                kernels = choose_kernels(choices.kernels, q.dtype, q.device)
+                tokens = geom.subsequence
             else:
-                layout = make_layout(self.layout, self.ranks.world_size)
+                layout = make_layout(choices.layout, self.ranks.world_size)
                 layout.check_seqlen(tokens * self.ranks.world_size)
-            choices = (self.layout, self.rotation, self.backend, True, self.scale, tokens)
-            plan = make_plan(q, k, self.ranks, *choices)
+            plan = make_plan(q, k, self.ranks, choices, tokens=tokens)
             meaning = (
                 f"mode={self._mode} q={list(q.shape)} k={list(k.shape)} {q.dtype} {self.config} "
-                f"layout={self.layout} rotation={plan.rotation} backend={plan.backend} "
+                f"layout={choices.layout} rotation={plan.rotation} backend={plan.backend} "
                 f"kernels={kernels} scale={plan.scale}"
             )
         except (TypeError, ValueError, ImportError) as error:

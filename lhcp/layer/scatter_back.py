@@ -4,104 +4,103 @@ The rows are posted first and travel while the interior is scattered; the gradie
 the same way back. One opaque operator a direction, so that the order of messages is the program's.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lhcp.comm.layout import Layout, make_layout
-from lhcp.comm.mesh import Ranks
+from lhcp.comm.layout import Layout
+from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
 from lhcp.layer.boundary import BoundaryExchange
+from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import KernelSet
+from lhcp.lighthouse.kernel_sets import kernel_set
 from lhcp.lighthouse.scatter import add_last_grads
-from lhcp.lighthouse.stages import from_list, stages
-from lhcp.operators import joined, operator, parted
-from lhcp.timing import UNTIMED, Spans
+from lhcp.operators import operator, unpack_integers
+from lhcp.timing import UNTIMED, Spans, goes_through_operators
 
 
-def scatter_back(
-    o: Tensor,
-    places: Tensor,
-    geom_list: list[int],
-    kernels: str,
-    ranks: Ranks,
-    layout: Layout,
-    spans: Spans,
-) -> Tensor:
+@dataclass(frozen=True)
+class ScatterPlan:
+    """How a scatter is carried out."""
+
+    integers: list[int]
+    """The packed geometry."""
+    kernels: str
+    """One of `lhcp.lighthouse.kernel_sets.KERNELS`."""
+    ranks: Ranks
+    layout: Layout
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of this rank's tokens."""
+        return unpack_integers(Geometry, self.integers)
+
+    @property
+    def local(self) -> KernelSet:
+        """The kernels of this rank's part."""
+        return kernel_set(self.kernels)
+
+    def pack(self) -> tuple[list[int], str]:
+        """Return the plan as arguments of an operator; `unpack` is the way back."""
+        return self.integers, pack_cut(self.ranks, self.layout, self.kernels)
+
+    @classmethod
+    def unpack(cls, integers: list[int], words: str) -> "ScatterPlan":
+        """Return the plan that was packed."""
+        ranks, layout, (kernels,) = unpack_cut(words)
+        return cls(integers, kernels, ranks, layout)
+
+
+def scatter_back(o: Tensor, row_of_entry: Tensor, plan: ScatterPlan, spans: Spans) -> Tensor:
     """Scatter [B, S / W, H, D] back to [B, N / W, H, D]."""
-    geom, local = from_list(geom_list), stages(kernels)
-    if ranks.world_size == 1:
-        return local.scatter(o, places, geom)
-    rows = local.last_rows(o, places, geom)
-    exchange = BoundaryExchange(rows, ranks, layout, back=False, spans=spans)
-    out = local.scatter(o, places, geom)
-    local.scatter_edges(out, o, places, exchange.wait(), geom)
+    geom, local = plan.geometry, plan.local
+    if plan.ranks.world_size == 1:
+        return local.scatter(o, row_of_entry, geom)
+    rows = local.last_rows(o, row_of_entry, geom)
+    exchange = BoundaryExchange(rows, plan.ranks, plan.layout, back=False, spans=spans)
+    out = local.scatter(o, row_of_entry, geom)
+    local.scatter_edges(out, o, row_of_entry, exchange.wait(), geom)
     return out
 
 
 def scatter_back_backward(
-    dout: Tensor,
-    entries: Tensor,
-    places: Tensor,
-    geom_list: list[int],
-    kernels: str,
-    ranks: Ranks,
-    layout: Layout,
-    spans: Spans,
+    dout: Tensor, entries: Tensor, row_of_entry: Tensor, plan: ScatterPlan, spans: Spans
 ) -> Tensor:
-    """Gradient of `scatter_back`: [B, N / W, H, D] to [B, S / W, H, D]."""
-    geom, local = from_list(geom_list), stages(kernels)
-    if ranks.world_size == 1:
-        return local.scatter_backward(dout, entries, places, geom)
+    """Compute the gradient of `scatter_back`: [B, N / W, H, D] to [B, S / W, H, D]."""
+    geom, local = plan.geometry, plan.local
+    if plan.ranks.world_size == 1:
+        return local.scatter_backward(dout, entries, row_of_entry, geom)
     owed = local.edge_grads(dout, geom)
-    exchange = BoundaryExchange(owed, ranks, layout, back=True, spans=spans)
-    do = local.scatter_backward(dout, entries, places, geom)
-    add_last_grads(do, dout, exchange.wait(), places, geom)
+    exchange = BoundaryExchange(owed, plan.ranks, plan.layout, back=True, spans=spans)
+    do = local.scatter_backward(dout, entries, row_of_entry, geom)
+    add_last_grads(do, dout, exchange.wait(), row_of_entry, geom)
     return do
 
 
-def _fake_scatter_back(
-    o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str
-) -> Tensor:
-    return o.new_empty((o.shape[0], from_list(geom).num_tokens, *o.shape[2:]))
+def _fake_scatter_back(o: Tensor, row_of_entry: Tensor, geom: list[int], words: str) -> Tensor:
+    num_tokens = unpack_integers(Geometry, geom).num_tokens
+    return o.new_empty((o.shape[0], num_tokens, *o.shape[2:]))
 
 
 @operator("scatter_back", _fake_scatter_back)
-def _scatter_back(o: Tensor, places: Tensor, geom: list[int], kernels: str, words: str) -> Tensor:
-    return scatter_back(o, places, geom, kernels, *_from_words(words), UNTIMED)
+def _scatter_back(o: Tensor, row_of_entry: Tensor, geom: list[int], words: str) -> Tensor:
+    return scatter_back(o, row_of_entry, ScatterPlan.unpack(geom, words), UNTIMED)
 
 
 def _fake_scatter_back_backward(
-    dout: Tensor,
-    entries: Tensor,
-    places: Tensor,
-    geom: list[int],
-    kernels: str,
-    words: str,
+    dout: Tensor, entries: Tensor, row_of_entry: Tensor, geom: list[int], words: str
 ) -> Tensor:
     return dout.new_empty((dout.shape[0], entries.shape[2], *dout.shape[2:]))
 
 
 @operator("scatter_back_backward", _fake_scatter_back_backward)
 def _scatter_back_backward(
-    dout: Tensor,
-    entries: Tensor,
-    places: Tensor,
-    geom: list[int],
-    kernels: str,
-    words: str,
+    dout: Tensor, entries: Tensor, row_of_entry: Tensor, geom: list[int], words: str
 ) -> Tensor:
-    ranks, layout = _from_words(words)
-    return scatter_back_backward(dout, entries, places, geom, kernels, ranks, layout, UNTIMED)
-
-
-def _to_words(ranks: Ranks, layout: Layout) -> str:
-    return joined([*ranks.names, layout.name])
-
-
-def _from_words(words: str) -> tuple[Ranks, Layout]:
-    flat, outer, inner, layout = parted(words)
-    ranks = Ranks.from_names((flat, outer, inner))
-    return ranks, make_layout(layout, ranks.world_size)
+    plan = ScatterPlan.unpack(geom, words)
+    return scatter_back_backward(dout, entries, row_of_entry, plan, UNTIMED)
 
 
 class ScatterBack(torch.autograd.Function):
@@ -112,27 +111,24 @@ class ScatterBack(torch.autograd.Function):
         ctx: Any,
         o: Tensor,
         entries: Tensor,
-        places: Tensor,
-        geom: list[int],
-        kernels: str,
-        ranks: Ranks,
-        layout: Layout,
+        row_of_entry: Tensor,
+        plan: ScatterPlan,
         spans: Spans,
     ) -> Tensor:
-        ctx.save_for_backward(entries, places)
-        ctx.arguments = (geom, kernels, ranks, layout, spans)
-        if spans is UNTIMED or torch.compiler.is_compiling():
-            return _scatter_back(o, places, geom, kernels, _to_words(ranks, layout))
-        return scatter_back(o, places, *ctx.arguments)
+        """Scatter the outputs back."""
+        ctx.save_for_backward(entries, row_of_entry)
+        ctx.plan, ctx.spans = plan, spans
+        if goes_through_operators(spans):
+            out: Tensor = _scatter_back(o, row_of_entry, *plan.pack())
+            return out
+        return scatter_back(o, row_of_entry, plan, spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        entries, places = ctx.saved_tensors
-        geom, kernels, ranks, layout, spans = ctx.arguments
-        dout = grads[0].contiguous()
-        if spans is UNTIMED or torch.compiler.is_compiling():
-            words = _to_words(ranks, layout)
-            do = _scatter_back_backward(dout, entries, places, geom, kernels, words)
+        """Sum, for each entry, the gradients of its positions."""
+        (entries, row_of_entry), dout = ctx.saved_tensors, grads[0].contiguous()
+        if goes_through_operators(ctx.spans):
+            do = _scatter_back_backward(dout, entries, row_of_entry, *ctx.plan.pack())
         else:
-            do = scatter_back_backward(dout, entries, places, *ctx.arguments)
-        return (do, *(None,) * 7)
+            do = scatter_back_backward(dout, entries, row_of_entry, ctx.plan, ctx.spans)
+        return do, None, None, None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.pool import accumulate_dtype
+from lhcp.precision import wide
 
 
 def heads_of(index: Tensor, num_heads: int) -> Tensor:
@@ -30,24 +30,24 @@ def gather_one(x: Tensor, pooled: Tensor, entries: Tensor) -> Tensor:
     return torch.cat([x, pooled], 1).gather(1, index)
 
 
-def rows_at(sub: Tensor, places: Tensor) -> Tensor:
-    """Read rows of the sub-sequence [B, S, heads, D] at places [B, Hk, X]; zero where -1.
+def rows_at(sub: Tensor, row_of_entry: Tensor) -> Tensor:
+    """Read rows of the sub-sequence [B, S, heads, D] at row_of_entry [B, Hk, X]; zero where -1.
 
     Returns:
         [B, X, heads, D].
     """
-    index = heads_of(places, sub.shape[2])
+    index = heads_of(row_of_entry, sub.shape[2])
     rows = sub.gather(1, index.clamp(min=0).expand(-1, -1, -1, sub.shape[3]))
     return rows.masked_fill(index < 0, 0)
 
 
-def gather_backward_one(dsub: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+def gather_backward_one(dsub: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     """Gradient of one gathered tensor's source: [B, S, heads, D] -> [B, n, heads, D]."""
-    wide = accumulate_dtype(dsub.dtype)
-    total = rows_at(dsub, places[..., : geom.num_tokens]).to(wide)
+    sum_dtype = wide(dsub.dtype)
+    total = rows_at(dsub, row_of_entry[..., : geom.num_tokens]).to(sum_dtype)
     for level in range(1, geom.num_levels):
         columns = slice(geom.offset(level), geom.offset(level + 1))
         window = geom.window(level)
-        rows = rows_at(dsub, places[..., columns]).to(wide) / window
+        rows = rows_at(dsub, row_of_entry[..., columns]).to(sum_dtype) / window
         total = total + rows.repeat_interleave(window, dim=1)
     return total.to(dsub.dtype)

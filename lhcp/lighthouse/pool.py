@@ -4,15 +4,11 @@ import torch
 from torch import Tensor
 
 from lhcp.lighthouse.geometry import Geometry
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and scores are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from lhcp.precision import wide
 
 
 def pool(x: Tensor, geom: Geometry) -> Tensor:
-    """Mean of `x` over the windows of levels 1 to L-1.
+    """Return the mean of `x` over the windows of levels 1 to L-1.
 
     A level is summed from the unrounded sums of the level below, in the order of the entries, then
     divided and rounded once, so a mean does not depend on how the sequence is sharded.
@@ -23,7 +19,7 @@ def pool(x: Tensor, geom: Geometry) -> Tensor:
     Returns:
         [B, pooled_size, heads, D] in the dtype of `x`, level 1 first.
     """
-    sums = x.to(accumulate_dtype(x.dtype))
+    sums = x.to(wide(x.dtype))
     levels = []
     for level in range(1, geom.num_levels):
         children = sums.unflatten(1, (-1, geom.pool_factor)).unbind(2)

@@ -10,31 +10,33 @@ from torch import Tensor
 
 from lhcp.lighthouse.gather import heads_of, rows_at
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.pool import accumulate_dtype
+from lhcp.precision import wide
 
 
-def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     """Sum, for each position, the rows of its entries in the same chunk, from level 0 upwards.
 
     Args:
-        o: [B, S, H, D]. places: [B, Hk, pyramid_size].
+        o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size].
 
     Returns:
         [B, n, H, D] in the dtype of `o`, rounded once. What chunks owe each other is missing:
         `scatter_edges` completes the first p**(L-1) - 1 positions of each chunk.
     """
-    total = rows_at(o, places[..., : geom.num_tokens]).to(accumulate_dtype(o.dtype))
+    total = rows_at(o, row_of_entry[..., : geom.num_tokens]).to(wide(o.dtype))
     chunked = total.unflatten(1, (geom.num_chunks, -1))
     for level in range(1, geom.num_levels):
         window = geom.window(level)
         served = chunked[:, :, window - 1 :]
         columns = slice(geom.offset(level), geom.offset(level + 1))
-        rows = rows_at(o, places[..., columns]).unflatten(1, (geom.num_chunks, -1))
+        rows = rows_at(o, row_of_entry[..., columns]).unflatten(1, (geom.num_chunks, -1))
         served += rows.to(total.dtype).repeat_interleave(window, dim=2)[:, :, : served.shape[2]]
     return total.to(o.dtype)
 
 
-def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Geometry) -> None:
+def scatter_edges(
+    out: Tensor, o: Tensor, row_of_entry: Tensor, halo: Tensor, geom: Geometry
+) -> None:
     """Complete, in place, the positions that the last entries of the chunk before also serve.
 
     They are summed anew from level 0 upwards, so that the order of the sum and its one rounding do
@@ -48,15 +50,15 @@ def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Ge
     edge = min(geom.window(geom.num_levels - 1) - 1, geom.chunk_size)
     chunked = out.unflatten(1, (geom.num_chunks, -1))
     position = torch.arange(edge, device=out.device)
-    wide = accumulate_dtype(o.dtype)
+    sum_dtype = wide(o.dtype)
     for chunk in range(geom.num_chunks):
         total: Tensor | None = None
         for level in range(geom.num_levels):
             index = (position + 1) // geom.window(level) - 1
             start = geom.offset(level) + chunk * geom.chunk_size // geom.window(level)
-            rows = rows_at(o, places[..., start + index.clamp(min=0)]).to(wide)
+            rows = rows_at(o, row_of_entry[..., start + index.clamp(min=0)]).to(sum_dtype)
             if level > 0:
-                owed = halo[:, chunk, level - 1][:, None].to(wide)
+                owed = halo[:, chunk, level - 1][:, None].to(sum_dtype)
                 rows = torch.where((index < 0)[None, :, None, None], owed, rows)
             total = rows if total is None else total + rows
         assert total is not None
@@ -72,9 +74,9 @@ def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
     Returns:
         [B, S, H, D] in the dtype of `dout`, rounded once.
     """
-    wide = dout.to(accumulate_dtype(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
-    pyramid = [wide.flatten(1, 2)]
-    sums = wide
+    by_chunk = dout.to(wide(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
+    pyramid = [by_chunk.flatten(1, 2)]
+    sums = by_chunk
     for _ in range(1, geom.num_levels):
         # sums[j] serves from the end of entry j of the level below: p of them, from the last child.
         p = geom.pool_factor
@@ -94,45 +96,45 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
     Returns:
         [B, num_chunks, L-1, H, D], float32 (float64 for float64).
     """
-    wide = dout.to(accumulate_dtype(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
-    sums = [wide[:, :, : geom.window(level) - 1].sum(2) for level in range(1, geom.num_levels)]
+    by_chunk = dout.to(wide(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
+    sums = [by_chunk[:, :, : geom.window(level) - 1].sum(2) for level in range(1, geom.num_levels)]
     return torch.stack(sums, 2)
 
 
-def last_places(places: Tensor, geom: Geometry) -> Tensor:
-    """Places of the last entry of levels 1 to L-1 of each chunk: [B, Hk, num_chunks, L-1]."""
+def rows_of_last(row_of_entry: Tensor, geom: Geometry) -> Tensor:
+    """Return the rows of each chunk's last entries, levels 1 to L-1: [B, Hk, num_chunks, L-1]."""
     # Slices, not an index tensor: a CUDA graph can capture them.
     columns = []
     for level in range(1, geom.num_levels):
         per_chunk = geom.chunk_size // geom.window(level)
-        entries = places[..., geom.offset(level) : geom.offset(level + 1)]
+        entries = row_of_entry[..., geom.offset(level) : geom.offset(level + 1)]
         columns.append(entries[..., per_chunk - 1 :: per_chunk])
     return torch.stack(columns, 3)
 
 
-def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
-    """What each chunk owes the next: [B, num_chunks, L-1, H, D] rows of `o`, zero where absent."""
-    last = last_places(places, geom)
+def last_rows(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
+    """Return what each chunk owes the next: rows of `o`, zero if absent, [B, chunks, L-1, H, D]."""
+    last = rows_of_last(row_of_entry, geom)
     rows = rows_at(o, last.flatten(2))
     return rows.unflatten(1, last.shape[2:])
 
 
 def add_last_grads(
-    do: Tensor, dout: Tensor, received: Tensor, places: Tensor, geom: Geometry
+    do: Tensor, dout: Tensor, received: Tensor, row_of_entry: Tensor, geom: Geometry
 ) -> None:
     """Complete, in place, the gradient of the rows that chunks owed each other.
 
     In its own chunk such an entry serves one position only, the chunk's last; the rest of its sum
-    is `received`, so the whole is summed wide here and rounded once.
+    is `received`, so the whole is by_chunk wide here and rounded once.
 
     Args:
-        do: [B, S, H, D] from `scatter_backward`; overwritten at the places of `last_rows`.
+        do: [B, S, H, D] from `scatter_backward`; overwritten at the row_of_entry of `last_rows`.
         dout: [B, n, H, D]. received: [B, num_chunks, L-1, H, D], wide, zero where nothing was owed.
     """
-    last = last_places(places, geom).flatten(2)
+    last = rows_of_last(row_of_entry, geom).flatten(2)
     own = dout.unflatten(1, (geom.num_chunks, -1))[:, :, -1][:, :, None].to(received.dtype)
     grads = (own + received).flatten(1, 2).to(do.dtype)
     index = heads_of(last, do.shape[2])
-    # An absent entry writes place 0's own row back: same bits, whatever the order of the writes.
+    # An absent entry writes row 0 back as it is: same bits, whatever the order of the writes.
     safe = index.clamp(min=0).expand_as(grads)
     do.scatter_(1, safe, torch.where(index >= 0, grads, do.gather(1, safe)))

@@ -1,15 +1,22 @@
-"""Parameter-free scores of the entries of levels 1 to L-1: squared norms, of q and k themselves
-("norm") or of the outputs of a local dilated attention ("dilated"). No gradient.
+"""Parameter-free scores of the entries of levels 1 to L-1, by one table of scorers. No gradient.
+
+"norm" takes squared norms of q and k themselves, "dilated" those of the outputs of a local dilated
+attention.
 """
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lhcp.config import LighthouseConfig
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.pool import accumulate_dtype
+from lhcp.lighthouse.kernel_set import QKV
+from lhcp.lighthouse.norms import level_scores, token_scores
+from lhcp.lighthouse.operators import score_tensors
+from lhcp.operators import pack_integers
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -19,43 +26,42 @@ _FASTEST_FIRST = [
 ]
 
 
-def squared_norm(x: Tensor) -> Tensor:
-    """Squared l2 norm over the last axis: [..., E] -> [...], wide, NaN as +inf.
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a scorer reads, beside the tensors."""
 
-    Halves are added pairwise, element by element. A library's sum may order its additions by shape,
-    strides or threads; this one always adds a row in the same order, so that a token's score has
-    the same bits on any number of ranks.
-    """
-    terms = x.to(accumulate_dtype(x.dtype)).square()
-    while (size := terms.shape[-1]) > 1:
-        half = size // 2
-        paired = terms[..., :half] + terms[..., half : 2 * half]
-        terms = torch.cat([paired, terms[..., 2 * half :]], -1) if size % 2 else paired
-    return terms[..., 0].nan_to_num(nan=torch.inf, posinf=torch.inf)
+    geom: Geometry
+    config: LighthouseConfig
+    kernels: str
+    """One of `lhcp.lighthouse.kernel_sets.KERNELS`."""
+    scale: float
+    """Factor of the logits of a scorer that attends."""
 
 
-def token_scores(x: Tensor, num_kv_heads: int) -> Tensor:
-    """Squared norms of [B, n, heads, E], the largest of each kv head's group: [B, Hk, n]."""
-    return squared_norm(x).unflatten(2, (num_kv_heads, -1)).amax(3).transpose(1, 2)
+@dataclass(frozen=True)
+class Scorer:
+    """One way to rank entries."""
+
+    score: Callable[[QKV, ScoreInputs], tuple[Tensor, Tensor]]
+    """(what to score on, inputs) -> (sq, sk) of levels 1 to L-1, each [B, Hk, pooled_size]."""
+    needs_values: bool
+    """Whether it reads v."""
+    comes_with_pooling: bool
+    """Whether pooling q and k scores them on the way, at next to no cost."""
 
 
-def level_scores(scores: Tensor, geom: Geometry) -> Tensor:
-    """Maximum of level-0 scores [B, Hk, n] over the windows of levels 1 to L-1.
-
-    Returns:
-        [B, Hk, pooled_size], level 1 first.
-    """
-    levels = []
-    for _ in range(1, geom.num_levels):
-        scores = scores.unflatten(2, (-1, geom.pool_factor)).amax(3)
-        levels.append(scores)
-    return torch.cat(levels, 2)
+def _norm(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    sq, sk = score_tensors(qkv.q, qkv.k, pack_integers(inputs.geom), inputs.kernels)
+    return sq, sk
 
 
-def dilated_outputs(
-    q: Tensor, k: Tensor, v: Tensor, geom: Geometry, config: LighthouseConfig, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs of the dilated scorer's two attentions, as q, k, v and as k, q, v.
+def _dilated(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    sq, sk = dilated_scores(qkv, inputs)
+    return level_scores(sq, inputs.geom), level_scores(sk, inputs.geom)
+
+
+def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    """Return the outputs of the dilated scorer's two attentions, as q, k, v and as k, q, v.
 
     Within a block of `scorer_window` tokens (or a stratum, if shorter), the tokens with the same
     index modulo `dilation` attend causally among themselves. A token's residue goes into the head
@@ -63,16 +69,17 @@ def dilated_outputs(
     stratum, so nothing here depends on how the sequence is sharded.
 
     Args:
-        q: [B, n, H, E]. k: [B, n, Hk, E]. v: [B, n, Hk, D].
+        qkv: q [B, n, H, E], k [B, n, Hk, E], v [B, n, Hk, D].
 
     Returns:
         two tensors [B, n, H, D].
     """
-    window = min(config.scorer_window, geom.stratum_size)
-    dilation, heads = config.dilation, q.shape[2]
+    (q, k, v), scale = qkv, inputs.scale
+    window = min(inputs.config.scorer_window, inputs.geom.stratum_size)
+    dilation, heads = inputs.config.dilation, q.shape[2]
 
     def by_residue(x: Tensor) -> Tensor:
-        """[B, n, heads, E] to [B blocks, dilation heads, window / dilation, E], a view."""
+        """View [B, n, heads, E] as [B blocks, dilation heads, window / dilation, E]."""
         blocks = x.unflatten(1, (-1, window // dilation, dilation)).flatten(0, 1)
         return blocks.flatten(2, 3).transpose(1, 2)
 
@@ -105,9 +112,15 @@ def dilated_outputs(
     return back(as_query), back(as_key)
 
 
-def dilated_scores(
-    q: Tensor, k: Tensor, v: Tensor, geom: Geometry, config: LighthouseConfig, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Level-0 scores (sq, sk) of the dilated scorer, each [B, Hk, n]."""
-    as_query, as_key = dilated_outputs(q, k, v, geom, config, scale)
-    return token_scores(as_query, v.shape[2]), token_scores(as_key, v.shape[2])
+def dilated_scores(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    """Return level-0 scores (sq, sk) of the dilated scorer, each [B, Hk, n]."""
+    as_query, as_key = dilated_outputs(qkv, inputs)
+    num_kv_heads = qkv.v.shape[2]
+    return token_scores(as_query, num_kv_heads), token_scores(as_key, num_kv_heads)
+
+
+SCORERS = {
+    "norm": Scorer(_norm, needs_values=False, comes_with_pooling=True),
+    "dilated": Scorer(_dilated, needs_values=True, comes_with_pooling=False),
+}
+"""By the names of `lhcp.config.SCORERS`."""

@@ -16,23 +16,23 @@ class Selection(NamedTuple):
     """
 
     entries: Tensor
-    """[B, Hk, S / W] int32: the pyramid id of the entry at each place, in post-order."""
-    places: Tensor
-    """[B, Hk, pyramid_size] int32: the place of each entry of the local pyramid, or -1."""
+    """[B, Hk, S / W] int32: the pyramid id of the entry in each row, in post-order."""
+    row_of_entry: Tensor
+    """[B, Hk, pyramid_size] int32: the row of each entry of the local pyramid, or -1."""
 
     @property
     def subsequence(self) -> int:
-        """S / W, entries of this rank."""
+        """S / W, the entries of this rank."""
         return self.entries.shape[-1]
 
     def levels(self, geom: Geometry) -> Tensor:
-        """Level of each place: [B, Hk, S / W] int64."""
+        """Return the level of each row: [B, Hk, S / W] int64."""
         bounds = [geom.offset(level) for level in range(1, geom.num_levels)]
         edges = torch.tensor(bounds, device=self.entries.device)
         return torch.bucketize(self.entries.long(), edges, right=True)
 
     def indices(self, geom: Geometry) -> Tensor:
-        """Index of each place's entry inside its level on this rank: [B, Hk, S / W] int64."""
+        """Return the index in its level, on this rank, of the entry in each row: as `levels`."""
         offsets = [geom.offset(level) for level in range(geom.num_levels)]
         offsets_of = torch.tensor(offsets, device=self.entries.device)
         return self.entries.long() - offsets_of[self.levels(geom)]
@@ -77,9 +77,10 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> Selection:
             candidates = (taken[..., None] * p + children).flatten(3)
     order = torch.cat(keys, 3).argsort(3)
     entries = torch.cat(ids, 3).gather(3, order).flatten(2)
-    places = entries.new_full((batch, heads, geom.pyramid_size), -1)
-    places.scatter_(2, entries, torch.arange(geom.subsequence, device=sq.device).expand_as(entries))
-    return Selection(entries.int(), places.int())
+    row_of_entry = entries.new_full((batch, heads, geom.pyramid_size), -1)
+    rows = torch.arange(geom.subsequence, device=sq.device)
+    row_of_entry.scatter_(2, entries, rows.expand_as(entries))
+    return Selection(entries.int(), row_of_entry.int())
 
 
 def _take(candidates: Tensor, sq: Tensor, sk: Tensor, picks: int) -> Tensor:
@@ -90,8 +91,8 @@ def _take(candidates: Tensor, sq: Tensor, sk: Tensor, picks: int) -> Tensor:
     order = _descending(sk)
     rest_first = taken.gather(3, order).to(torch.int8).argsort(dim=3, stable=True)
     by_key = order.gather(3, rest_first)[..., : picks // 2]
-    places = torch.cat([by_query, by_key], 3).sort(3).values
-    return candidates.gather(3, places)
+    taken_at = torch.cat([by_query, by_key], 3).sort(3).values
+    return candidates.gather(3, taken_at)
 
 
 def _top(score: Tensor, count: int) -> Tensor:

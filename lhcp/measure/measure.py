@@ -1,7 +1,7 @@
 """The measurement: rounds of runs on all ranks, and their summary."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.lighthouse import local_geometry
+from lhcp.layer.plan import Choices, make_plan
 from lhcp.measure.report import PHASES, OverheadReport
 from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take
 from lhcp.measure.summary import Samples, summarize
-from lhcp.measure.twins import silent
-from lhcp.ring.function import make_plan
+from lhcp.measure.twins import RandomReceiveBuffers, silent
 
 _SAMPLE_SECONDS = 0.1
 """Calls in a row on a GPU last at least this long: the first waits for the host to launch it, which
@@ -82,8 +82,9 @@ def measure_overhead(
             )
         like = torch.empty((batch, 1, heads[0], head_dim), dtype=dtype, device=where)
         make_layout(layout, ranks.world_size).check_seqlen(entries)
-        choices = (layout, rotation, backend, True, None, entries // ranks.world_size)
-        plan = make_plan(like, like[:, :, : heads[1]], ranks, *choices)
+        choices = Choices(layout, rotation, backend, kernels)
+        local = entries // ranks.world_size
+        plan = make_plan(like, like[:, :, : heads[1]], ranks, choices, tokens=local)
         if config is not None:
             local_geometry(config, seqlen // ranks.world_size, ranks, layout)
         job = Job(
@@ -107,30 +108,48 @@ def measure_overhead(
     )
     check_agreement(ranks, meaning, problem)
     assert job is not None
-    with silent(ranks) as quiet:
-        return _measure(job, quiet, repeats, warmup, calls, single_seconds)
+    spans = Recorder(job.device)
+    buffers = RandomReceiveBuffers()
+    with silent(ranks, buffers) as quiet:
+        runs = _runs(job, spans, quiet, buffers)
+        return _measure(job, spans, runs, Effort(repeats, warmup, calls, single_seconds))
 
 
-def _measure(
-    job: Job, quiet: Ranks, repeats: int, warmup: int, calls: int | None, single_seconds: float
-) -> OverheadReport:
-    ranks, spans = job.plan.ranks, Recorder(job.device)
-    local = job.entries // ranks.world_size
+@dataclass(frozen=True)
+class Effort:
+    """How often what is run, as `measure_overhead` has it."""
+
+    repeats: int
+    warmup: int
+    calls: int | None
+    single_seconds: float
+
+
+def _runs(
+    job: Job, spans: Recorder, quiet: Ranks, buffers: RandomReceiveBuffers
+) -> dict[str, Runner]:
+    """Return what takes turns on all ranks, by name."""
+    plan, local = job.plan, job.plan.shape.tokens
     runs = {
-        "real": job.attention(job.plan, spans, local),
-        "compute": filled(job.attention(replace(job.plan, ranks=quiet), spans, local)),
+        "real": job.attention(plan, spans, local),
+        "compute": filled(job.attention(replace(plan, ranks=quiet), spans, local), buffers),
         "communication": job.messages(spans),
     }
     if job.config is not None:
-        tokens = job.tokens // ranks.world_size
-        runs["layer"] = job.layer(ranks, spans, tokens)
-        runs["layer_compute"] = filled(job.layer(quiet, spans, tokens))
+        tokens = job.tokens // plan.ranks.world_size
+        runs["layer"] = job.layer(plan.ranks, spans, tokens)
+        runs["layer_compute"] = filled(job.layer(quiet, spans, tokens), buffers)
         runs["layer_communication"] = job.messages(spans, layer=True)
-    calls = calls or _calls(job, runs["real"], spans)
+    return runs
+
+
+def _measure(job: Job, spans: Recorder, runs: dict[str, Runner], effort: Effort) -> OverheadReport:
+    ranks, warmup, repeats = job.plan.ranks, effort.warmup, effort.repeats
+    calls = effort.calls or _calls(job, runs["real"], spans)
     alone: dict[str, Runner] = {}
     single_seqlen = 0
     if ranks.rank == 0:
-        alone["single"], single_seqlen = single(job, single_seconds)
+        alone["single"], single_seqlen = single(job, effort.single_seconds)
         if job.config is not None and single_seqlen == job.entries:
             alone |= single_layer(job)
 
@@ -168,7 +187,7 @@ def _barrier(ranks: Ranks, device: torch.device) -> None:
 
 
 def _calls(job: Job, runner: Runner, spans: Recorder) -> int:
-    """How many calls in a row last long enough, the same on every rank."""
+    """Return how many calls in a row last long enough, the same on every rank."""
     ranks = job.plan.ranks
     wanted = 1
     for _ in range(2):  # the first run compiles and allocates

@@ -24,10 +24,10 @@ class Timing:
         ordered = sorted(seconds)
 
         def quantile(share: float) -> float:
-            place = share * (len(ordered) - 1)
-            below = int(place)
+            at = share * (len(ordered) - 1)
+            below = int(at)
             above = min(below + 1, len(ordered) - 1)
-            return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+            return ordered[below] + (at - below) * (ordered[above] - ordered[below])
 
         return cls(quantile(0.5), quantile(0.25), quantile(0.75))
 

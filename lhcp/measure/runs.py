@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
 from lhcp.layer.boundary import BoundaryExchange
 from lhcp.layer.lighthouse import lighthouse_attention
-from lhcp.measure.twins import Communication, Filled
-from lhcp.ring.function import attention
-from lhcp.ring.loop import Plan
-from lhcp.ring.rotation.base import Trip
+from lhcp.layer.plan import carry_out
+from lhcp.measure.twins import Communication, RandomReceiveBuffers
+from lhcp.ring.plan import RingPlan
 from lhcp.timing import UNTIMED, Spans
 
 SpanRecord = tuple[str, str, int, float, float]
@@ -100,18 +98,17 @@ class Runner:
             self.backward()
 
 
-def filled(runner: Runner) -> Runner:
-    """The runner of a twin that sends nothing, with numbers where others' would be."""
-    memory = Filled()
+def filled(runner: Runner, buffers: RandomReceiveBuffers) -> Runner:
+    """Return the runner of a twin that sends nothing, with numbers where others' would be."""
 
-    def within(run: Callable[[], Any]) -> Callable[[], Any]:
+    def anew(run: Callable[[], Any]) -> Callable[[], Any]:
         def inner() -> Any:
-            with memory:
-                return run()
+            buffers.restart()
+            return run()
 
         return inner
 
-    return Runner(within(runner.forward), within(runner.backward), runner.finite)
+    return Runner(anew(runner.forward), anew(runner.backward), runner.finite)
 
 
 def take(runner: Runner, phase: str, spans: Recorder, calls: int) -> Sample:
@@ -157,11 +154,11 @@ class Job:
     batch: int
     dtype: torch.dtype
     device: torch.device
-    plan: Plan
+    plan: RingPlan
     kernels: str
 
     def draw(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v of so many tokens."""
+        """Draw q, k, v of so many tokens."""
         counts = (self.heads[0], self.heads[1], self.heads[1])
         q, k, v = (
             torch.randn(self.batch, tokens, n, self.head_dim, dtype=self.dtype, device=self.device)
@@ -169,13 +166,16 @@ class Job:
         )
         return q, k, v
 
-    def attention(self, plan: Plan, spans: Spans, entries: int) -> Runner:
+    def attention(self, plan: RingPlan, spans: Spans, entries: int) -> Runner:
+        """Return the attention over so many entries a rank."""
+
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, plan, spans)[0]
+            return carry_out(q, k, v, plan, spans)[0]
 
         return differentiable(run, *self.draw(entries))
 
     def layer(self, ranks: Ranks, spans: Spans, tokens: int) -> Runner:
+        """Return the whole layer over so many tokens a rank."""
         config, plan = self.config, self.plan
         assert config is not None
 
@@ -196,14 +196,9 @@ class Job:
         return differentiable(run, *self.draw(tokens))
 
     def messages(self, spans: Spans, layer: bool = False) -> Runner:
-        """The communication-only twin of the attention, or of the whole layer."""
+        """Return the communication-only twin of the attention, or of the whole layer."""
         plan = self.plan
-        trips = [
-            Trip(plan.ranks, plan.layout, plan.causal, self.heads[0], backward, spans)
-            for backward in (False, True)
-        ]
-        local = self.entries // plan.ranks.world_size
-        twin = Communication(*self.draw(local), plan.rotation, trips[0], trips[1])
+        twin = Communication(self.draw(plan.shape.tokens), plan, spans)
         if not layer or plan.ranks.world_size == 1:
             return Runner(twin.forward, twin.backward)
         assert self.config is not None
@@ -227,11 +222,12 @@ class Job:
 
 def single(job: Job, limit: float) -> tuple[Runner, int]:
     """Return attention on one device, over the longest S / 2^i that keeps to the limits."""
-    plan = replace(job.plan, ranks=Ranks(), layout=make_layout(job.plan.layout.name, 1))
+    plan = job.plan.on_one_rank(*job.heads)
     spans = Recorder(job.device)
 
     def runner(entries: int) -> Runner:
-        return job.attention(plan, UNTIMED, entries)
+        of_length = replace(plan, shape=replace(plan.shape, seqlen=entries))
+        return job.attention(of_length, UNTIMED, entries)
 
     lengths = [job.entries >> i for i in range(job.entries.bit_length())]
     best = next((n for n in lengths if n <= 1024), lengths[-1])
@@ -245,7 +241,7 @@ def single(job: Job, limit: float) -> tuple[Runner, int]:
 
 
 def _fits(job: Job, entries: int) -> bool:
-    """Whether one device has memory for attention over so many tokens, forward and backward."""
+    """Return whether one device has memory for attention over so many tokens, both directions."""
     if job.device.type != "cuda":
         return True
     row = job.batch * job.heads[0] * job.head_dim * job.dtype.itemsize

@@ -3,12 +3,11 @@
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from lhcp.cost.clocks import Sizes
-from lhcp.cost.cost_model import boundary_bytes, most_traffic
+from lhcp.cost.traffic import boundary_bytes, most_traffic
 from lhcp.measure.report import PHASES, Mark, OverheadReport, PhaseReport, StepReport, Timing
 from lhcp.measure.runs import Job, Sample
 from lhcp.timing import uncovered
@@ -26,27 +25,14 @@ def summarize(
         by_rank: all ranks' samples; those of one device alone are rank 0's.
         single_seqlen: tokens of T1's run.
     """
-    sizes = _sizes(job)
     factor = (job.entries / single_seqlen) ** 2
-    phases = tuple(
-        _phase(
-            phase,
-            "real",
-            "compute",
-            "communication",
-            "single",
-            by_rank,
-            factor,
-            _bytes(job, sizes, phase),
-        )
-        for phase in PHASES
-    )
+    names = RunNames("real", "compute", "communication", "single")
+    phases = tuple(_phase(phase, names, by_rank, factor, _bytes(job, phase)) for phase in PHASES)
     layer: tuple[PhaseReport, ...] = ()
     if job.config is not None:
-        names = ("layer", "layer_compute", "layer_communication", "layer_single")
+        names = RunNames("layer", "layer_compute", "layer_communication", "layer_single")
         layer = tuple(
-            _phase(phase, *names, by_rank, 1.0, _bytes(job, sizes, phase, layer=True))
-            for phase in PHASES
+            _phase(phase, names, by_rank, 1.0, _bytes(job, phase, layer=True)) for phase in PHASES
         )
     return OverheadReport(
         setting=_setting(job, repeats, calls),
@@ -58,55 +44,46 @@ def summarize(
     )
 
 
-def _sizes(job: Job) -> Sizes:
-    ranks = job.plan.ranks
-    return Sizes(
-        seqlen=job.entries,
-        world_size=ranks.world_size,
-        num_heads=job.heads[0],
-        num_kv_heads=job.heads[1],
-        head_dim=job.head_dim,
-        batch=job.batch,
-        element_bytes=job.dtype.itemsize,
-        grad_bytes=8 if job.dtype == torch.float64 else 4,
-        layout=job.plan.layout.name,
-        node_size=None if ranks.inner is None else ranks.inner.size(),
-    )
-
-
-def _bytes(job: Job, sizes: Sizes, phase: str, layer: bool = False) -> int | None:
-    total = 0
+def _bytes(job: Job, phase: str, layer: bool = False) -> int | None:
+    """Return what a rank sends at most, or None where the cost model does not know it."""
+    total, shape = 0, job.plan.shape
     for direction in ("forward", "backward"):
         if phase not in (direction, "both"):
             continue
         try:
-            total += most_traffic(job.plan.rotation, sizes, direction).num_bytes
+            total += most_traffic(job.plan.rotation, shape, direction).num_bytes
         except ValueError:
             return None
         if layer and job.config is not None:
-            total += boundary_bytes(sizes, job.config.num_levels)
+            total += boundary_bytes(shape, job.config.num_levels)
     return total
 
 
 def _slowest(by_rank: Sequence[Samples], name: str, phase: str) -> list[float]:
-    """Seconds of the slowest rank, repeat by repeat."""
+    """Return the seconds of the slowest rank, repeat by repeat."""
     repeats = zip(*(samples[name, phase] for samples in by_rank), strict=True)
     return [max(sample.seconds for sample in repeat) for repeat in repeats]
 
 
+class RunNames(NamedTuple):
+    """What the runs of one report are called in the samples."""
+
+    real: str
+    compute: str
+    communication: str
+    single: str
+
+
 def _phase(
     phase: str,
-    real: str,
-    compute: str,
-    communication: str,
-    single: str,
+    names: RunNames,
     by_rank: Sequence[Samples],
     factor: float,
     num_bytes: int | None,
 ) -> PhaseReport:
-    alone = by_rank[0].get((single, phase))
+    alone = by_rank[0].get((names.single, phase))
     waits = []
-    for repeat in zip(*(samples[real, phase] for samples in by_rank), strict=True):
+    for repeat in zip(*(samples[names.real, phase] for samples in by_rank), strict=True):
         sample = max(repeat, key=lambda s: s.seconds)
         found: dict[str, list[tuple[float, float]]] = {"wait": [], "compute": []}
         for _, kind, _, start, stop in sample.spans:
@@ -116,9 +93,9 @@ def _phase(
     waited = Timing.of(waits).median if waits else None
     return PhaseReport(
         phase=phase,
-        real=Timing.of(_slowest(by_rank, real, phase)),
-        compute=Timing.of(_slowest(by_rank, compute, phase)),
-        communication=Timing.of(_slowest(by_rank, communication, phase)),
+        real=Timing.of(_slowest(by_rank, names.real, phase)),
+        compute=Timing.of(_slowest(by_rank, names.compute, phase)),
+        communication=Timing.of(_slowest(by_rank, names.communication, phase)),
         single=None if alone is None else Timing.of([s.seconds * factor for s in alone]),
         waited=waited,
         bytes_per_rank=num_bytes,
@@ -143,7 +120,7 @@ def _steps(by_rank: Sequence[Samples]) -> Iterator[StepReport]:
 
 
 def _totals(sample: Sample) -> dict[tuple[str, str, int], float]:
-    """Seconds by step, of one call."""
+    """Return seconds by step, of one call."""
     totals: dict[tuple[str, str, int], float] = {}
     for stage, kind, step, start, stop in sample.spans:
         key = (stage, kind, step)

@@ -2,9 +2,9 @@
 
 The compute-only twin is the very same code on groups that send nothing (`silent`): packing, adds
 and merges are all there, and a rotation written tomorrow has its twin already. What others would
-have sent is random numbers that were there before (`Filled`): whatever memory happens to hold may
-take a CPU longer, and zeros draw less power. The communication-only twin (`Communication`) drives
-the same rotation object step by step, with gradients that nobody computed.
+have sent is random numbers that were there before (`RandomReceiveBuffers`): whatever memory happens
+to hold may take a CPU longer, and zeros draw less power. The communication-only twin
+(`Communication`) drives the same rotation object step by step, with gradients that nobody computed.
 """
 
 from collections.abc import Iterator
@@ -17,57 +17,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.comm.mesh import Ranks
-from lhcp.ring.rotation import ROTATIONS, messages
+from lhcp.comm.torch_private import new_fake_group
+from lhcp.precision import wide
+from lhcp.ring.kv import KV
+from lhcp.ring.plan import RingPlan
+from lhcp.ring.rotation import ROTATIONS
 from lhcp.ring.rotation.alltoall import HeadsToTokens, TokensToHeads
-from lhcp.ring.rotation.base import Grads, Trip, wide
+from lhcp.ring.rotation.base import CallGrads, Rotation, RotationContext
+from lhcp.timing import Spans
 
 
-@contextmanager
-def silent(ranks: Ranks) -> Iterator[Ranks]:
-    """Yield ranks whose groups complete every message at once and send nothing.
+class RandomReceiveBuffers:
+    """Memory for messages that never come: random numbers, drawn once.
 
-    Every rank of the group must enter and leave, and no other needs to.
-    """
-    # Registers torch's "fake" backend: ranks and sizes of a group, and nothing behind them.
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401
-
-    made: list[dist.ProcessGroup] = []
-
-    def quiet(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-        if group is None:
-            return None
-        members = dist.get_process_group_ranks(group)
-        made.append(dist.new_group(members, backend="fake", use_local_synchronization=True))
-        return made[-1]
-
-    try:
-        yield Ranks(quiet(ranks.flat), quiet(ranks.outer), quiet(ranks.inner))
-    finally:
-        for group in made:
-            dist.destroy_process_group(group)
-
-
-class Filled:
-    """While entered, all memory that messages would fill holds random numbers, drawn once.
-
-    Up to eight buffers of each size take turns: what is read together is not the same memory. Enter
-    it where no message is sent: what a message wrote would stay in the way of the next.
+    Up to eight buffers of each size take turns: what is read together is not the same memory.
     """
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[Any, ...], list[Tensor]] = {}
         self._turns: dict[tuple[Any, ...], int] = {}
 
-    def __enter__(self) -> None:
+    def restart(self) -> None:
+        """Let the next run have the buffers of the last one, in the same order."""
         self._turns = {}
-        # For all threads: backwards run in threads of their own.
-        self._original = messages.arriving
-        messages.arriving = self._random
 
-    def __exit__(self, *error: object) -> None:
-        messages.arriving = self._original
-
-    def _random(self, like: Tensor, *shape: int) -> Tensor:
+    def __call__(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the buffer whose turn it is."""
         key = (shape, like.dtype, like.device)
         buffers, turn = self._drawn.setdefault(key, []), self._turns.get(key, 0)
         self._turns[key] = turn + 1
@@ -78,6 +53,30 @@ class Filled:
         return buffers[turn % 8]
 
 
+@contextmanager
+def silent(ranks: Ranks, buffers: RandomReceiveBuffers) -> Iterator[Ranks]:
+    """Yield ranks whose groups complete every message at once and send nothing.
+
+    Every rank of the group must enter and leave, and no other needs to.
+
+    Args:
+        buffers: what "arrives" is there.
+    """
+    made: list[dist.ProcessGroup] = []
+
+    def quiet(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        if group is None:
+            return None
+        made.append(new_fake_group(dist.get_process_group_ranks(group)))
+        return made[-1]
+
+    try:
+        yield Ranks(quiet(ranks.flat), quiet(ranks.outer), quiet(ranks.inner), buffers)
+    finally:
+        for group in made:
+            dist.destroy_process_group(group)
+
+
 class Communication:
     """Exactly the messages of one attention's forward and backward, and no attention.
 
@@ -85,17 +84,14 @@ class Communication:
 
     Args:
         q: [B, n, H, D]; k, v: [B, n, Hk, D], this rank's tokens.
-        rotation: its name.
-        forward, backward: what the rotation is made from in each direction.
+        plan: of the attention; its backend is not used.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, rotation: str, forward: Trip, backward: Trip
-    ) -> None:
-        self._qkv = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        self._k, self._v = k.detach(), v.detach()
-        self._rotation, self._forward, self._backward = rotation, forward, backward
-        self._alone = forward.ranks.world_size == 1
+    def __init__(self, qkv: tuple[Tensor, Tensor, Tensor], plan: RingPlan, spans: Spans) -> None:
+        self._qkv = tuple(x.detach().requires_grad_() for x in qkv)
+        self._kv = KV(qkv[1].detach(), qkv[2].detach())
+        self._plan, self._spans = plan, spans
+        self._alone = plan.ranks.world_size == 1
         self._gradient = cache(self._make_gradient)
         self._out: Tensor | None = None
 
@@ -103,44 +99,48 @@ class Communication:
         """Send what the forward sends."""
         if self._alone:
             return
-        if self._rotation == "alltoall":
-            self._out = self._exchange_heads(self._forward)
+        if self._plan.rotation == "alltoall":
+            self._out = self._exchange_heads()
             return
-        for _ in ROTATIONS[self._rotation](self._forward, self._k).deliver(self._k, self._v):
+        for _ in self._rotation(backward=False).deliver(self._kv):
             pass
 
     def backward(self) -> None:
         """Send what the backward sends; after `forward`."""
         if self._alone:
             return
-        if self._rotation == "alltoall":
+        if self._plan.rotation == "alltoall":
             assert self._out is not None
             torch.autograd.grad(self._out, self._qkv, self._qkv[0].detach(), retain_graph=True)
             return
-        trip, k = self._backward, self._k
-        rotation = ROTATIONS[self._rotation](trip, k)
-        chunk = k.shape[1] // trip.layout.chunks_per_rank
-        for i, (step, _, _) in enumerate(rotation.deliver(k, self._v)):
+        rotation = self._rotation(backward=True)
+        chunk = self._plan.shape.chunk
+        for i, (step, _) in enumerate(rotation.deliver(self._kv)):
             heads = step.heads[1] - step.heads[0]
-            runs = [(call, (call.kv[1] - call.kv[0]) * chunk) for call in step.calls]
-            rotation.collect(i, [Grads(call, *self._gradient(run, heads)) for call, run in runs])
-        rotation.home()
+            runs = [(call, call.num_keys * chunk) for call in step.calls]
+            rotation.collect(i, [CallGrads(call, self._gradient(run, heads)) for call, run in runs])
+        rotation.owned_grads()
 
-    def _make_gradient(self, tokens: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Random dk and dv of a block, made once a shape: zeros would draw less power."""
-        k = self._k
+    def _rotation(self, backward: bool) -> Rotation:
+        plan = self._plan
+        context = RotationContext(plan.ranks, plan.shape, backward, self._spans)
+        return ROTATIONS[plan.rotation](context, self._kv)
+
+    def _make_gradient(self, tokens: int, heads: int) -> KV:
+        """Draw dk and dv of a block, made once a shape: zeros would draw less power."""
+        k = self._kv.k
         shape = (2, k.shape[0], tokens, heads, k.shape[3])
-        dk, dv = torch.randn(shape, dtype=k.dtype, device=k.device)
-        return dk, dv
+        return KV(*torch.randn(shape, dtype=k.dtype, device=k.device))
 
-    def _exchange_heads(self, trip: Trip) -> Tensor:
-        """Heads out and home: a graph whose backward sends the gradients' two messages."""
-        device, exchange = self._k.device, (trip.ranks, trip.layout)
-        with trip.spans.span("alltoall", "wait", 0, device):
+    def _exchange_heads(self) -> Tensor:
+        """Send heads out and home: a graph whose backward sends the gradients' two messages."""
+        device, spans = self._kv.k.device, self._spans
+        exchange = (self._plan.ranks, self._plan.layout, spans)
+        with spans.span("alltoall", "wait", 0, device):
             q, _, _ = TokensToHeads.apply(*self._qkv, *exchange)
-        with trip.spans.span("alltoall", "wait", 1, device), torch.no_grad():
+        with spans.span("alltoall", "wait", 1, device), torch.no_grad():
             HeadsToTokens.apply(q[..., :1].to(wide(q.dtype)), *exchange)
-        with trip.spans.span("alltoall", "wait", 2, device):
+        with spans.span("alltoall", "wait", 2, device):
             out = HeadsToTokens.apply(q, *exchange)
         assert isinstance(out, Tensor)
         return out

@@ -2,186 +2,158 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
-from lhcp.comm.layout import Layout
-from lhcp.comm.mesh import Ranks
 from lhcp.ring.block import BLOCKS
-from lhcp.ring.merge.deferred import Partials
+from lhcp.ring.block.base import BackwardInputs, Grads
+from lhcp.ring.kv import KV
+from lhcp.ring.merge.deferred import DeferredMerge
+from lhcp.ring.plan import RingPlan
 from lhcp.ring.rotation import ROTATIONS
-from lhcp.ring.rotation.base import Grads, Rotation, Trip
+from lhcp.ring.rotation.base import CallGrads, Rotation, RotationContext
 from lhcp.ring.schedule import Call, Step
-from lhcp.ring.streams import Lanes, Started
+from lhcp.ring.shape import AttentionShape
+from lhcp.ring.streams import CallStreams, Started
 from lhcp.timing import Spans
 
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one attention is carried out; every choice made, nothing "auto"."""
-
-    ranks: Ranks
-    layout: Layout
-    rotation: str
-    backend: str
-    causal: bool
-    scale: float
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, spans: Spans) -> tuple[Tensor, Tensor]:
+def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tensor, Tensor]:
     """Attend to all ranks' keys and values.
 
     Args:
-        q: [B, n, H, D]; k, v: [B, n, Hk, D], this rank's tokens.
+        q: [B, n, H, D]; kv: [B, n, Hk, D], this rank's tokens.
 
     Returns:
         out [B, n, H, D] in the dtype of q; lse [B, H, n], float32 (float64 for float64).
     """
-    block = BLOCKS[plan.backend]
+    block, shape = BLOCKS[plan.backend], plan.shape
     if plan.ranks.world_size == 1:
         with spans.span("ring_forward", "compute", 0, q.device):
-            whole = block.forward(q, k, v, plan.causal, plan.scale)
+            whole = block.forward(q, kv, shape.mask, plan.scale)
         return whole[0].contiguous(), whole[1].contiguous()
-    trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], False, spans)
-    views = _Views(plan.layout, q, k)
-    rotation = ROTATIONS[plan.rotation](trip, k)
-    partials = Partials(q)
+    rotation = ROTATIONS[plan.rotation](RotationContext(plan.ranks, shape, False, spans), kv)
+    views, merge = _Views(shape), DeferredMerge(q, shape.tuning)
 
-    def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, Tensor]:
+    def start(i: int, step: Step, call: Call, kv_i: KV) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
-            return block.forward(
-                views.queries(q, call, step),
-                views.keys(k_i, call),
-                views.keys(v_i, call),
-                call.causal,
-                plan.scale,
-            )
+            keys = views.keys(kv_i, call)
+            return block.forward(views.queries(q, call, step), keys, call.mask, plan.scale)
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
         for call, (out, lse) in zip(step.calls, results, strict=True):
             out, lse = views.unfold(out, call), views.unfold_lse(lse, call)
-            partials.add(views.rows(call), views.heads(step), out, lse)
+            merge.add(views.rows(call), views.heads(step), out, lse)
 
-    _take_steps(rotation, k, v, start, finish)
-    out, lse = partials.result()
+    _take_steps(rotation, kv, shape, start, finish)
+    out, lse = merge.result()
     assert lse is not None
     return out, lse
 
 
+def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads:
+    """Compute the gradients of `ring_forward` with respect to q, k and v of this rank's tokens.
+
+    Sums over steps and ranks are wide (float32, float64 for float64) and rounded once.
+
+    Args:
+        inputs: of this rank's tokens; out and lse are what `ring_forward` returned.
+
+    Returns:
+        dq, dk, dv in the shapes and dtypes of q, k, v.
+    """
+    block, shape = BLOCKS[plan.backend], plan.shape
+    dout, q, kv, out, lse = inputs = inputs._replace(dout=inputs.dout.contiguous())
+    if plan.ranks.world_size == 1:
+        with spans.span("ring_backward", "compute", 0, q.device):
+            return block.backward(inputs, shape.mask, plan.scale)
+    rotation = ROTATIONS[plan.rotation](RotationContext(plan.ranks, shape, True, spans), kv)
+    views, merge = _Views(shape), DeferredMerge(q, shape.tuning)
+
+    def start(i: int, step: Step, call: Call, kv_i: KV) -> Grads:
+        with spans.span("ring_backward", "compute", i, q.device):
+            mine = BackwardInputs(
+                views.queries(dout, call, step),
+                views.queries(q, call, step),
+                views.keys(kv_i, call),
+                views.queries(out, call, step),
+                views.lse(lse, call, step),
+            )
+            return block.backward(mine, call.mask, plan.scale)
+
+    def finish(i: int, step: Step, results: Sequence[Grads]) -> None:
+        grads = []
+        for call, (dq, *dkv) in zip(step.calls, results, strict=True):
+            merge.add(views.rows(call), views.heads(step), views.unfold(dq, call))
+            grads.append(CallGrads(call, KV(*(views.unfold(x, call) for x in dkv))))
+        rotation.collect(i, grads)
+
+    _take_steps(rotation, kv, shape, start, finish)
+    # The last gradients travel meanwhile.
+    dq, _ = merge.result()
+    return dq, *rotation.owned_grads()
+
+
 def _take_steps(
     rotation: Rotation,
-    k: Tensor,
-    v: Tensor,
-    start: Callable[[int, Step, Call, Tensor, Tensor], R],
+    kv: KV,
+    shape: AttentionShape,
+    start: Callable[[int, Step, Call, KV], R],
     finish: Callable[[int, Step, Sequence[R]], None],
 ) -> None:
-    """The one loop: start each step's calls on what is delivered; finish steps in order.
+    """Start each step's calls on what is delivered; finish steps in order. The one loop.
 
     On a GPU the calls run side by side, and a step is finished once those of the next one or two
     are under way, so that what finishing waits for does not hold them up.
     """
-    lanes = Lanes(k.device)
-    left = lanes.steps_left(rotation.step_bytes)
+    streams = CallStreams(kv.k.device)
+    left = shape.steps_left(rotation.step_bytes) if streams.side_by_side else 0
     # What calls read is kept until they are waited for.
-    waiting: deque[tuple[int, Step, Tensor, Tensor, list[Started[R]]]] = deque()
+    waiting: deque[tuple[int, Step, KV, list[Started[R]]]] = deque()
 
     def finish_first() -> None:
-        i, step, _, _, calls = waiting.popleft()
+        i, step, _, calls = waiting.popleft()
         finish(i, step, [call.result() for call in calls])
 
-    for i, (step, k_i, v_i) in enumerate(rotation.deliver(k, v)):
-        calls = [lanes.start(partial(start, i, step, call, k_i, v_i)) for call in step.calls]
-        waiting.append((i, step, k_i, v_i, calls))
+    for i, (step, kv_i) in enumerate(rotation.deliver(kv)):
+        calls = [streams.start(partial(start, i, step, call, kv_i)) for call in step.calls]
+        waiting.append((i, step, kv_i, calls))
         while len(waiting) > left:
             finish_first()
     while waiting:
         finish_first()
 
 
-def attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: Plan,
-    spans: Spans,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend` with respect to q, k and v of this rank's tokens.
-
-    Sums over steps and ranks are wide (float32, float64 for float64) and rounded once.
-
-    Args:
-        dout: [B, n, H, D]. out, lse: what `attend` returned.
-
-    Returns:
-        dq, dk, dv in the shapes and dtypes of q, k, v.
-    """
-    block = BLOCKS[plan.backend]
-    dout = dout.contiguous()
-    if plan.ranks.world_size == 1:
-        with spans.span("ring_backward", "compute", 0, q.device):
-            return block.backward(dout, q, k, v, out, lse, plan.causal, plan.scale)
-    trip = Trip(plan.ranks, plan.layout, plan.causal, q.shape[2], True, spans)
-    rotation = ROTATIONS[plan.rotation](trip, k)
-    views = _Views(plan.layout, q, k)
-    partials = Partials(q)
-
-    def start(i: int, step: Step, call: Call, k_i: Tensor, v_i: Tensor) -> tuple[Tensor, ...]:
-        with spans.span("ring_backward", "compute", i, q.device):
-            return block.backward(
-                views.queries(dout, call, step),
-                views.queries(q, call, step),
-                views.keys(k_i, call),
-                views.keys(v_i, call),
-                views.queries(out, call, step),
-                views.lse(lse, call, step),
-                call.causal,
-                plan.scale,
-            )
-
-    def finish(i: int, step: Step, results: Sequence[tuple[Tensor, ...]]) -> None:
-        grads = []
-        for call, (dq, dk, dv) in zip(step.calls, results, strict=True):
-            partials.add(views.rows(call), views.heads(step), views.unfold(dq, call))
-            grads.append(Grads(call, views.unfold(dk, call), views.unfold(dv, call)))
-        rotation.collect(i, grads)
-
-    _take_steps(rotation, k, v, start, finish)
-    # The last gradients travel meanwhile.
-    dq, _ = partials.result()
-    dk, dv = rotation.home()
-    return dq, dk, dv
-
-
 class _Views:
     """The rows and heads that a call reads and writes, as views of this rank's tensors."""
 
-    def __init__(self, layout: Layout, q: Tensor, k: Tensor) -> None:
-        self._chunk = q.shape[1] // layout.chunks_per_rank
-        self._groups = q.shape[2] // k.shape[2]
+    def __init__(self, shape: AttentionShape) -> None:
+        self._chunk = shape.chunk
+        self._groups = shape.num_heads // shape.num_kv_heads
 
     def rows(self, call: Call) -> tuple[int, int]:
-        """The call's queries."""
+        """Return the run of the call's queries."""
         return call.q[0] * self._chunk, call.q[1] * self._chunk
 
     def heads(self, step: Step) -> tuple[int, int]:
-        """The step's query heads."""
+        """Return the run of the step's query heads."""
         return step.heads[0] * self._groups, step.heads[1] * self._groups
 
     def queries(self, x: Tensor, call: Call, step: Step) -> Tensor:
+        """Return the call's queries of [B, n, H, D]."""
         return self._fold(x[:, slice(*self.rows(call)), slice(*self.heads(step))], call)
 
-    def keys(self, x: Tensor, call: Call) -> Tensor:
-        return self._fold(x[:, call.kv[0] * self._chunk : call.kv[1] * self._chunk], call)
+    def keys(self, kv: KV, call: Call) -> KV:
+        """Return the call's keys of what was delivered."""
+        run = kv.tokens(call.kv[0] * self._chunk, call.kv[1] * self._chunk)
+        return run.map(lambda x: self._fold(x, call)) if call.per_chunk else run
 
     def lse(self, lse: Tensor, call: Call, step: Step) -> Tensor:
+        """Return the call's queries of [B, H, n]."""
         part = lse[:, slice(*self.heads(step)), slice(*self.rows(call))]
         if not call.per_chunk:
             return part.contiguous()
@@ -194,11 +166,13 @@ class _Views:
         return x.unflatten(1, (call.q[1] - call.q[0], -1)).flatten(0, 1)
 
     def unfold(self, x: Tensor, call: Call) -> Tensor:
+        """Undo the fold of a result: [B c, n, ...] -> [B, c n, ...]."""
         if not call.per_chunk:
             return x
         return x.unflatten(0, (-1, call.q[1] - call.q[0])).flatten(1, 2)
 
     def unfold_lse(self, lse: Tensor, call: Call) -> Tensor:
+        """Undo the fold of an lse: [B c, H, n] -> [B, H, c n]."""
         if not call.per_chunk:
             return lse
         return lse.unflatten(0, (-1, call.q[1] - call.q[0])).transpose(1, 2).flatten(2)

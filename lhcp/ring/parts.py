@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from lhcp.comm.layout import Layout
-from lhcp.ring.schedule import Call, attend, gathered_order, prefixes, round_chunks
+from lhcp.ring.schedule import (
+    Call,
+    calls_by_keys,
+    calls_by_queries,
+    gathered_order,
+    round_chunks,
+)
+from lhcp.ring.shape import Mask
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,18 @@ class Segment:
     runs: tuple[tuple[int, int], ...]
     """For each rank that computes: the owners [start, stop) that it has a part for."""
 
-    def givers(self, owner: int) -> tuple[int, ...]:
-        """The ranks that have a part for `owner`, in the order in which it sums them."""
+    def sources(self, owner: int) -> tuple[int, ...]:
+        """Return the ranks that have a part for `owner`, in the order in which it sums them."""
         return tuple(r for r, (start, stop) in enumerate(self.runs) if start <= owner < stop)
 
 
 def segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]:
     """Return the segments of a gather's calls, slot by slot, the same on every rank.
+
+        zigzag, W = 4: keys lie as 7 6 5 4 | 0 1 2 3, of owners 0 1 2 3 | 0 1 2 3
+        slot 0, early chunks 0 1 2 3: runs (0, 0) (0, 1) (0, 2) (0, 3) of ranks 0 to 3
+        slot 0, late chunks 7 6 5 4:  runs (0, 4) on every rank
+        slot 1, late chunks:          runs (1, 4) (2, 4) (3, 4) (0, 0)
 
     Args:
         calls: of each rank of the gather, over keys in the order of `gathered_order`.
@@ -56,26 +68,38 @@ def segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]
 
 
 @cache
-def gather_segments(
-    layout: Layout, causal: bool, queries: range, keys: range
-) -> tuple[Segment, ...]:
+def gather_segments(layout: Layout, mask: Mask, queries: range, keys: range) -> tuple[Segment, ...]:
     """Return the segments of a gather of the keys of ranks `keys` by the ranks `queries`.
 
     Owners count inside `keys`, which has as many ranks as `queries`.
     """
     order = gathered_order(layout, keys)
     calls = [
-        prefixes(layout.chunks(rank), order)
-        if causal
-        else attend(layout.chunks(rank), order, False)
+        calls_by_queries(layout.chunks(rank), order)
+        if mask.causal
+        else calls_by_keys(layout.chunks(rank), order, mask)
         for rank in queries
     ]
     return segments(calls, layout.chunks_per_rank)
 
 
+def parts_received(plan: Sequence[Segment], num_ranks: int) -> list[int]:
+    """Count the chunks of which each rank gets parts, its own among them."""
+    return [sum(len(segment.sources(rank)) for segment in plan) for rank in range(num_ranks)]
+
+
+def parts_sent(plan: Sequence[Segment], num_ranks: int) -> list[int]:
+    """Count the chunks of which each rank gives parts to other ranks."""
+    sent = []
+    for rank in range(num_ranks):
+        runs = [segment.runs[rank] for segment in plan]
+        sent.append(sum(stop - start - (start <= rank < stop) for start, stop in runs))
+    return sent
+
+
 @cache
 def ring_route(
-    rank: int, layout: Layout, causal: bool, distances: range
+    rank: int, layout: Layout, mask: Mask, distances: range
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Return where the keys of a round of the ring come from, and where those of `rank` go.
 
@@ -87,7 +111,7 @@ def ring_route(
     """
 
     def owners(of: int) -> list[tuple[int, int]]:
-        return [layout.owner(chunk) for chunk in round_chunks(of, layout, causal, distances)]
+        return [layout.owner(chunk) for chunk in round_chunks(of, layout, mask, distances)]
 
     receivers = [(rank + distance) % layout.world_size for distance in distances]
     leaving = [(slot, to) for to in receivers for owner, slot in owners(to) if owner == rank]
@@ -95,8 +119,8 @@ def ring_route(
 
 
 @cache
-def ring_givers(
-    rank: int, layout: Layout, causal: bool, rounds: tuple[range, ...]
+def ring_sources(
+    rank: int, layout: Layout, mask: Mask, rounds: tuple[range, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """Return, for each chunk of `rank`, the ranks that attend to it in these rounds of a ring.
 
@@ -104,6 +128,6 @@ def ring_givers(
     """
     found: list[list[int]] = [[] for _ in range(layout.chunks_per_rank)]
     for distances in rounds:
-        for slot, receiver in ring_route(rank, layout, causal, distances)[1]:
+        for slot, receiver in ring_route(rank, layout, mask, distances)[1]:
             found[slot].append(receiver)
     return tuple(map(tuple, found))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lhcp.comm.mesh import Ranks, as_ranks
+from lhcp.comm.torch_private import init_fake_world
 
 
 @contextmanager
@@ -18,9 +19,7 @@ def world_without_messages(rank: int, world_size: int, nodes: int = 1) -> Iterat
     Args:
         nodes: more than one: a mesh of two axes, as many nodes of equal size.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    init_fake_world(rank, world_size)
     try:
         if nodes == 1:
             yield Ranks(dist.group.WORLD)

@@ -3,15 +3,17 @@
 from torch import Tensor
 
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import KernelSet
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
-from lhcp.lighthouse.stages import Stages
 
 
-def _scatter_backward(dout: Tensor, entries: Tensor, places: Tensor, geom: Geometry) -> Tensor:
-    return scatter_backward.scatter_backward(dout, places, geom)
+def _scatter_backward(
+    dout: Tensor, entries: Tensor, row_of_entry: Tensor, geom: Geometry
+) -> Tensor:
+    return scatter_backward.scatter_backward(dout, row_of_entry, geom)
 
 
-TRITON = Stages(
+TRITON = KernelSet(
     pool_and_score=pool.pool_and_score,
     score_tensors=pool.score_tensors,
     select=select.select,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels.primitives import (
     empty_like_rows,
     level_offset,
@@ -85,7 +86,7 @@ def gather_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Copy R places of one head of q, k or v. Grid: (heads of q, k, v for each tile, batch)."""
+    """Copy R rows of one head of q, k or v. Grid: (heads of q, k, v for each tile, batch)."""
     H: tl.constexpr = HK * G
     SLOTS: tl.constexpr = H + 2 * HK
     i_slot, i_tile = tl.program_id(0) % SLOTS, tl.program_id(0) // SLOTS
@@ -119,37 +120,26 @@ def gather_kernel(
         )  # fmt: skip
 
 
-def gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pq: Tensor,
-    pk: Tensor,
-    pv: Tensor,
-    entries: Tensor,
-    geom: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gather(tokens: QKV, means: QKV, entries: Tensor, geom: Geometry) -> QKV:
     """Gather the rows of the entries in the sub-sequence.
 
     Args:
-        q: [B, n, H, D]. k, v: [B, n, Hk, D]. pq, pk, pv: the same of [B, pooled_size, heads, D].
+        tokens: q [B, n, H, D], k and v [B, n, Hk, D]. means: as many of [B, pooled_size, heads, D].
         entries: [B, Hk, S] int32.
 
     Returns:
-        qs [B, S, H, D], ks, vs [B, S, Hk, D].
+        q [B, S, H, D], k and v [B, S, Hk, D] of the sub-sequence.
     """
-    batch, _, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    inputs = [rows_contiguous(x) for x in (q, k, v, pq, pk, pv)]
-    qs, ks, vs = (empty_like_rows(x, geom.subsequence) for x in (q, k, v))
+    batch, _, num_heads, head_dim = tokens.q.shape
+    num_kv_heads = tokens.k.shape[2]
+    inputs = [rows_contiguous(x) for x in (*tokens, *means)]
+    out = QKV(*(empty_like_rows(x, geom.subsequence) for x in tokens))
     rows, padded = row_tile(head_dim, GATHER_TILE)
     slots = num_heads + 2 * num_kv_heads
     gather_kernel[(slots * triton.cdiv(geom.subsequence, rows), batch)](
         *inputs,
         entries.contiguous(),
-        qs,
-        ks,
-        vs,
+        *out,
         geom.num_tokens,
         geom.subsequence,
         *(stride for x in inputs for stride in x.stride()[:3]),
@@ -160,13 +150,13 @@ def gather(
         DP=padded,
         num_warps=GATHER_WARPS,
     )
-    return qs, ks, vs
+    return out
 
 
 @triton.jit
 def gather_backward_rows(
     dsub,
-    places,
+    row_of_entry,
     dx,
     i_tile,
     n,
@@ -191,7 +181,7 @@ def gather_backward_rows(
     o_d = tl.arange(0, DP)[None, :]
     p_sub = dsub + i_b * dsub_stride_b + (i_head.to(tl.int64) * dsub_stride_h)[:, None] + o_d
     p_dx = dx + i_b * n * (HEADS * D) + (i_head * D)[:, None] + o_d
-    p_place = places + (i_b * HK + i_head // (HEADS // HK)) * level_offset(n, L, P)
+    p_place = row_of_entry + (i_b * HK + i_head // (HEADS // HK)) * level_offset(n, L, P)
     b_place = tl.load(p_place + level_offset(n, L - 1, P) + i_window, mask=m_row, other=-1)
     b_row = rows_at(p_sub, b_place, dsub_stride_s, D, DP) * (1.0 / (P ** (L - 1)))
     spread(
@@ -205,7 +195,7 @@ def gather_backward_kernel(
     dqs,
     dks,
     dvs,
-    places,
+    row_of_entry,
     dq,
     dk,
     dv,
@@ -234,48 +224,45 @@ def gather_backward_kernel(
     i_tile = tl.program_id(0)
     if i_tile < q_tiles:
         gather_backward_rows(
-            dqs, places, dq, i_tile, n, subsequence, dqs_stride_b, dqs_stride_s, dqs_stride_h,
+            dqs, row_of_entry, dq, i_tile, n, subsequence, dqs_stride_b, dqs_stride_s, dqs_stride_h,
             HK * G, HK, R, L, P, D, DP,
         )  # fmt: skip
     elif i_tile < q_tiles + kv_tiles:
         gather_backward_rows(
-            dks, places, dk, i_tile - q_tiles, n, subsequence, dks_stride_b, dks_stride_s,
+            dks, row_of_entry, dk, i_tile - q_tiles, n, subsequence, dks_stride_b, dks_stride_s,
             dks_stride_h, HK, HK, R, L, P, D, DP,
         )  # fmt: skip
     else:
         gather_backward_rows(
-            dvs, places, dv, i_tile - q_tiles - kv_tiles, n, subsequence, dvs_stride_b,
+            dvs, row_of_entry, dv, i_tile - q_tiles - kv_tiles, n, subsequence, dvs_stride_b,
             dvs_stride_s, dvs_stride_h, HK, HK, R, L, P, D, DP,
         )  # fmt: skip
 
 
-def gather_backward(
-    dqs: Tensor, dks: Tensor, dvs: Tensor, places: Tensor, geom: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v through `gather` and the means.
+def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
+    """Compute the gradients of q, k, v through `gather` and the means.
 
     Each token sums, in fp32 from level 0 upwards, the rows of its entries over p**level.
 
     Args:
-        dqs: [B, S, H, D]. dks, dvs: [B, S, Hk, D]. places: [B, Hk, pyramid_size] int32.
+        grads: of the sub-sequence, q [B, S, H, D], k and v [B, S, Hk, D].
+        row_of_entry: [B, Hk, pyramid_size] int32.
 
     Returns:
-        dq [B, n, H, D], dk, dv [B, n, Hk, D].
+        gradients of the tokens: q [B, n, H, D], k and v [B, n, Hk, D].
     """
-    batch, _, num_heads, head_dim = dqs.shape
-    num_kv_heads = dks.shape[2]
-    inputs = [rows_contiguous(x) for x in (dqs, dks, dvs)]
-    dq, dk, dv = (empty_like_rows(x, geom.num_tokens) for x in inputs)
+    batch, _, num_heads, head_dim = grads.q.shape
+    num_kv_heads = grads.k.shape[2]
+    inputs = [rows_contiguous(x) for x in grads]
+    out = QKV(*(empty_like_rows(x, geom.num_tokens) for x in inputs))
     rows, padded = row_tile(head_dim, SPREAD_TILE)
     windows = geom.level_size(geom.num_levels - 1)
     q_tiles = triton.cdiv(windows * num_heads, rows)
     kv_tiles = triton.cdiv(windows * num_kv_heads, rows)
     gather_backward_kernel[(q_tiles + 2 * kv_tiles, batch)](
         *inputs,
-        places.contiguous(),
-        dq,
-        dk,
-        dv,
+        row_of_entry.contiguous(),
+        *out,
         geom.num_tokens,
         geom.subsequence,
         q_tiles,
@@ -290,4 +277,4 @@ def gather_backward(
         DP=padded,
         num_warps=SPREAD_WARPS,
     )
-    return dq, dk, dv
+    return out

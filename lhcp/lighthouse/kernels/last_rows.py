@@ -12,7 +12,7 @@ from lhcp.lighthouse.kernels.primitives import level_offset, rows_contiguous
 @triton.jit
 def last_rows_kernel(
     o,
-    places,
+    row_of_entry,
     rows,
     n,
     chunk_size,
@@ -34,7 +34,7 @@ def last_rows_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // H, tl.program_id(0) % H
     o_d = tl.arange(0, DP)
-    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
     p_o = o + i_b * o_stride_b + i_head.to(tl.int64) * o_stride_h + o_d
     p_rows = rows + ((i_b * num_chunks + i_chunk) * (L - 1) * H + i_head) * D + o_d
     for level in tl.static_range(1, L):
@@ -46,11 +46,11 @@ def last_rows_kernel(
         tl.store(p_rows + (level - 1) * H * D, b_row, mask=o_d < D)
 
 
-def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+def last_rows(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     """Read, for each chunk, the row of the last entry of levels 1 to L-1, zero where it is absent.
 
     Args:
-        o: [B, S, H, D]. places: [B, Hk, pyramid_size] int32.
+        o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
 
     Returns:
         [B, num_chunks, L-1, H, D] in the dtype of `o`.
@@ -61,14 +61,14 @@ def last_rows(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
     rows = torch.empty(shape, dtype=o.dtype, device=o.device)
     last_rows_kernel[(geom.num_chunks * num_heads, batch)](
         o,
-        places.contiguous(),
+        row_of_entry.contiguous(),
         rows,
         geom.num_tokens,
         geom.chunk_size,
         geom.num_chunks,
         *o.stride()[:3],
         H=num_heads,
-        HK=places.shape[1],
+        HK=row_of_entry.shape[1],
         L=geom.num_levels,
         P=geom.pool_factor,
         D=head_dim,

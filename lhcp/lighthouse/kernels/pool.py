@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import QKV, Pooled
 from lhcp.lighthouse.kernels.primitives import empty_like_rows, level_offset, row_mask, row_tile
 
 # Note [One reduction order]
@@ -218,20 +219,11 @@ def stride_unit(x: Tensor) -> int:
     return STRIDE_UNIT if x.shape[-1] % STRIDE_UNIT == 0 else 1
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    means: tuple[Tensor, Tensor, Tensor],
-    scores: tuple[Tensor, Tensor],
-    geom: Geometry,
-    num_tensors: int,
-    with_means: bool,
-    with_scores: bool,
-) -> None:
+def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None:
+    """Launch over q, k and v where means are wanted, else over q and k alone."""
+    q, k, v = (evenly_loadable(x) for x in tokens)
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
-    q, k, v = (evenly_loadable(x) for x in (q, k, v))
     rows, padded = row_tile(head_dim, TILE)
     groups = num_heads // num_kv_heads
     padded_groups = triton.next_power_of_2(groups)
@@ -240,14 +232,15 @@ def _launch(
     kv_blocks = triton.cdiv(num_kv_heads, rows)
     unit = stride_unit(q)
     strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
-    blocks = q_blocks + (num_tensors - 1) * kv_blocks
+    blocks = q_blocks + (2 if with_means else 1) * kv_blocks
     grid = (geom.level_size(geom.num_levels - 1), blocks, batch)
     pool_kernel[grid](
         q,
         k,
         v,
-        *means,
-        *scores,
+        *into.means,
+        into.sq,
+        into.sk,
         geom.num_tokens,
         *strides,
         HK=num_kv_heads,
@@ -261,7 +254,7 @@ def _launch(
         DP=padded,
         UNIT=unit,
         MEAN=with_means,
-        SCORE=with_scores,
+        SCORE=into.sq.numel() > 0,
         num_warps=NUM_WARPS,
     )
 
@@ -272,25 +265,25 @@ def _empty_scores(x: Tensor, num_kv_heads: int, geom: Geometry) -> tuple[Tensor,
     return sq, torch.empty_like(sq)
 
 
-def pool_and_score(
-    q: Tensor, k: Tensor, v: Tensor, geom: Geometry, with_scores: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def pool_and_score(tokens: QKV, geom: Geometry, with_scores: bool = True) -> Pooled:
     """Pool q, k, v into levels 1 to L-1 and score them by squared norms.
 
     Args:
-        q: [B, n, H, D]. k, v: [B, n, Hk, D].
+        tokens: q [B, n, H, D], k and v [B, n, Hk, D].
 
     Returns:
-        pq [B, pooled_size, H, D], pk, pv [B, pooled_size, Hk, D], level 1 first, summed in fp32,
-        rounded once; sq, sk [B, Hk, pooled_size] fp32, or empty ones of shape [0].
+        means of q [B, pooled_size, H, D], of k and v [B, pooled_size, Hk, D], level 1 first, summed
+        in fp32, rounded once; sq, sk [B, Hk, pooled_size] fp32, or empty ones of shape [0].
     """
-    pq, pk, pv = (empty_like_rows(x, geom.pooled_size) for x in (q, k, v))
+    means = QKV(*(empty_like_rows(x, geom.pooled_size) for x in tokens))
     if with_scores:
-        sq, sk = _empty_scores(q, k.shape[2], geom)
+        scores = _empty_scores(tokens.q, tokens.k.shape[2], geom)
     else:
-        sq, sk = (torch.empty(0, dtype=torch.float32, device=q.device) for _ in "qk")
-    _launch(q, k, v, (pq, pk, pv), (sq, sk), geom, 3, True, with_scores)
-    return pq, pk, pv, sq, sk
+        sq, sk = (torch.empty(0, dtype=torch.float32, device=tokens.q.device) for _ in "qk")
+        scores = sq, sk
+    into = Pooled(means, *scores)
+    _launch(tokens, into, geom, with_means=True)
+    return into
 
 
 def score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
@@ -301,6 +294,6 @@ def score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Ten
     """
     scores = _empty_scores(score_q, score_k.shape[2], geom)
     # No means: the third tensor and the outputs of the first three are never touched.
-    unused = (score_q, score_k, score_k)
-    _launch(score_q, score_k, score_k, unused, scores, geom, 2, False, True)
+    unused = QKV(score_q, score_k, score_k)
+    _launch(unused, Pooled(unused, *scores), geom, with_means=False)
     return scores

@@ -23,7 +23,7 @@ TILE, NUM_WARPS = 256, 1
 @triton.jit
 def scatter_kernel(
     o,
-    places,
+    row_of_entry,
     out,
     n,
     chunk_size,
@@ -50,7 +50,7 @@ def scatter_kernel(
     o_d = tl.arange(0, DP)[None, :]
     p_o = o + i_b * o_stride_b + (i_head.to(tl.int64) * o_stride_h)[:, None] + o_d
     p_out = out + (((i_b * n + i_start) * H + i_head) * D)[:, None] + o_d
-    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
     offset = level_offset(n, L - 1, P) + i_start // W
     b_place = load_places(p_place, m_row, i_window - 1, chunk_size // W, offset)
     b_row = rows_at(p_o, b_place, o_stride_s, D, DP)
@@ -60,11 +60,11 @@ def scatter_kernel(
     )  # fmt: skip
 
 
-def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     """Sum, for each position, the rows of its entries in the same chunk, from level 0 upwards.
 
     Args:
-        o: [B, S, H, D]. places: [B, Hk, pyramid_size] int32.
+        o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
 
     Returns:
         [B, n, H, D] in the dtype of `o`, rounded once. See `scatter_edges` for what it lacks.
@@ -76,14 +76,14 @@ def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
     scatter_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
         o,
-        places.contiguous(),
+        row_of_entry.contiguous(),
         out,
         geom.num_tokens,
         geom.chunk_size,
         geom.num_chunks,
         *o.stride()[:3],
         H=num_heads,
-        HK=places.shape[1],
+        HK=row_of_entry.shape[1],
         R=rows,
         L=geom.num_levels,
         P=geom.pool_factor,
@@ -98,7 +98,7 @@ def scatter(o: Tensor, places: Tensor, geom: Geometry) -> Tensor:
 def scatter_edges_kernel(
     out,
     o,
-    places,
+    row_of_entry,
     halo,
     n,
     chunk_size,
@@ -132,7 +132,7 @@ def scatter_edges_kernel(
     p_o = o + i_b * o_stride_b + (i_head64 * o_stride_h)[:, None] + o_d
     p_halo = halo + i_b * halo_stride_b
     p_halo += (i_chunk.to(tl.int64) * halo_stride_c + i_head64 * halo_stride_h)[:, None] + o_d
-    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
     b_out = tl.zeros([R, DP], tl.float32)
     for level in tl.static_range(L):
         i_entry = (i_token + 1) // (P**level) - 1
@@ -150,12 +150,14 @@ def scatter_edges_kernel(
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=row_mask(m_row, D, DP))
 
 
-def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Geometry) -> None:
+def scatter_edges(
+    out: Tensor, o: Tensor, row_of_entry: Tensor, halo: Tensor, geom: Geometry
+) -> None:
     """Complete, in place, the positions that the last entries of the chunk before also serve.
 
     Args:
         out: [B, n, H, D] from `scatter`; overwritten at p**(L-1) - 1 positions a chunk.
-        o: [B, S, H, D]. places: [B, Hk, pyramid_size] int32.
+        o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
         halo: [B, num_chunks, L-1, H, D] in the dtype of `o`, zero rows where nothing is owed.
     """
     batch, _, num_heads, head_dim = o.shape
@@ -167,7 +169,7 @@ def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Ge
     scatter_edges_kernel[grid](
         out,
         o,
-        places.contiguous(),
+        row_of_entry.contiguous(),
         halo,
         geom.num_tokens,
         geom.chunk_size,
@@ -176,7 +178,7 @@ def scatter_edges(out: Tensor, o: Tensor, places: Tensor, halo: Tensor, geom: Ge
         *o.stride()[:3],
         *halo.stride()[:4],
         H=num_heads,
-        HK=places.shape[1],
+        HK=row_of_entry.shape[1],
         R=rows,
         L=geom.num_levels,
         P=geom.pool_factor,

@@ -84,7 +84,7 @@ def window_sum(
 @triton.jit
 def scatter_backward_kernel(
     dout,
-    places,
+    row_of_entry,
     do,
     n,
     subsequence,
@@ -111,18 +111,18 @@ def scatter_backward_kernel(
     i_first = i_start.to(tl.int64) * dout_stride_t + i_head.to(tl.int64) * dout_stride_h
     p_dout = dout + i_b * dout_stride_b + i_first[:, None] + o_d
     p_do = do + i_b * subsequence * (H * D) + (i_head * D)[:, None] + o_d
-    p_place = places + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
     window_sum(
         p_dout, p_do, p_place, m_row, i_window, i_start, n, chunk_size, dout_stride_t, H * D,
         L - 1, P, D, DP, True,
     )  # fmt: skip
 
 
-def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
+def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     """Gradient of `scatter`: each entry sums the rows of `dout` that it serves in its chunk.
 
     Args:
-        dout: [B, n, H, D]. places: [B, Hk, pyramid_size] int32.
+        dout: [B, n, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
 
     Returns:
         [B, S, H, D] in the dtype of `dout`, summed in fp32, rounded once.
@@ -134,7 +134,7 @@ def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
     scatter_backward_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
         dout,
-        places.contiguous(),
+        row_of_entry.contiguous(),
         do,
         geom.num_tokens,
         geom.subsequence,
@@ -142,7 +142,7 @@ def scatter_backward(dout: Tensor, places: Tensor, geom: Geometry) -> Tensor:
         geom.num_chunks,
         *dout.stride()[:3],
         H=num_heads,
-        HK=places.shape[1],
+        HK=row_of_entry.shape[1],
         R=rows,
         L=geom.num_levels,
         P=geom.pool_factor,

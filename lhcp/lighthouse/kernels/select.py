@@ -206,7 +206,7 @@ def place_tile(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the places of BLOCK entries of LEVEL, walking down from their coarsest ancestors.
+    """Find the rows of BLOCK entries of LEVEL, walking down from their coarsest ancestors.
 
     Before an entry come the entries of its own level before it in the list of candidates; of each
     coarser level those before its ancestor; of each finer level the children of all that is taken
@@ -249,7 +249,7 @@ def place_tile(
 def place_kernel(
     ranks,
     entries,
-    places,
+    row_of_entry,
     n,
     num_strata,
     picks,
@@ -261,11 +261,11 @@ def place_kernel(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write places and entries. Grid: tiles of level 0, then of level 1, ..., for each kv head."""
+    """Write both maps. Grid: tiles of level 0, then of level 1, ..., for each kv head."""
     i_tile, i_head = tl.program_id(0) % num_tiles, (tl.program_id(0) // num_tiles).to(tl.int64)
     p_ranks = ranks + i_head * num_strata * ranks_stride
     p_entries = entries + i_head * num_strata * stratum_places
-    p_places = places + i_head * level_offset(n, L, P)
+    p_places = row_of_entry + i_head * level_offset(n, L, P)
     for level in tl.static_range(L):
         level_tiles = tl.cdiv(n // (P**level), BLOCK)
         if (i_tile >= 0) & (i_tile < level_tiles):
@@ -283,7 +283,7 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
         sq, sk: [B, Hk, pooled_size] fp32, scores of levels 1 to L-1, level 1 first.
 
     Returns:
-        entries [B, Hk, S] int32 and places [B, Hk, pyramid_size] int32, see `Selection`.
+        entries [B, Hk, S] int32 and row_of_entry [B, Hk, pyramid_size] int32, see `Selection`.
     """
     batch, num_kv_heads, _ = sq.shape
     sq, sk = sq.contiguous(), sk.contiguous()
@@ -299,7 +299,7 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
 
     ranks = empty(geom.num_strata, ranks_stride)
     scratch = empty(geom.num_strata, scratch_stride)
-    entries, places = empty(geom.subsequence), empty(geom.pyramid_size)
+    entries, row_of_entry = empty(geom.subsequence), empty(geom.pyramid_size)
     block_coarsest = min(MAX_BLOCK, triton.next_power_of_2(coarsest))
     block = min(MAX_BLOCK, triton.next_power_of_2(finer))
     cascade_kernel[(geom.num_strata * batch * num_kv_heads,)](
@@ -326,7 +326,7 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
     place_kernel[(num_tiles * batch * num_kv_heads,)](
         ranks,
         entries,
-        places,
+        row_of_entry,
         geom.num_tokens,
         geom.num_strata,
         picks,
@@ -339,4 +339,4 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
         BLOCK=PLACE_BLOCK,
         num_warps=PLACE_WARPS,
     )
-    return entries, places
+    return entries, row_of_entry

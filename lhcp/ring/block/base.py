@@ -2,26 +2,60 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor]
-]
+from lhcp.ring.kv import KV
+from lhcp.ring.shape import Mask
+
+Grads = tuple[Tensor, Tensor, Tensor]
+"""dq [B, Sq, H, D], dk and dv [B, Sk, Hk, D]."""
+
+
+class BackwardInputs(NamedTuple):
+    """What gradients are computed from."""
+
+    dout: Tensor
+    """[B, Sq, H, D]."""
+    q: Tensor
+    """[B, Sq, H, D]."""
+    kv: KV
+    """[B, Sk, Hk, D], not repeated."""
+    out: Tensor
+    """[B, Sq, H, D], of the whole attention, merged over all blocks."""
+    lse: Tensor
+    """[B, H, Sq], of the whole attention too."""
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a backend is asked to do: static facts, which every rank sees alike."""
+
+    dtype: torch.dtype
+    head_dim: int
+    device: str
+    """The type of device."""
+    capability: tuple[int, int] | None = None
+    """The compute capability of a CUDA device."""
+    deterministic: bool = False
+    """Whether `torch.use_deterministic_algorithms(True)` is in force."""
+
+
+Forward = Callable[[Tensor, KV, Mask, float], tuple[Tensor, Tensor]]
+Backward = Callable[[BackwardInputs, Mask, float], Grads]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """Attention of one run of queries to one run of keys and values.
 
-    forward(q, k, v, causal, scale) -> (out, lse): q [B, Sq, H, D]; k, v [B, Sk, Hk, D], not
-    repeated; out [B, Sq, H, D] in the dtype of q; lse [B, H, Sq], natural log, float32 (float64 for
-    float64). `causal` comes with Sq = Sk only.
+    forward(q, kv, mask, scale) -> (out, lse): q [B, Sq, H, D]; kv [B, Sk, Hk, D], not repeated; out
+    [B, Sq, H, D] in the dtype of q; lse [B, H, Sq], natural log, float32 (float64 for float64). A
+    causal mask comes with Sq = Sk only.
 
-    backward(dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv): `out` and `lse` are those of
-    the whole attention, merged over all blocks; the results are this block's part of the gradients.
+    backward(inputs, mask, scale) -> (dq, dk, dv): this block's part of the gradients.
     """
 
     name: str
@@ -29,23 +63,27 @@ class Block:
     backward: Backward
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    preference: int
+    """Of several backends that can, the one with the lowest number is taken."""
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
+    other_rules: Callable[[Request], str | None] = lambda asked: None
+    """Says why the backend cannot do it, or None: rules that are none of the above."""
     can_be_deterministic: bool = True
     """Whether the backward obeys `torch.use_deterministic_algorithms(True)`."""
     missing: str | None = None
     """Why the backend cannot be used at all, with what to install; None if it can."""
 
-    def refuses(self, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-        """Return why this backend cannot do such inputs, or None if it can."""
-        if device.type not in self.devices:
-            return f"inputs are on {device.type}, it runs on {', '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"inputs are {dtype}, it takes {', '.join(map(str, self.dtypes))}"
-        if self.max_head_dim is not None and head_dim > self.max_head_dim:
-            return f"head_dim={head_dim}, it takes at most {self.max_head_dim}"
-        if head_dim % self.head_dim_multiple:
-            return f"head_dim={head_dim}, it takes multiples of {self.head_dim_multiple}"
-        if torch.are_deterministic_algorithms_enabled() and not self.can_be_deterministic:
+    def refuses(self, asked: Request) -> str | None:
+        """Return why this backend cannot do what is asked, or None if it can."""
+        if asked.device not in self.devices:
+            return f"inputs are on {asked.device}, it runs on {', '.join(self.devices)}"
+        if asked.dtype not in self.dtypes:
+            return f"inputs are {asked.dtype}, it takes {', '.join(map(str, self.dtypes))}"
+        if self.max_head_dim is not None and asked.head_dim > self.max_head_dim:
+            return f"head_dim={asked.head_dim}, it takes at most {self.max_head_dim}"
+        if asked.head_dim % self.head_dim_multiple:
+            return f"head_dim={asked.head_dim}, it takes multiples of {self.head_dim_multiple}"
+        if asked.deterministic and not self.can_be_deterministic:
             return "its backward is not deterministic and torch.use_deterministic_algorithms is on"
-        return None
+        return self.other_rules(asked)

@@ -1,7 +1,9 @@
 """Block attention through packages: "fa4" (flash-attn-4) and "flash_attn" (flash-attn 2).
 
 Imported where they are used, never before. Their private entry points change between releases, so
-what comes back is checked: the number of results, the shape and dtype of lse.
+what comes back is checked: the number of results, the shape and dtype of lse. The preference is an
+H200's (bench/results): flash-attn-4 takes 4-13% less time than cuDNN, and that about half of the
+others'.
 """
 
 import importlib
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.ring.block.base import Block
+from lhcp.ring.block.base import BackwardInputs, Block, Grads, Request
+from lhcp.ring.kv import KV
+from lhcp.ring.shape import Mask
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -53,26 +57,16 @@ def _out_and_lse(results: Any, q: Tensor, source: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _fa4_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fa4_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     interface = _load("flash_attn.cute.interface")
     results = interface._flash_attn_fwd(
-        q, k, v, softmax_scale=scale, causal=causal, return_lse=True
+        q, *kv, softmax_scale=scale, causal=mask.causal, return_lse=True
     )
     return _out_and_lse(results, q, "flash-attn-4's _flash_attn_fwd")
 
 
-def _fa4_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fa4_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
     interface = _load("flash_attn.cute.interface")
     results = interface._flash_attn_bwd(
         q,
@@ -82,7 +76,7 @@ def _fa4_backward(
         dout,
         lse,
         softmax_scale=scale,
-        causal=causal,
+        causal=mask.causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     if len(results) < 3:
@@ -90,17 +84,14 @@ def _fa4_backward(
     return results[0], results[1], results[2]
 
 
-def _fa2_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fa2_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     interface = _load("flash_attn.flash_attn_interface")
     results = interface._flash_attn_forward(
         q,
-        k,
-        v,
+        *kv,
         dropout_p=0.0,
         softmax_scale=scale,
-        causal=causal,
+        causal=mask.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,
@@ -110,16 +101,8 @@ def _fa2_forward(
     return _out_and_lse(results, q, "flash-attn's _flash_attn_forward")
 
 
-def _fa2_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fa2_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
     interface = _load("flash_attn.flash_attn_interface")
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     interface._flash_attn_backward(
@@ -134,7 +117,7 @@ def _fa2_backward(
         dv,
         dropout_p=0.0,
         softmax_scale=scale,
-        causal=causal,
+        causal=mask.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,
@@ -144,14 +127,32 @@ def _fa2_backward(
     return dq, dk, dv
 
 
+# Compute capability -> (largest head_dim, others that have a kernel of their own), as the package
+# checks them (flash_attn/cute/interface.py of 4.0.0b36, _validate_head_dims). Others it does not
+# check: what its kernels share.
+_FA4_HEAD_DIMS = {9: (256, ()), 10: (128, (256,)), 11: (128, (256,))}
+
+
+def _fa4_head_dim(asked: Request) -> str | None:
+    major = 0 if asked.capability is None else asked.capability[0]
+    largest, others = _FA4_HEAD_DIMS.get(major, (128, ()))
+    if asked.head_dim <= largest or asked.head_dim in others:
+        return None
+    also = "".join(f", and {other}" for other in others)
+    takes = f"on compute capability {major} it takes up to {largest}{also}"
+    return f"head_dim={asked.head_dim}, {takes}"
+
+
 FA4 = Block(
     name="fa4",
     forward=_fa4_forward,
     backward=_fa4_backward,
     devices=("cuda",),
     dtypes=_HALF,
+    preference=10,
     max_head_dim=256,
     head_dim_multiple=8,
+    other_rules=_fa4_head_dim,
     missing=_missing("flash_attn", "cute", "pip install 'lhcp[fa4]'", needs="cutlass"),
 )
 
@@ -161,6 +162,7 @@ FLASH_ATTN = Block(
     backward=_fa2_backward,
     devices=("cuda",),
     dtypes=_HALF,
+    preference=30,
     max_head_dim=256,
     head_dim_multiple=8,
     missing=_missing("flash_attn", "flash_attn_interface", "pip install 'lhcp[flash]'"),

@@ -9,7 +9,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from lhcp.ring.block.base import Block
+from lhcp.ring.block.base import BackwardInputs, Block, Grads
+from lhcp.ring.kv import KV
+from lhcp.ring.shape import Mask
 
 _aten = torch.ops.aten
 
@@ -80,52 +82,32 @@ def _heads_last(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, k, v), 0.0, causal, scale=scale
+        *_heads_first(q, *kv), 0.0, mask.causal, scale=scale
     )
     return out.transpose(1, 2), lse
 
 
-def _cpu_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
     grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(dout, q, k, v, out), lse, 0.0, causal, scale=scale
+        *_heads_first(dout, q, k, v, out), lse, 0.0, mask.causal, scale=scale
     )
     dq, dk, dv = _heads_last(*grads)
     return dq, dk, dv
 
 
-def _cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cudnn_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True, 0.0, causal, False, scale=scale
+        *_heads_first(q, *kv), None, True, 0.0, mask.causal, False, scale=scale
     )
     # [B, H, S, 1] since torch 2.9.
     return out.transpose(1, 2), lse.view(lse.shape[:3])
 
 
-def _cudnn_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
     unused = q.new_empty((), dtype=torch.int64)  # the dropout's state; there is no dropout
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
         *_heads_first(dout, q, k, v, out),
@@ -138,32 +120,22 @@ def _cudnn_backward(
         q.shape[1],
         k.shape[1],
         0.0,
-        causal,
+        mask.causal,
         scale=scale,
     )
     dq, dk, dv = _heads_last(*grads)
     return dq, dk, dv
 
 
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        *_heads_first(q, k, v), 0.0, causal, False, scale=scale
+        *_heads_first(q, *kv), 0.0, mask.causal, False, scale=scale
     )
     return out.transpose(1, 2), lse
 
 
-def _flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
     unused = q.new_empty((), dtype=torch.int64)  # the dropout's state; there is no dropout
     grads = _aten._scaled_dot_product_flash_attention_backward(
         *_heads_first(dout, q, k, v, out),
@@ -173,7 +145,7 @@ def _flash_backward(
         q.shape[1],
         k.shape[1],
         0.0,
-        causal,
+        mask.causal,
         unused,
         unused,
         scale=scale,
@@ -190,6 +162,7 @@ CPU = Block(
     backward=_cpu_backward,
     devices=("cpu",),
     dtypes=(torch.float64, torch.float32, *_HALF),
+    preference=10,
     missing=_missing(
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -202,6 +175,7 @@ CUDNN = Block(
     backward=_cudnn_backward,
     devices=("cuda",),
     dtypes=_HALF,
+    preference=20,
     max_head_dim=128,
     head_dim_multiple=8,
     can_be_deterministic=False,
@@ -216,6 +190,7 @@ FLASH = Block(
     backward=_flash_backward,
     devices=("cuda",),
     dtypes=_HALF,
+    preference=40,
     max_head_dim=256,
     head_dim_multiple=8,
     missing=_missing(

@@ -1,4 +1,4 @@
-"""The merge as one Triton kernel: each row of each part is read once, the result written once."""
+"""The merge as one Triton kernel: each partial is read once, the result written once."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.ring.merge.merge import Part
+from lhcp.ring.merge.partial import Partial
 
 
 @triton.jit
@@ -89,36 +89,38 @@ def _merge_kernel(
     tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_s & m_d)
 
 
-def merge_fused(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
+def merge_fused(out: Tensor, lse: Tensor, partials: Sequence[Partial]) -> None:
     """Merge as `lhcp.ring.merge.merge.merge`; the last axis of outputs is contiguous."""
-    _launch(out, lse, parts, [part.lse for part in parts if part.lse is not None], weighted=True)
+    lses = [partial.lse for partial in partials if partial.lse is not None]
+    _launch(out, lse, partials, lses, weighted=True)
 
 
-def add_fused(out: Tensor, parts: Sequence[Part]) -> None:
+def add_fused(out: Tensor, partials: Sequence[Partial]) -> None:
     """Sum as `lhcp.ring.merge.merge.add`, in float32; the last axis is contiguous."""
-    # What is not read still needs a place among the arguments.
-    _launch(out, out[..., 0], parts, [part.x for part in parts], weighted=False)
+    # What is not read must still be among the arguments.
+    _launch(out, out[..., 0], partials, [partial.x for partial in partials], weighted=False)
 
 
 def _launch(
-    out: Tensor, lse: Tensor, parts: Sequence[Part], part_lses: Sequence[Tensor], weighted: bool
+    out: Tensor, lse: Tensor, partials: Sequence[Partial], lses: Sequence[Tensor], weighted: bool
 ) -> None:
     batch, seqlen, heads, head_dim = out.shape
     rows = 16
+    runs = [edge for partial in partials for edge in (*partial.rows, *partial.heads)]
     _merge_kernel[(triton.cdiv(seqlen, rows) * heads, batch)](
         out,
         lse,
-        tuple(part.x for part in parts),
-        tuple(part_lses),
-        tuple(edge for part in parts for run in (part.rows, part.heads) for edge in run),
-        tuple(stride for part in parts for stride in part.x.stride()[:3]),
-        tuple(stride for x in part_lses for stride in x.stride()[:3]),
+        tuple(partial.x for partial in partials),
+        tuple(lses),
+        tuple(runs),
+        tuple(stride for partial in partials for stride in partial.x.stride()[:3]),
+        tuple(stride for x in lses for stride in x.stride()[:3]),
         seqlen,
         heads,
         head_dim,
         *out.stride()[:3],
         *lse.stride(),
-        N=len(parts),
+        N=len(partials),
         WEIGHTED=weighted,
         BS=rows,
         BD=triton.next_power_of_2(head_dim),

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.ring.kv import KV
+
 
 @triton.jit
 def _sum_kernel(
@@ -60,9 +62,7 @@ def _sum_kernel(
     tl.store(p_rows, b_sum.to(p_out.dtype.element_ty), mask=m_td)
 
 
-def sum_fused(
-    parts: Tensor, first: int, own: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor]
-) -> None:
+def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
     """Sum as `lhcp.ring.merge.sum_parts.sum_parts`, in float32."""
     _, num_parts, batch, tokens, heads, head_dim = parts.shape
     width = heads * head_dim

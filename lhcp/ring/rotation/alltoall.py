@@ -10,66 +10,83 @@ import torch
 from torch import Tensor
 
 from lhcp.comm.collectives import swap
-from lhcp.comm.layout import Layout, make_layout
-from lhcp.comm.mesh import Ranks
+from lhcp.comm.layout import Layout
+from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
 from lhcp.operators import operator
-from lhcp.ring.rotation import messages
+from lhcp.timing import Spans, goes_through_operators
 
 
 def tokens_to_heads(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
-    """[W, B, n, heads / W, D] by destination to [B, N, heads / W, D] in sequence order."""
-    received = messages.arriving(x, *x.shape)
+    """Send [W, B, n, heads / W, D], by destination; return [B, N, heads / W, D], in sequence."""
+    received = ranks.receive_buffer(x, *x.shape)
     assert ranks.flat is not None
     swap(received, x, ranks.flat)
     chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
     owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
     order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
-    return chunks[order].movedim(0, 1).flatten(1, 2)
+    return chunks[order].movedim(0, 1).flatten(1, 2).contiguous()
 
 
 def heads_to_tokens(x: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
-    """[B, N, heads / W, D] in sequence order to [W, B, n, heads / W, D] by source."""
+    """Send [B, N, heads / W, D], in sequence; return [W, B, n, heads / W, D], by source."""
     chunks = x.unflatten(1, (layout.num_chunks, -1)).movedim(1, 0)
     order = [chunk for rank in range(layout.world_size) for chunk in layout.chunks(rank)]
     by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
     sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
-    received = messages.arriving(sent, *sent.shape)
+    received = ranks.receive_buffer(sent, *sent.shape)
     assert ranks.flat is not None
     swap(received, sent, ranks.flat)
     return received
 
 
 def _split(x: Tensor, world: int) -> Tensor:
-    """[B, n, heads, D] to [W, B, n, heads / W, D]."""
+    """View [B, n, heads, D] as [W, B, n, heads / W, D]."""
     return x.unflatten(2, (world, -1)).movedim(2, 0)
 
 
 def _join(x: Tensor) -> Tensor:
-    """[W, B, n, heads / W, D] to [B, n, heads, D]."""
+    """Turn [W, B, n, heads / W, D] into [B, n, heads, D]."""
     return x.movedim(0, 2).flatten(2, 3)
 
 
-def _fake_tokens_to_heads(x: Tensor, group: str, layout: str) -> Tensor:
+def _fake_tokens_to_heads(x: Tensor, words: str) -> Tensor:
     world, batch, tokens, heads, head_dim = x.shape
     return x.new_empty((batch, world * tokens, heads, head_dim))
 
 
 @operator("tokens_to_heads", _fake_tokens_to_heads)
-def _tokens_to_heads(x: Tensor, group: str, layout: str) -> Tensor:
-    ranks = Ranks.from_names((group, "", ""))
-    return tokens_to_heads(x, ranks, make_layout(layout, ranks.world_size)).contiguous()
+def _tokens_to_heads(x: Tensor, words: str) -> Tensor:
+    return tokens_to_heads(x, *unpack_cut(words)[:2])
 
 
-def _fake_heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
-    world = Ranks.from_names((group, "", "")).world_size
+def _fake_heads_to_tokens(x: Tensor, words: str) -> Tensor:
+    world = unpack_cut(words)[0].world_size
     batch, tokens, heads, head_dim = x.shape
     return x.new_empty((world, batch, tokens // world, heads, head_dim))
 
 
 @operator("heads_to_tokens", _fake_heads_to_tokens)
-def _heads_to_tokens(x: Tensor, group: str, layout: str) -> Tensor:
-    ranks = Ranks.from_names((group, "", ""))
-    return heads_to_tokens(x, ranks, make_layout(layout, ranks.world_size))
+def _heads_to_tokens(x: Tensor, words: str) -> Tensor:
+    return heads_to_tokens(x, *unpack_cut(words)[:2])
+
+
+Exchange = tuple[Ranks, Layout, Spans]
+
+
+def _to_heads(x: Tensor, exchange: Exchange) -> Tensor:
+    ranks, layout, spans = exchange
+    if goes_through_operators(spans):
+        out: Tensor = _tokens_to_heads(x, pack_cut(ranks, layout))
+        return out
+    return tokens_to_heads(x, ranks, layout)
+
+
+def _to_tokens(x: Tensor, exchange: Exchange) -> Tensor:
+    ranks, layout, spans = exchange
+    if goes_through_operators(spans):
+        out: Tensor = _heads_to_tokens(x, pack_cut(ranks, layout))
+        return out
+    return heads_to_tokens(x, ranks, layout)
 
 
 class TokensToHeads(torch.autograd.Function):
@@ -77,30 +94,33 @@ class TokensToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, layout: Layout
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, layout: Layout, spans: Spans
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.arguments = (ranks.names[0], layout.name)
+        """Exchange tokens for heads."""
+        ctx.exchange = (ranks, layout, spans)
         ctx.sizes = [x.shape[2] // ranks.world_size for x in (q, k, v)]
         packed = torch.cat([_split(x, ranks.world_size) for x in (q, k, v)], 3)
-        whole = _tokens_to_heads(packed, *ctx.arguments)
-        q, k, v = (x.contiguous() for x in whole.split(ctx.sizes, 2))
+        q, k, v = (x.contiguous() for x in _to_heads(packed, ctx.exchange).split(ctx.sizes, 2))
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        received = _heads_to_tokens(torch.cat(grads, 2), *ctx.arguments)
-        return (*(_join(x) for x in received.split(ctx.sizes, 3)), None, None)
+        """Exchange the gradients back."""
+        received = _to_tokens(torch.cat(grads, 2), ctx.exchange)
+        return (*(_join(x) for x in received.split(ctx.sizes, 3)), None, None, None)
 
 
 class HeadsToTokens(torch.autograd.Function):
     """Output [B, N, heads / W, D] to [B, n, heads, D]."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
-        ctx.arguments, ctx.world = (ranks.names[0], layout.name), ranks.world_size
-        return _join(_heads_to_tokens(out, *ctx.arguments))
+    def forward(ctx: Any, out: Tensor, ranks: Ranks, layout: Layout, spans: Spans) -> Tensor:
+        """Exchange heads for tokens."""
+        ctx.exchange = (ranks, layout, spans)
+        return _join(_to_tokens(out, ctx.exchange))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        split = _split(grads[0], ctx.world).contiguous()
-        return _tokens_to_heads(split, *ctx.arguments), None, None
+        """Exchange the gradients back."""
+        split = _split(grads[0], ctx.exchange[0].world_size).contiguous()
+        return _to_heads(split, ctx.exchange), None, None, None

@@ -1,43 +1,43 @@
-"""What a rotation is: it brings keys and values round and their gradients home.
+"""What a rotation is: it brings keys and values round and their gradients back to their owners.
 
 One object serves one forward or one backward. Every rank opens the same collectives, with the same
 sizes, in the same order, whatever its calls are: a step with nothing to compute still sends.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks
+from lhcp.ring.kv import KV
 from lhcp.ring.schedule import Call, Step
+from lhcp.ring.shape import AttentionShape, Mask
 from lhcp.timing import Spans
-
-HELD_BYTES = 2**28
-"""Partial results that are kept until all can be summed at once, of outputs or of gradients. Where
-there are more, sums are made on the way: memory then does not grow with the number of ranks."""
 
 
 @dataclass(frozen=True)
-class Trip:
+class RotationContext:
     """What every rotation is made from."""
 
     ranks: Ranks
-    layout: Layout
-    causal: bool
-    num_heads: int
-    """Of queries."""
+    shape: AttentionShape
     backward: bool
     spans: Spans
 
     @property
-    def stage(self) -> str:
-        """The name in the profile."""
-        return "ring_backward" if self.backward else "ring_forward"
+    def layout(self) -> Layout:
+        """How the sequence is cut over the ranks."""
+        return self.shape.layout
+
+    @property
+    def mask(self) -> Mask:
+        """The mask of the whole attention."""
+        return self.shape.mask
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -45,37 +45,47 @@ class Trip:
         assert self.ranks.flat is not None
         return self.ranks.flat
 
+    def waiting(self, index: int, device: torch.device) -> AbstractContextManager[None]:
+        """Open the span of the wait number `index` for messages."""
+        name = "ring_backward" if self.backward else "ring_forward"
+        return self.spans.span(name, "wait", index, device)
 
-@dataclass(frozen=True)
-class Grads:
+
+class Delivery(NamedTuple):
+    """Keys and values that have come, and what they are used for."""
+
+    step: Step
+    kv: KV
+    """[B, tokens, heads of the step, D], valid while they are referred to."""
+
+
+class CallGrads(NamedTuple):
     """Gradients of one call's run of keys and values: [B, run, heads, D]."""
 
     call: Call
-    dk: Tensor
-    dv: Tensor
+    grads: KV
 
 
 class Rotation(Protocol):
-    """Deliver kv step by step; in the backward, collect the gradients and bring them home."""
+    """Delivers keys and values step by step; in the backward, collects and returns gradients."""
 
     steps: tuple[Step, ...]
     step_bytes: int
-    """Of the keys and values of a step at most, on any rank. How many steps wait to be finished
-    follows from it, and so what is sent in which order: it must be the same on every rank."""
+    """Bytes of the keys and values of a step at most, on any rank. How many steps wait to be
+    finished follows from it, and so what is sent in which order: it must be the same everywhere."""
 
-    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        """Yield (step, k, v) in order, with the next exchange already under way.
+    def deliver(self, kv: KV) -> Iterator[Delivery]:
+        """Yield each step's keys and values in order, with the next exchange already under way.
 
-        k, v: [B, tokens, heads of the step, D], valid while they are referred to. The calls of the
-        first step of each run of heads cover every query.
+        The calls of the first step of each run of heads cover every query.
         """
         ...
 
-    def collect(self, step: int, grads: Sequence[Grads]) -> None:
+    def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
         """Take the gradients of step number `step`, in order; once for every step."""
         ...
 
-    def home(self) -> tuple[Tensor, Tensor]:
+    def owned_grads(self) -> KV:
         """Return dk and dv of this rank's own tokens, once all ranks' parts have arrived.
 
         Summed wide and rounded once to the dtype of k, in memory of their own.
@@ -83,6 +93,5 @@ class Rotation(Protocol):
         ...
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over calls: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+MakeRotation = Callable[[RotationContext, KV], Rotation]
+"""Makes a rotation for one direction; it is given this rank's own keys and values."""

@@ -1,10 +1,10 @@
 """Gather inside a node, ring across nodes: for a mesh of two axes, the outer across nodes.
 
-Each rank's shard goes round the ranks in its place on every node; where it arrives, the node
+Each rank's shard goes round the ranks with its index on every node; where it arrives, the node
 gathers it. Links between nodes carry each shard once a node, as a ring does, in messages of one
 shard; links inside carry the rest. While a step is computed the next node's shards are gathered and
 those of the node after it are on their way. Gradients go back the same way: a node's ranks send
-their parts to the rank in the owner's place, and that one sends their sum, wide, to the owner.
+their parts to the rank with the owner's index, and that one sends their sum, wide, to the owner.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,44 +13,43 @@ import torch
 from torch import Tensor
 
 from lhcp.comm.collectives import Works, exchange
+from lhcp.precision import wide
+from lhcp.ring.kv import KV
 from lhcp.ring.merge.sum_parts import sum_parts
 from lhcp.ring.parts import gather_segments
-from lhcp.ring.rotation import messages
-from lhcp.ring.rotation.base import Grads, Trip, wide
-from lhcp.ring.rotation.kv_gather import Gather, PartsHome
+from lhcp.ring.rotation.base import CallGrads, Delivery, RotationContext
+from lhcp.ring.rotation.kv_gather import GatherReturn, KVGather
 from lhcp.ring.rotation.messages import RingBuffers
-from lhcp.ring.schedule import Step, hierarchical_steps
+from lhcp.ring.schedule import hierarchical_steps
 
 
 class Hierarchical:
     """`Rotation` by a ring of gathers."""
 
-    def __init__(self, trip: Trip, k: Tensor) -> None:
-        outer, inner = trip.ranks.outer, trip.ranks.inner
+    def __init__(self, context: RotationContext, kv: KV) -> None:
+        outer, inner = context.ranks.outer, context.ranks.inner
         assert outer is not None and inner is not None
-        self._trip, self._like, self._outer, self._inner = trip, k, outer, inner
-        self.steps = hierarchical_steps(
-            trip.ranks.rank, trip.layout, trip.causal, k.shape[2], inner.size()
-        )
-        self.step_bytes = 2 * k.numel() * k.element_size() * inner.size()
-        self._slots = trip.layout.chunks_per_rank
-        self._own: tuple[Tensor, Tensor] | None = None
-        self._parts: PartsHome | None = None
+        self._context, self._like, self._outer, self._inner = context, kv.k, outer, inner
+        self.steps = hierarchical_steps(context.shape, context.ranks.rank)
+        self.step_bytes = context.shape.node_bytes
+        self._own: KV | None = None
+        self._parts: GatherReturn | None = None
         self._sum: Works | None = None
         self._summed: list[Tensor] = []
-        self._total: tuple[Tensor, Tensor] | None = None
+        self._total: KV | None = None
         self._node = 0
 
-    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        trip, nodes = self._trip, self._outer.size()
-        packed = RingBuffers(self._outer, torch.stack((k, v)))
+    def deliver(self, kv: KV) -> Iterator[Delivery]:
+        """Yield the own keys under a causal mask, then those of this node, then node by node."""
+        context, nodes = self._context, self._outer.size()
+        packed = RingBuffers(context.ranks, self._outer, torch.stack(kv))
         gather = self._gather(packed.current)
         if nodes > 1:
             packed.post()
-        if trip.causal:
-            yield self.steps[0], k, v
+        if context.mask.causal:
+            yield Delivery(self.steps[0], kv)
         for node, step in enumerate(self.steps[-nodes:]):
-            with trip.spans.span(trip.stage, "wait", node, k.device):
+            with context.waiting(node, kv.k.device):
                 gathered = gather.wait()
                 if node + 1 < nodes:
                     packed.arrive()
@@ -58,38 +57,40 @@ class Hierarchical:
                 gather = self._gather(packed.current)
             if node + 2 < nodes:
                 packed.post()
-            yield step, *gathered
+            yield Delivery(step, gathered)
 
-    def collect(self, step: int, grads: Sequence[Grads]) -> None:
-        if self._trip.causal and step == 0:
-            self._own = (grads[0].dk, grads[0].dv)
+    def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
+        """Send a node's gradients to the ranks that sum them, once those before have arrived."""
+        context = self._context
+        if context.mask.causal and step == 0:
+            self._own = grads[0].grads
             return
         self._pass_on()
         size = self._inner.size()
         own, keys = self._outer.rank(), (self._outer.rank() - self._node) % self._outer.size()
         queries, owners = (range(node * size, (node + 1) * size) for node in (own, keys))
-        plan = gather_segments(self._trip.layout, self._trip.causal, queries, owners)
-        self._parts = PartsHome(self._inner, plan, grads, self._like, self._slots)
+        plan = gather_segments(context.layout, context.mask, queries, owners)
+        self._parts = GatherReturn(context, self._inner, plan, grads, self._like)
 
-    def home(self) -> tuple[Tensor, Tensor]:
+    def owned_grads(self) -> KV:
+        """Return the sums of all nodes' sums and the own."""
         self._pass_on()
         self._arrive()
         assert self._total is not None
-        dk, dv = (x.to(self._like.dtype) for x in self._total)
-        return dk, dv
+        return self._total.map(lambda x: x.to(self._like.dtype))
 
-    def _gather(self, packed: Tensor) -> Gather:
-        return Gather(self._inner, packed[0], packed[1], self._slots)
+    def _gather(self, packed: Tensor) -> KVGather:
+        return KVGather(self._context, self._inner, KV(packed[0], packed[1]))
 
     def _pass_on(self) -> None:
         """Sum this node's parts and send the sum to the owner of the keys."""
         if self._parts is None:
             return
-        trip, like, j = self._trip, self._like, self._node
-        with trip.spans.span(trip.stage, "wait", self._outer.size() + j, like.device):
+        like, j = self._like, self._node
+        with self._context.waiting(self._outer.size() + j, like.device):
             parts = self._parts.wait()
         dtype = wide(like.dtype)
-        total = like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape, dtype=dtype)
+        total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
         sum_parts(parts, self._parts.first, self._own if j == 0 else None, total)
         self._parts = None
         self._node += 1
@@ -98,7 +99,7 @@ class Hierarchical:
             return
         self._arrive()
         nodes, own = self._outer.size(), self._outer.rank()
-        self._summed = [messages.arriving(x, *x.shape) for x in total]
+        self._summed = [self._context.ranks.receive_buffer(x, *x.shape) for x in total]
         self._sum = exchange(
             [(x, (own - j) % nodes) for x in total],
             [(x, (own + j) % nodes) for x in self._summed],
@@ -109,8 +110,7 @@ class Hierarchical:
         """Add what another node summed for this rank's keys."""
         if self._sum is None:
             return
-        trip, step = self._trip, 2 * self._outer.size() + self._node
-        with trip.spans.span(trip.stage, "wait", step, self._like.device):
+        with self._context.waiting(2 * self._outer.size() + self._node, self._like.device):
             self._sum.wait()
         assert self._total is not None
         for own, part in zip(self._total, self._summed, strict=True):

@@ -1,17 +1,10 @@
-"""The messages that rotations are made of: exchanges between ranks, tensors that go round."""
+"""What the messages of rotations are made of: chunks of tensors, and tensors that go round."""
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.comm.collectives import Works, exchange
-
-
-def arriving(like: Tensor, *shape: int) -> Tensor:
-    """Memory that a message will fill.
-
-    Called through this module, never by a name of its own elsewhere: twins put theirs in its place.
-    """
-    return like.new_empty(shape)
+from lhcp.comm.mesh import Ranks
 
 
 class RingBuffers:
@@ -21,14 +14,15 @@ class RingBuffers:
     read it while the next one starts.
     """
 
-    def __init__(self, group: dist.ProcessGroup, own: Tensor) -> None:
-        self._group = group
+    def __init__(self, ranks: Ranks, group: dist.ProcessGroup, own: Tensor) -> None:
+        self._ranks, self._group = ranks, group
         self._buffers = [own]
         self._turn = 0
         self._works: Works | None = None
 
     @property
     def current(self) -> Tensor:
+        """What came last; at first the own."""
         return self._buffers[self._turn]
 
     def post(self) -> None:
@@ -37,7 +31,7 @@ class RingBuffers:
             return
         if len(self._buffers) < 3:
             own = self._buffers[0]
-            self._buffers.append(arriving(own, *own.shape))
+            self._buffers.append(self._ranks.receive_buffer(own, *own.shape))
         into = self._buffers[(self._turn + 1) % 3]
         rank, world = self._group.rank(), self._group.size()
         to, back = (rank + 1) % world, (rank - 1) % world
@@ -53,7 +47,7 @@ class RingBuffers:
         self._turn = (self._turn + 1) % 3
 
 
-def chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:
+def split_chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:
     """View [B, count * tokens, heads, D] as [count, B, tokens, heads, D], each chunk contiguous.
 
     Args:
@@ -63,6 +57,6 @@ def chunks(x: Tensor, count: int, copy: bool = True) -> Tensor:
     return by_chunk.contiguous() if copy else by_chunk
 
 
-def joined(by_chunk: Tensor) -> Tensor:
-    """[count, B, tokens, heads, D] as [B, count * tokens, heads, D]: a view where B is 1."""
+def join_chunks(by_chunk: Tensor) -> Tensor:
+    """View [count, B, tokens, heads, D] as [B, count * tokens, heads, D]; a copy if B is not 1."""
     return by_chunk.movedim(0, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The ring: keys and values come round from rank to rank; their gradients go straight home.
+"""Keys and values come round from rank to rank; their gradients go straight back to their owners.
 
 At distance i a rank attends to the keys of the rank i back. They come straight from there, those
 alone that it may see, and parts of their gradients go straight back: nothing is forwarded, and no
@@ -10,96 +10,86 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from lhcp.precision import wide
+from lhcp.ring.kv import KV
 from lhcp.ring.merge.sum_parts import sum_parts
-from lhcp.ring.parts import ring_givers
-from lhcp.ring.rotation import messages
-from lhcp.ring.rotation.base import HELD_BYTES, Grads, Trip, wide
-from lhcp.ring.rotation.rounds import RingChunks, RingParts
-from lhcp.ring.schedule import Step, p2p_steps, ring_rounds
-
-
-def holds_all_parts(world_size: int, kv_bytes: int) -> bool:
-    """Whether parts of all rounds are summed at once; else each round's are when they have come.
-
-    Args:
-        kv_bytes: of one rank's k and v, and so of one rank's parts for another at most.
-    """
-    return (world_size - 1) * kv_bytes <= HELD_BYTES
+from lhcp.ring.parts import ring_sources
+from lhcp.ring.rotation.base import CallGrads, Delivery, RotationContext
+from lhcp.ring.rotation.rounds import RoundFetch, RoundReturn
+from lhcp.ring.schedule import p2p_steps
 
 
 class P2P:
     """`Rotation` by send and receive."""
 
-    def __init__(self, trip: Trip, k: Tensor) -> None:
-        self._trip, self._like = trip, k
-        batch, tokens = k.shape[:2]
-        world, self._chunk = trip.ranks.world_size, tokens // trip.layout.chunks_per_rank
-        pairs = batch * tokens * self._chunk * trip.num_heads
-        self._rounds = ring_rounds(world, pairs)
-        self.steps = p2p_steps(
-            trip.ranks.rank, trip.layout, trip.causal, k.shape[2], self._rounds, trip.backward
-        )
-        kv_bytes = 2 * k.numel() * k.element_size()
-        self.step_bytes = max(map(len, self._rounds)) * kv_bytes
-        held = holds_all_parts(world, kv_bytes)
-        self._rounds_per_sum = len(self._rounds) if held else 1
-        self._total: tuple[Tensor, Tensor] | None = None
+    def __init__(self, context: RotationContext, kv: KV) -> None:
+        shape = context.shape
+        self._context, self._like = context, kv.k
+        self._rounds = shape.rounds
+        self.steps = p2p_steps(shape, context.ranks.rank, context.backward)
+        self.step_bytes = shape.round_bytes
+        self._rounds_per_sum = len(self._rounds) if shape.holds_all_parts else 1
+        self._total: KV | None = None
         self._parts: Tensor | None = None
         self._first = 0
-        self._leaving: RingParts | None = None
+        self._leaving: RoundReturn | None = None
         self._arrived = 0
 
-    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
-        trip = self._trip
-        fetched = self._fetch(k, v, 0)
-        yield self.steps[0], k, v
+    def deliver(self, kv: KV) -> Iterator[Delivery]:
+        """Yield the own keys, then those of each round."""
+        fetched = self._fetch(kv, 0)
+        yield Delivery(self.steps[0], kv)
         for i, step in enumerate(self.steps[1:]):
-            with trip.spans.span(trip.stage, "wait", i, k.device):
+            with self._context.waiting(i, kv.k.device):
                 keys = fetched.wait()
             if i + 1 < len(self._rounds):
-                fetched = self._fetch(k, v, i + 1)
-            yield step, *keys
+                fetched = self._fetch(kv, i + 1)
+            yield Delivery(step, keys)
 
-    def collect(self, step: int, grads: Sequence[Grads]) -> None:
+    def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
+        """Send a round's gradients to their owners, once those before have arrived."""
         if step == 0:
             # The own keys: one call over all of them.
-            self._total = (grads[0].dk, grads[0].dv)
+            self._total = grads[0].grads
             return
         self._arrive()
-        trip = self._trip
-        self._leaving = RingParts(
-            trip.group,
-            grads,
-            self._places(step - 1),
-            trip.layout,
-            trip.causal,
-            self._rounds[step - 1],
-        )
+        i = step - 1
+        self._leaving = RoundReturn(self._context, grads, self._places(i), self._rounds[i])
 
-    def home(self) -> tuple[Tensor, Tensor]:
+    def owned_grads(self) -> KV:
+        """Return the sums of all rounds' parts and the own."""
         self._arrive()
         assert self._total is not None
         return self._total
 
-    def _fetch(self, k: Tensor, v: Tensor, i: int) -> RingChunks:
-        trip = self._trip
-        return RingChunks(trip.group, k, v, trip.layout, trip.causal, self._rounds[i])
+    def _fetch(self, kv: KV, i: int) -> RoundFetch:
+        return RoundFetch(self._context, kv, self._rounds[i])
 
-    def _givers(self, start: int, stop: int) -> tuple[tuple[int, ...], ...]:
-        """The ranks that give parts in rounds [start, stop), for each of this rank's chunks."""
-        trip = self._trip
-        return ring_givers(trip.ranks.rank, trip.layout, trip.causal, self._rounds[start:stop])
+    def _sources(self, start: int, stop: int) -> tuple[tuple[int, ...], ...]:
+        """Return the ranks that give parts in rounds [start, stop), for each of the own chunks."""
+        context = self._context
+        rank, rounds = context.ranks.rank, self._rounds[start:stop]
+        return ring_sources(rank, context.layout, context.mask, rounds)
 
     def _places(self, i: int) -> list[list[Tensor]]:
-        """Where parts of round i go: for dk and dv, by slot, [givers, B, tokens, heads, D]."""
+        """Return where parts of round i go: for dk and dv, by slot, [sources, B, tokens, heads, D].
+
+        All rounds that are summed together share one tensor, slot 0 first, rounds in order:
+
+            zigzag, rank 1 of 4, causal, chunks (1, 6), rounds of one distance each
+            slot 0 is seen by ranks 2, 3, 0; slot 1 by none, none, 0
+            parts: [2 3 0 | 0]; round 0 writes place 0, round 1 place 1, round 2 places 2 and 3
+        """
         start = i - i % self._rounds_per_sum
         if i == start:
-            counts = [len(of_slot) for of_slot in self._givers(i, i + self._rounds_per_sum)]
-            shape = (self._like.shape[0], self._chunk, *self._like.shape[2:])
+            counts = [len(of_slot) for of_slot in self._sources(i, i + self._rounds_per_sum)]
+            batch, _, *rest = self._like.shape
+            row = (batch, self._context.shape.chunk, *rest)
             self._first = counts[0]
-            self._parts = messages.arriving(self._like, 2, sum(counts), *shape)
+            allocate = self._context.ranks.receive_buffer
+            self._parts = allocate(self._like, 2, sum(counts), *row)
         assert self._parts is not None
-        before, mine = self._givers(start, i), self._givers(i, i + 1)
+        before, mine = self._sources(start, i), self._sources(i, i + 1)
         begins = [self._first * slot + len(of_slot) for slot, of_slot in enumerate(before)]
         return [
             [of_kind[b : b + len(g)] for b, g in zip(begins, mine, strict=True)]
@@ -110,17 +100,15 @@ class P2P:
         """Wait for the parts on their way; sum what is held, once that is all there is."""
         if self._leaving is None:
             return
-        trip, like = self._trip, self._like
-        step = len(self._rounds) + self._arrived
-        with trip.spans.span(trip.stage, "wait", step, like.device):
+        like, rounds = self._like, len(self._rounds)
+        with self._context.waiting(rounds + self._arrived, like.device):
             self._leaving.wait()
         self._leaving = None
         self._arrived += 1
         if self._arrived % self._rounds_per_sum:
             return
         assert self._parts is not None
-        last = self._arrived == len(self._rounds)
-        dtype = like.dtype if last else wide(like.dtype)
-        total = like.new_empty(like.shape, dtype=dtype), like.new_empty(like.shape, dtype=dtype)
+        dtype = like.dtype if self._arrived == rounds else wide(like.dtype)
+        total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
         sum_parts(self._parts, self._first, self._total, total)
         self._total, self._parts = total, None

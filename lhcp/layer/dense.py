@@ -1,0 +1,104 @@
+"""`ring_attention`: exact dense attention over a sharded sequence."""
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from lhcp.checks import check_qkv
+from lhcp.comm.layout import LayoutName
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.cost.calibration import Calibration
+from lhcp.layer.plan import Choices, carry_out, make_plan
+from lhcp.ring.shape import Mask
+from lhcp.timing import UNTIMED, Spans
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str | Calibration = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    timers: Spans = UNTIMED,
+) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str | Calibration = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    timers: Spans = UNTIMED,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Group | Ranks = None,
+    layout: LayoutName = "zigzag",
+    rotation: str | Calibration = "auto",
+    backend: str = "auto",
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    timers: Spans = UNTIMED,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact dense attention over a sequence that is sharded over ranks (arXiv 2310.01889).
+
+    Args:
+        q: [B, N / W, H, D], this rank's queries in layout order.
+        k, v: [B, N / W, Hk, D], the dtype of q; H a multiple of Hk. kv heads travel unrepeated.
+        group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
+            rank. Every rank must call with equal shapes and choices.
+        layout: "zigzag" or "contiguous": how `shard` cut the sequence.
+        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
+            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
+            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
+        backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
+            "math", or "auto".
+        causal: mask keys after the query's global position.
+        scale: of the logits; D ** -0.5 by default.
+        return_lse: return the log-sum-exp as well.
+        timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
+
+    Returns:
+        out [B, N / W, H, D] in the dtype of q; with return_lse also lse [B, H, N / W], natural log,
+        float32 (float64 for float64 inputs), which carries no gradient.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, names or sizes that do not fit; raised before
+            anything is sent.
+        ImportError: an explicit backend's package is missing.
+    """
+    choices = Choices(layout, rotation, backend, scale=scale, timers=timers)
+    out, lse = dense_attention((q, k, v), as_ranks(group), choices, Mask(causal))
+    return (out, lse) if return_lse else out
+
+
+def dense_attention(
+    qkv: tuple[Tensor, Tensor, Tensor], ranks: Ranks, choices: Choices, mask: Mask
+) -> tuple[Tensor, Tensor]:
+    """Attend as `ring_attention`, which has the rules; return (out, lse)."""
+    q, k, v = qkv
+    check_qkv(q, k, v)
+    plan = make_plan(q, k, ranks, choices, mask)
+    plan.layout.check_seqlen(plan.shape.seqlen)
+    return carry_out(q, k, v, plan, choices.timers)

@@ -1,0 +1,239 @@
+"""Every choice that is left to lhcp: the one file that knows what "auto" is.
+
+Choices depend on static sizes, the device and the installed packages alone, so that ranks with
+equal inputs never differ; an explicit name is never replaced.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lhcp.comm.layout import Layout, LayoutName, make_layout
+from lhcp.comm.mesh import Ranks
+from lhcp.cost.calibration import Calibration
+from lhcp.cost.choose import choose
+from lhcp.cost.tables import built_in
+from lhcp.lighthouse.kernel_sets import KERNELS
+from lhcp.operators import HAS_TRITON
+from lhcp.ring import rotation as rotations
+from lhcp.ring.attention import attention
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.block.base import Block, Request
+from lhcp.ring.plan import RingPlan, shape_of
+from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
+from lhcp.timing import UNTIMED, Spans
+
+
+@dataclass(frozen=True)
+class PackageRing:
+    """A whole ring of another package, which is taken by name only."""
+
+    check: Callable[[Tensor, Layout, Mask], None]
+    """(q, layout, mask): raises ValueError or ImportError where the package cannot."""
+    attend: Callable[[Tensor, Tensor, Tensor, RingPlan], tuple[Tensor, Tensor]]
+    """(q, k, v, plan) -> (out, lse), as `lhcp.ring.attention`."""
+
+
+PACKAGE_RINGS: dict[str, PackageRing] = {}
+"""By the name of the rotation. `lhcp/__init__.py` fills it: integrations are above this room."""
+
+_log = logging.getLogger("lhcp")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may choose about how an attention is carried out, and may leave to lhcp."""
+
+    layout: LayoutName = "zigzag"
+    rotation: str | Calibration = "auto"
+    """A name of `lhcp.ring.rotation.NAMES` or of `PACKAGE_RINGS`, "auto", or a table by which the
+    fastest is taken."""
+    backend: str = "auto"
+    """A name of `lhcp.ring.block.BLOCKS`, or "auto"."""
+    kernels: str = "auto"
+    """A name of `lhcp.lighthouse.kernel_sets.KERNELS`, or "auto"."""
+    scale: float | None = None
+    """Factor of the logits; None: D ** -0.5."""
+    timers: Spans = UNTIMED
+
+    def scale_of(self, q: Tensor) -> float:
+        """Return the factor of the logits for q [B, n, H, D]."""
+        return q.shape[3] ** -0.5 if self.scale is None else self.scale
+
+
+def make_plan(
+    q: Tensor,
+    k: Tensor,
+    ranks: Ranks,
+    choices: Choices,
+    mask: Mask = CAUSAL,
+    tokens: int | None = None,
+) -> RingPlan:
+    """Resolve every "auto" of an attention and check every name; no communication.
+
+    Args:
+        q: [B, n, H, D]; k: [B, n, Hk, D]; only their sizes, dtype and device are read.
+        tokens: of this rank that attention runs on, such as entries of the sub-sequence; None: n.
+
+    Raises:
+        ValueError, ImportError: see `lhcp.ring_attention`.
+    """
+    layout = make_layout(choices.layout, ranks.world_size)
+    shape = shape_of(q, k, layout, mask, ranks, q.shape[1] if tokens is None else tokens)
+    name = _rotation(shape, choices.rotation, q.device)
+    check_rotation(name, ranks, k.shape[2])
+    if (package := PACKAGE_RINGS.get(name)) is not None:
+        package.check(q, layout, mask)
+    block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device)
+    return RingPlan(ranks, shape, name, block.name, choices.scale_of(q))
+
+
+def carry_out(
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, timers: Spans
+) -> tuple[Tensor, Tensor]:
+    """Attend as the plan says, in the ring or in another package's: see `ring.attention`."""
+    package = PACKAGE_RINGS.get(plan.rotation)
+    if package is not None and plan.ranks.world_size > 1:
+        return package.attend(q, k, v, plan)
+    return attention(q, k, v, plan, timers)
+
+
+def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
+    """Check that a rotation called so exists and can serve these ranks and heads.
+
+    Raises:
+        ValueError: it does not, or cannot.
+    """
+    names = (*rotations.NAMES, *PACKAGE_RINGS)
+    if name not in names:
+        raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(names)}")
+    if (reason := rotations.refuses(name, ranks, num_kv_heads)) is not None:
+        raise ValueError(f"rotation={name!r}: {reason}")
+
+
+def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.device) -> str:
+    if isinstance(rotation, str) and rotation != "auto":
+        return rotation
+    if shape.world_size == 1:
+        return "p2p"
+    sizes = (shape.seqlen, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.batch)
+    world = (shape.world_size, shape.node_size)
+    table = None if isinstance(rotation, str) else rotation.text
+    kind = (shape.layout.name, shape.mask.causal, shape.element_bytes)
+    return fastest_rotation(sizes, world, kind, device.type, table)
+
+
+def fastest_rotation(
+    sizes: tuple[int, int, int, int, int],
+    world: tuple[int, int | None],
+    kind: tuple[LayoutName, bool, int],
+    device: str,
+    table: str | None,
+) -> str:
+    """Return the rotation that is predicted to be the fastest, and log it once.
+
+    Plain arguments, since torch.compile calls it while it traces and keeps the answer.
+
+    Args:
+        sizes: tokens or entries of all ranks; heads of queries and of keys; head_dim; batch.
+        world: ranks, and ranks of a node (None for a mesh of one axis).
+        kind: layout; whether the mask is causal; bytes of an element.
+        device: the type of device.
+        table: a `Calibration` as text; None for the built-in one of the device.
+    """
+    seqlen, num_heads, num_kv_heads, head_dim, batch = sizes
+    shape = AttentionShape(
+        seqlen=seqlen,
+        layout=make_layout(kind[0], world[0]),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+        element_bytes=kind[2],
+        mask=Mask(kind[1]),
+        node_size=world[1],
+    )
+    return _fastest(shape, built_in(device) if table is None else _from_text(table))
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
+fastest_rotation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _from_text(text: str) -> Calibration:
+    return Calibration.from_text(text, "the table given as rotation")
+
+
+@cache
+def _fastest(shape: AttentionShape, calibration: Calibration) -> str:
+    rotation, reason = choose(shape, calibration)
+    message = "rotation %r for %d ranks, %d tokens: %s"
+    _log.info(message, rotation, shape.world_size, shape.seqlen, reason)
+    return rotation
+
+
+def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Block:
+    """Return the backend called `name`, or for "auto" the preferred one of those that can.
+
+    Raises:
+        ValueError: no backend has this name, or it cannot do these inputs (the message names
+            those that can).
+        ImportError: the backend's package is missing or not understood.
+    """
+    capability = _capability(device.type, device.index)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    asked = Request(dtype, head_dim, device.type, capability, deterministic)
+    able = [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
+    if name == "auto":
+        name = min(able, key=lambda b: b.preference).name if able else "math"
+        if able and not torch.compiler.is_compiling():
+            _announce(name, device.type, str(dtype), head_dim)
+    if name not in BLOCKS:
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BLOCKS)}")
+    block = BLOCKS[name]
+    if block.missing is not None:
+        raise ImportError(f"backend={name!r}: {block.missing}")
+    if (reason := block.refuses(asked)) is not None:
+        names = ", ".join(b.name for b in able)
+        raise ValueError(f"backend={name!r}: {reason}; backends that can: {names}")
+    return block
+
+
+def _capability(kind: str, index: int | None) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device that is there, else None."""
+    if kind != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(index)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _announce(name: str, device: str, dtype: str, head_dim: int) -> None:
+    message = "attention backend %r: the preferred of those that can do %s, head_dim %d on %s"
+    _log.info(message, name, dtype, head_dim, device)
+
+
+def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the kernels of the local stages: "auto" is Triton's wherever they can run.
+
+    Raises:
+        ValueError: no implementation has this name, or it cannot do these inputs.
+        ImportError: Triton is not installed.
+    """
+    if kernels == "auto":
+        fits = device.type == "cuda" and dtype != torch.float64
+        return "triton" if fits and HAS_TRITON else "torch"
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r}: must be one of auto, {', '.join(KERNELS)}")
+    if kernels == "triton" and not HAS_TRITON:
+        raise ImportError("kernels='triton': Triton is missing; pip install 'lhcp[triton]'")
+    if kernels == "triton" and dtype == torch.float64:
+        raise ValueError("kernels='triton': inputs are float64; use kernels='torch'")
+    return kernels

@@ -1,0 +1,29 @@
+"""Keys and values, which are cut, sent and attended to together."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class KV(NamedTuple):
+    """Keys and values of the same tokens, or their gradients: [B, tokens, heads, D] each.
+
+    What else belongs to keys (scales of a narrower dtype, say) becomes a field of this record, and
+    `map` is the one place that must know of it.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "KV":
+        """Return what `change` makes of the keys and of the values."""
+        return KV(change(self.k), change(self.v))
+
+    def tokens(self, start: int, stop: int) -> "KV":
+        """Return a run of the tokens, as views."""
+        return self.map(lambda x: x[:, start:stop])
+
+    def heads(self, start: int, stop: int) -> "KV":
+        """Return a run of the heads, as views."""
+        return self.map(lambda x: x[:, :, start:stop])

@@ -1,0 +1,87 @@
+"""The ring as operators for torch.compile, and its autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lhcp.operators import operator
+from lhcp.precision import wide
+from lhcp.ring.block.base import BackwardInputs
+from lhcp.ring.kv import KV
+from lhcp.ring.loop import ring_backward, ring_forward
+from lhcp.ring.plan import RingPlan
+from lhcp.timing import UNTIMED, Spans, goes_through_operators
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, words: str, integers: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((batch, heads, tokens), dtype=wide(q.dtype))
+
+
+@operator("ring_forward", _fake_forward)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, words: str, integers: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    plan = RingPlan.unpack(q, k, (words, integers, scale))
+    return ring_forward(q, KV(k, v), plan, UNTIMED)
+
+
+def _fake_backward(
+    dout: Tensor,
+    qkv: list[Tensor],
+    saved: list[Tensor],
+    words: str,
+    integers: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv)
+    return dq, dk, dv
+
+
+@operator("ring_backward", _fake_backward)
+def _backward(
+    dout: Tensor,
+    qkv: list[Tensor],
+    saved: list[Tensor],
+    words: str,
+    integers: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (q, k, v), (out, lse) = qkv, saved
+    plan = RingPlan.unpack(q, k, (words, integers, scale))
+    grads = ring_backward(BackwardInputs(dout, q, KV(k, v), out, lse), plan, UNTIMED)
+    dq, dk, dv = (x.contiguous() for x in grads)
+    return dq, dk, dv
+
+
+class RingAttention(torch.autograd.Function):
+    """Autograd of the ring: (out, lse) forward; lse carries no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, spans: Spans
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as `ring_forward`."""
+        if goes_through_operators(spans):
+            out, lse = _forward(q, k, v, *plan.pack())
+        else:
+            out, lse = ring_forward(q, KV(k, v), plan, spans)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.plan, ctx.spans = plan, spans
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Compute gradients as `ring_backward`."""
+        q, k, v, out, lse = ctx.saved_tensors
+        if goes_through_operators(ctx.spans):
+            dq, dk, dv = _backward(grads[0], [q, k, v], [out, lse], *ctx.plan.pack())
+        else:
+            inputs = BackwardInputs(grads[0], q, KV(k, v), out, lse)
+            dq, dk, dv = ring_backward(inputs, ctx.plan, ctx.spans)
+        return dq, dk, dv, None, None

@@ -1,0 +1,201 @@
+"""Everything about one attention that is known before it runs, and what follows from it alone.
+
+The ring and the cost model read the same record, so that the model plays the schedule that runs:
+rounds, groups of heads, bytes of a step and whether parts are held are decided here and nowhere
+else. Pure integers.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from lhcp.comm.layout import Layout
+
+
+class Mask(NamedTuple):
+    """Which keys a query may attend to, in a whole attention or in one block of it."""
+
+    causal: bool
+    """The triangle: keys up to the query's own. Else every key."""
+
+
+CAUSAL = Mask(True)
+FULL = Mask(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """From which sizes on an attention is cut up; the results differ in rounding alone."""
+
+    min_round_pairs: int = 2**31
+    """Queries x keys x heads of a step of the ring. Smaller ones run badly on a GPU: launches,
+    merges and half-empty waves take their share. Larger ones delay the bytes that travel
+    meanwhile."""
+    round_length: int = 0
+    """Distances in a round of the ring; 0: as many as `min_round_pairs` asks for."""
+    min_group_bytes: int = 16 * 2**20
+    """A group of heads gathers at least this much: below, latency costs more than overlap gains."""
+    min_group_rows: int = 4 * 132 * 128
+    """Queries of a chunk x their heads in a group: four tiles for each multiprocessor of an H200.
+    Two cost 5% more there than all heads at once, a half of one 20%."""
+    num_head_groups: int = 0
+    """Groups of heads of a gather; 0: as many as the two above allow."""
+    held_bytes: int = 2**28
+    """Partial results that are kept until all can be summed at once, of outputs or of gradients.
+    Where there are more, sums are made on the way: memory then does not grow with the number of
+    ranks."""
+    held_results: int = 32
+    """Partial results that one merge reads at most: each is twelve arguments of one kernel, whose
+    arguments have 4 KiB."""
+
+
+DEFAULT_TUNING = Tuning()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Sizes, ranks, layout and mask of one attention over all ranks."""
+
+    seqlen: int
+    """S, tokens or entries of all ranks together."""
+    layout: Layout
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    batch: int = 1
+    element_bytes: int = 2
+    """Bytes of an element of q, k, v as they are computed with."""
+    wire_bytes: int | None = None
+    """Bytes of an element of k, v and of parts of their gradients as they travel; None: as they
+    are computed with."""
+    mask: Mask = CAUSAL
+    node_size: int | None = None
+    """Ranks of one node; None where all ranks are on one."""
+    tuning: Tuning = DEFAULT_TUNING
+
+    @property
+    def world_size(self) -> int:
+        """W, the number of ranks."""
+        return self.layout.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks are on."""
+        return 1 if self.node_size is None else self.world_size // self.node_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens or entries of one rank."""
+        return self.seqlen // self.world_size
+
+    @property
+    def chunk(self) -> int:
+        """Tokens or entries of one chunk."""
+        return self.seqlen // self.layout.num_chunks
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of an element of a sum over calls or ranks."""
+        return 8 if self.element_bytes == 8 else 4
+
+    @property
+    def q_elements(self) -> int:
+        """Elements of one rank's q."""
+        return self.batch * self.tokens * self.num_heads * self.head_dim
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements of one rank's k and v."""
+        return 2 * self.batch * self.tokens * self.num_kv_heads * self.head_dim
+
+    @property
+    def q_bytes(self) -> int:
+        """Bytes of one rank's q, or of its output."""
+        return self.q_elements * self.element_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one rank's k and v as they travel."""
+        return self.kv_elements * (self.wire_bytes or self.element_bytes)
+
+    @property
+    def kv_sum_bytes(self) -> int:
+        """Bytes of the wide sums of one rank's dk and dv."""
+        return self.kv_elements * self.sum_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of k and v, or of parts of their gradients, of one chunk as they travel."""
+        return self.kv_bytes // self.layout.chunks_per_rank
+
+    @cached_property
+    def rounds(self) -> tuple[range, ...]:
+        """Distances 1 to W - 1 of the ring, cut into rounds; a round's keys make one step.
+
+        Blocks that are large enough take a distance each. Else a round is as many distances as make
+        a large block, up to half of all: the first round's keys travel behind the own keys alone,
+        and the last round's gradients behind nothing. Rounds are equally long, so that each travels
+        while one like it is computed; the last one takes what is left.
+
+            W = 8, blocks of a third of min_round_pairs: distances 1 2 3 | 4 5 6 | 7
+        """
+        world, length = self.world_size, self.tuning.round_length
+        if not length:
+            pairs = self.batch * self.tokens * self.chunk * self.num_heads
+            wanted = -(-self.tuning.min_round_pairs // max(pairs, 1))
+            length = max(1, min(wanted, world // 2))
+        return tuple(range(start, min(start + length, world)) for start in range(1, world, length))
+
+    @cached_property
+    def head_groups(self) -> tuple[tuple[int, int], ...]:
+        """Runs [start, stop) of kv heads that are gathered one after another.
+
+        With few ranks the diagonal is long enough to hide a gather on its own.
+        """
+        wanted = self.tuning.num_head_groups
+        if not wanted:
+            query_rows = self.batch * self.chunk * self.num_heads
+            wanted = min(
+                query_rows // self.tuning.min_group_rows,
+                self.world_size * self.kv_bytes // self.tuning.min_group_bytes,
+                self.world_size // 2,
+            )
+        return split_heads(self.num_kv_heads, wanted)
+
+    @property
+    def holds_all_parts(self) -> bool:
+        """Whether parts of all rounds are summed at once; else each round's once they have come."""
+        return (self.world_size - 1) * self.kv_bytes <= self.tuning.held_bytes
+
+    @property
+    def round_bytes(self) -> int:
+        """Bytes of the keys and values of a round of the ring, at most."""
+        return max(map(len, self.rounds), default=0) * self.kv_bytes
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of the keys and values of all ranks, of one group of heads."""
+        return self.world_size * self.kv_bytes // len(self.head_groups)
+
+    @property
+    def node_bytes(self) -> int:
+        """Bytes of the keys and values of all ranks of a node."""
+        return self.world_size // self.num_nodes * self.kv_bytes
+
+    def steps_left(self, step_bytes: int) -> int:
+        """Return how many steps' results are left for later while the next step's calls start.
+
+        Args:
+            step_bytes: of the keys and values of a step, which are kept with it. Where they are
+                large, gaps between calls are short beside these and memory is dear.
+        """
+        return 2 if step_bytes <= self.tuning.held_bytes else 1
+
+
+def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ...]:
+    """Cut kv heads into at most `num_groups` runs of equal length: [start, stop) each."""
+    num_groups = max(1, min(num_groups, num_kv_heads))
+    while num_kv_heads % num_groups:
+        num_groups -= 1
+    size = num_kv_heads // num_groups
+    return tuple((start, start + size) for start in range(0, num_kv_heads, size))
