@@ -53,6 +53,8 @@ def token_scores(
     groups = q.shape[2] // k.shape[2]
     if config.scorer == "dilated":
         q, k = dilated_outputs(q, k, v, config, scale)
+    elif config.scorer != "norm":
+        raise ValueError(f"scorer={config.scorer!r}: the oracle knows norm and dilated")
     sq, sk = ((x.to(accumulate_dtype(x.dtype)) ** 2).sum(-1) for x in (q, k))
     if sq.shape[2] != v.shape[2]:
         sq = sq.unflatten(2, (-1, groups)).amax(3)

@@ -7,9 +7,11 @@ import torch
 
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.lighthouse import local_geometry
-from lhcp.lighthouse import stages
+from lhcp.lighthouse import operators
+from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.scatter import scatter
-from lhcp.operators import joined, parted
+from lhcp.operators import pack_integers, pack_words, unpack_integers, unpack_words
+from lhcp.ring.shape import DEFAULT_TUNING, Tuning
 from lhcp.testing.inputs import qkv, small_config
 
 
@@ -17,26 +19,30 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Arguments for every operator of the library that one rank can call."""
     config, seqlen = small_config()
     q, k, v, do = qkv(seqlen, batch=2, num_kv_heads=2, dtype=dtype)
-    sizes = stages.to_list(local_geometry(config, seqlen, Ranks(), "zigzag"))
-    geom = stages.from_list(sizes)
-    pooled_q, pooled_k, pooled_v, sq, sk = stages.pool_and_score(q, k, v, sizes, True, "torch")
-    entries, places = stages.select_entries(sq, sk, sizes, "torch")
-    sub = stages.gather_subsequence(q, k, v, pooled_q, pooled_k, pooled_v, entries, sizes, "torch")
+    geom = local_geometry(config, seqlen, Ranks(), "zigzag")
+    sizes = pack_integers(geom)
+    *means, sq, sk = operators.pool_and_score(q, k, v, sizes, True, "torch")
+    entries, rows = operators.select_entries(sq, sk, sizes, "torch")
+    sub = operators.gather_subsequence([q, k, v], means, entries, sizes, "torch")
     o = torch.randn_like(sub[0])
-    assert scatter(o, places, geom).shape == q.shape
-    words = joined(["", "", "", "zigzag", "p2p", "cpu"])
-    out, lse = torch.ops.lhcp.ring_forward(*sub, words, True, 0.25)
-    where = joined(["", "", "", "zigzag"])
+    assert scatter(o, rows, geom).shape == q.shape
+    plan = (
+        pack_words(["", "", "", "zigzag", "p2p", "cpu"]),
+        [1, *pack_integers(DEFAULT_TUNING)],
+        0.25,
+    )
+    out, lse = torch.ops.lhcp.ring_forward(*sub, *plan)
+    where = pack_words(["", "", "", "zigzag", "torch"])
     return {
         "pool_and_score": (q, k, v, sizes, True, "torch"),
         "score_tensors": (q, k, sizes, "torch"),
         "select": (sq, sk, sizes, "torch"),
-        "gather": (q, k, v, pooled_q, pooled_k, pooled_v, entries, sizes, "torch"),
-        "gather_backward": (*sub, places, sizes, "torch"),
-        "ring_forward": (*sub, words, True, 0.25),
-        "ring_backward": (o, *sub, out, lse, words, True, 0.25),
-        "scatter_back": (o, places, sizes, "torch", where),
-        "scatter_back_backward": (do, entries, places, sizes, "torch", where),
+        "gather": ([q, k, v], means, entries, sizes, "torch"),
+        "gather_backward": (*sub, rows, sizes, "torch"),
+        "ring_forward": (*sub, *plan),
+        "ring_backward": (o, [*sub], [out, lse], *plan),
+        "scatter_back": (o, rows, sizes, where),
+        "scatter_back_backward": (do, entries, rows, sizes, where),
     }
 
 
@@ -56,13 +62,22 @@ def test_contract(name: str, dtype: torch.dtype) -> None:
 def test_without_scores_nothing_is_scored() -> None:
     config, seqlen = small_config()
     q, k, v, _ = qkv(seqlen)
-    sizes = stages.to_list(local_geometry(config, seqlen, Ranks(), "zigzag"))
-    *_, sq, sk = stages.pool_and_score(q, k, v, sizes, False, "torch")
+    sizes = pack_integers(local_geometry(config, seqlen, Ranks(), "zigzag"))
+    *_, sq, sk = operators.pool_and_score(q, k, v, sizes, False, "torch")
     assert sq.numel() == sk.numel() == 0
 
 
 def test_arguments_are_on_one_line() -> None:
     """Fails if the comments that torch.compile writes with them would end in the middle."""
     words = ["12", "", "", "zigzag", "p2p", "fa4"]
-    assert parted(joined(words)) == words
-    assert "\n" not in joined(words)
+    assert unpack_words(pack_words(words)) == words
+    assert "\n" not in pack_words(words)
+
+
+def test_records_come_back_whole() -> None:
+    """Fails if a field is lost on the way into an operator, or a flag comes out as a number."""
+    tuning = Tuning(round_length=3, held_bytes=7, num_head_groups=2)
+    assert unpack_integers(Tuning, pack_integers(tuning)) == tuning
+    geom = local_geometry(*small_config(), Ranks(), "zigzag")
+    back = unpack_integers(Geometry, pack_integers(geom))
+    assert back == geom and back.has_first is True

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lhcp.comm.layout import Layout
 from lhcp.layer.plan import PackageRing
+from lhcp.ring.block.base import Request
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, Mask
 
@@ -29,21 +30,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-def check_ring_flash_attn(q: Tensor, layout: Layout, mask: Mask) -> None:
+def check_ring_flash_attn(asked: Request, layout: Layout, mask: Mask) -> None:
     """Check that the package can do such inputs and that it is there.
-
-    Args:
-        q: [B, n, H, D]; only its dtype, device and head_dim are read.
 
     Raises:
         ValueError: it cannot; the message names what works.
         ImportError: the package or flash-attn is missing or does not import.
     """
-    other, head_dim = 'or another rotation, for example rotation="auto"', q.shape[3]
-    if q.device.type != "cuda":
-        raise ValueError(f"{PACKAGE}: inputs are on {q.device.type}; it takes cuda, {other}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"{PACKAGE}: inputs are {q.dtype}; it takes bfloat16 and float16, {other}")
+    other, head_dim = 'or another rotation, for example rotation="auto"', asked.head_dim
+    if asked.device != "cuda":
+        raise ValueError(f"{PACKAGE}: inputs are on {asked.device}; it takes cuda, {other}")
+    if asked.dtype not in DTYPES:
+        raise ValueError(
+            f"{PACKAGE}: inputs are {asked.dtype}; it takes bfloat16 and float16, {other}"
+        )
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         raise ValueError(
             f"{PACKAGE}: head_dim={head_dim}; it takes multiples of 8 up to {MAX_HEAD_DIM}, {other}"
@@ -71,7 +71,8 @@ def ring_flash_attn(
     Raises:
         ValueError, ImportError: see `check_ring_flash_attn`; also where no group exists.
     """
-    check_ring_flash_attn(q, Layout("zigzag", 1), CAUSAL)
+    asked = Request(q.dtype, q.shape[3], q.device.type)
+    check_ring_flash_attn(asked, Layout("zigzag", 1), CAUSAL)
     if group is None and not dist.is_initialized():
         raise ValueError(f"{PACKAGE}: group=None and no default group; pass a ProcessGroup")
     out, lse, *_ = _zigzag_function()(

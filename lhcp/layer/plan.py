@@ -5,7 +5,7 @@ equal inputs never differ; an explicit name is never replaced.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,8 +32,8 @@ from lhcp.timing import UNTIMED, Spans
 class PackageRing:
     """A whole ring of another package, which is taken by name only."""
 
-    check: Callable[[Tensor, Layout, Mask], None]
-    """(q, layout, mask): raises ValueError or ImportError where the package cannot."""
+    check: Callable[[Request, Layout, Mask], None]
+    """(asked, layout, mask): raises ValueError or ImportError where the package cannot."""
     attend: Callable[[Tensor, Tensor, Tensor, RingPlan], tuple[Tensor, Tensor]]
     """(q, k, v, plan) -> (out, lse), as `lhcp.ring.attention`."""
 
@@ -87,7 +87,7 @@ def make_plan(
     name = _rotation(shape, choices.rotation, q.device)
     check_rotation(name, ranks, k.shape[2])
     if (package := PACKAGE_RINGS.get(name)) is not None:
-        package.check(q, layout, mask)
+        package.check(_request(q.dtype, q.shape[3], q.device), layout, mask)
     block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device)
     return RingPlan(ranks, shape, name, block.name, choices.scale_of(q))
 
@@ -185,12 +185,10 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
             those that can).
         ImportError: the backend's package is missing or not understood.
     """
-    capability = _capability(device.type, device.index)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    asked = Request(dtype, head_dim, device.type, capability, deterministic)
+    asked = _request(dtype, head_dim, device)
     able = [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
     if name == "auto":
-        name = min(able, key=lambda b: b.preference).name if able else "math"
+        name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
             _announce(name, device.type, str(dtype), head_dim)
     if name not in BLOCKS:
@@ -202,6 +200,21 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
         names = ", ".join(b.name for b in able)
         raise ValueError(f"backend={name!r}: {reason}; backends that can: {names}")
     return block
+
+
+def _preferred(blocks: Sequence[Block]) -> Block:
+    # A loop, because torch.compile traces it and knows no key of min.
+    best = blocks[0]
+    for block in blocks[1:]:
+        if block.preference < best.preference:
+            best = block
+    return best
+
+
+def _request(dtype: torch.dtype, head_dim: int, device: torch.device) -> Request:
+    capability = _capability(device.type, device.index)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Request(dtype, head_dim, device.type, capability, deterministic)
 
 
 def _capability(kind: str, index: int | None) -> tuple[int, int] | None:

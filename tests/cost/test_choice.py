@@ -9,8 +9,9 @@ import torch
 
 import lhcp
 from lhcp.comm.mesh import as_ranks
-from lhcp.cost.calibration import CPU, Link
-from lhcp.ring.function import make_plan
+from lhcp.cost.calibration import Link
+from lhcp.cost.tables import CPU
+from lhcp.layer.plan import Choices, fastest_rotation, make_plan
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 
@@ -23,8 +24,7 @@ SLOW_NEIGHBOURS = replace(CPU, name="slow neighbours", inner=TEDIOUS)
 
 def chosen(group: Any, rotation: Any) -> str:
     q, k, _, _ = qkv(64, dtype=torch.float32)
-    plan = make_plan(q, k, as_ranks(group), "zigzag", rotation, "auto", True, None, 64)
-    return plan.rotation
+    return make_plan(q, k, as_ranks(group), Choices(rotation=rotation), tokens=64).rotation
 
 
 def test_the_table_decides(ranks: RankPool) -> None:
@@ -62,9 +62,9 @@ def test_a_table_is_given_as_the_rotation(ranks: RankPool) -> None:
 
 def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Fails if a user cannot see why, or sees it at every call."""
-    arguments: Any = (4096, 4, None, (4, 4), 64, 1, 4, "zigzag", True)
+    arguments: Any = ((4096, 4, 4, 64, 1), (4, None), ("zigzag", True, 4), "cpu")
     with caplog.at_level("INFO", logger="lhcp"):
         for _ in range(3):
-            lhcp.cost.choice.fastest_rotation(*arguments, "cpu", SLOW_NEIGHBOURS.text)
+            fastest_rotation(*arguments, SLOW_NEIGHBOURS.text)
     (record,) = caplog.records
     assert "allgather" in record.getMessage() and "slow neighbours" in record.getMessage()

@@ -6,26 +6,33 @@ from pathlib import Path
 
 import pytest
 
-import lhcp.cost.clocks
-from lhcp.cost.calibration import CALIBRATIONS, CPU, H200, Calibration, Link, interpolate
-from lhcp.cost.clocks import Message, Sizes, finish, step_seconds
-from lhcp.cost.cost_model import attention_flops, choose, most_traffic, predict
+from lhcp.comm.layout import Layout, LayoutName, make_layout
+from lhcp.cost.calibration import BlockSize, Calibration, Link, interpolate
+from lhcp.cost.choose import choose, predict
+from lhcp.cost.clocks import Message, Setting, finish, step_seconds
+from lhcp.cost.tables import CALIBRATIONS, CPU, H200
+from lhcp.cost.traffic import attention_flops, most_traffic
 from lhcp.ring.rotation import NAMES
-from lhcp.ring.schedule import allgather_steps, p2p_steps, ring_rounds
+from lhcp.ring.schedule import allgather_steps, p2p_steps
+from lhcp.ring.shape import CAUSAL, FULL, AttentionShape, Tuning
 
-BASE = Sizes(seqlen=65_536, world_size=8, num_heads=8, num_kv_heads=8, head_dim=128, node_size=4)
+ZIGZAG = Layout("zigzag", 8)
+BASE = AttentionShape(
+    seqlen=65_536, layout=ZIGZAG, num_heads=8, num_kv_heads=8, head_dim=128, node_size=4
+)
 
 
-def total(rotation: str, sizes: Sizes, calibration: Calibration = H200) -> float:
-    return predict(rotation, sizes, calibration).real
+def total(rotation: str, shape: AttentionShape, calibration: Calibration = H200) -> float:
+    return predict(rotation, shape, calibration).real
 
 
 @pytest.mark.parametrize("rotation", NAMES)
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-def test_times_are_bounded_by_the_twins(rotation: str, layout: str) -> None:
+def test_times_are_bounded_by_the_twins(rotation: str, layout: LayoutName) -> None:
     """Fails if T is shorter than a twin, or longer than both in a row."""
     for calibration in CALIBRATIONS.values():
-        prediction = predict(rotation, replace(BASE, layout=layout), calibration)  # type: ignore[arg-type]
+        shape = replace(BASE, layout=make_layout(layout, 8))
+        prediction = predict(rotation, shape, calibration)
         for phase in (prediction.forward, prediction.backward):
             longest = max(phase.compute, phase.communication)
             assert longest <= phase.real * (1 + 1e-9)
@@ -52,22 +59,22 @@ def test_monotone_in_sizes(rotation: str) -> None:
 @pytest.mark.parametrize("rotation", NAMES)
 def test_one_rank_costs_one_device(rotation: str) -> None:
     """Fails if a rotation that moves nothing costs something."""
-    alone = replace(BASE, world_size=1, node_size=None)
+    alone = replace(BASE, layout=make_layout("zigzag", 1), node_size=None)
     prediction = predict(rotation, alone, H200)
     assert prediction.overhead == pytest.approx(0.0)
     assert most_traffic(rotation, alone, "backward").num_bytes == 0
 
 
-@pytest.mark.parametrize("steps", [p2p_steps, allgather_steps])
+@pytest.mark.parametrize("rotation", ["p2p", "allgather"])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
+def test_schedules_cover_the_triangle(rotation: str, world: int) -> None:
     """Fails if the FLOPs of all ranks' calls are not those of the whole causal attention."""
-    sizes = replace(BASE, world_size=world, node_size=None)
+    layout = make_layout("zigzag", world)
+    shape = replace(BASE, layout=layout, node_size=None, tuning=Tuning(num_head_groups=2))
     flops = 0.0
     for rank in range(world):
-        rounds = ring_rounds(world, sizes.ring_pairs)
-        last = (((0, 4), (4, 8)),) if steps is allgather_steps else (8, rounds, True)
-        for step in steps(rank, sizes.cut, True, *last):  # type: ignore[operator]
+        steps = p2p_steps(shape, rank, True) if rotation == "p2p" else allgather_steps(shape, rank)
+        for step in steps:
             heads = step.heads[1] - step.heads[0]
             for call in step.calls:
                 q, kv = (side[1] - side[0] for side in (call.q, call.kv))
@@ -75,11 +82,10 @@ def test_schedules_cover_the_triangle(steps: object, world: int) -> None:
                     blocks, q, kv = q, 1, 1
                 else:
                     blocks = 1
-                flops += blocks * attention_flops(
-                    q * sizes.chunk, kv * sizes.chunk, heads, 128, call.causal, "forward"
-                )
-            assert step_seconds(step, sizes, H200, "forward") >= 0
-    whole = attention_flops(sizes.seqlen, sizes.seqlen, 8, 128, True, "forward")
+                size = BlockSize(q * shape.chunk, kv * shape.chunk, call.mask, heads, 128)
+                flops += blocks * attention_flops(size, "forward")
+            assert step_seconds(step, Setting(shape, H200, "forward")) >= 0
+    whole = attention_flops(BlockSize(shape.seqlen, shape.seqlen, CAUSAL, 8, 128), "forward")
     assert flops == pytest.approx(whole)
 
 
@@ -114,24 +120,23 @@ HAND = Calibration(
     inner=HAND_LINK,
     outer=HAND_LINK,
 )
-HAND_SIZES = Sizes(
+HAND_SHAPE = AttentionShape(
     seqlen=2,
-    world_size=2,
+    layout=Layout("contiguous", 2),
     num_heads=1,
     num_kv_heads=1,
     head_dim=1,
     element_bytes=2,
-    layout="contiguous",
-    causal=False,
+    mask=FULL,
 )
 
 
 def test_two_equal_steps_by_hand() -> None:
     """Fails if the ring's arithmetic changes: two ranks, no mask, a message slower than a step."""
     # kv: 2 tensors x 1 token x 2 bytes = 4 bytes: 4.5 s, the step 3 s.
-    assert predict("p2p", HAND_SIZES, HAND).forward.real == pytest.approx(4.5 + 3)
+    assert predict("p2p", HAND_SHAPE, HAND).forward.real == pytest.approx(4.5 + 3)
     # Gradients of the other rank's token: 4 bytes, 4.5 s, posted after the second step.
-    backward = predict("p2p", HAND_SIZES, HAND).backward
+    backward = predict("p2p", HAND_SHAPE, HAND).backward
     assert backward.real == pytest.approx(6 + 6 + 4.5)
     assert backward.compute == pytest.approx(12)
     # One link carries one message at a time, and its latency beside the next one's bytes.
@@ -141,7 +146,7 @@ def test_two_equal_steps_by_hand() -> None:
 def test_compute_that_bytes_take_by_hand() -> None:
     """Fails if messages take no compute, take it from a rank that waits, or change a twin."""
     # 4 bytes go and 4 come, each in 4 s: together they take a fifth of the compute meanwhile.
-    prediction = predict("p2p", HAND_SIZES, replace(HAND, byte_compute=0.1))
+    prediction = predict("p2p", HAND_SHAPE, replace(HAND, byte_compute=0.1))
     # The first step's 3 s take 3.75, and then the rank waits for its message, as it did before.
     assert prediction.forward.real == pytest.approx(4.5 + 3)
     # The first step's 6 s: 3.2 in the message's 4, 2.8 after. Nothing computes beside the last one.
@@ -150,7 +155,7 @@ def test_compute_that_bytes_take_by_hand() -> None:
     assert prediction.backward.communication == pytest.approx(4.5 + 4.5)
     # A gather's bytes come and go as well. Beside it the diagonal, here 6 s; then the other's keys.
     long = replace(HAND, byte_compute=0.1, square=((1, 6.0, 12.0),))
-    gathered = predict("allgather", replace(HAND_SIZES, causal=True), long)
+    gathered = predict("allgather", replace(HAND_SHAPE, mask=CAUSAL), long)
     assert gathered.forward.real == pytest.approx(4 + 2.8 + 3)
 
 
@@ -166,25 +171,29 @@ def test_compute_beside_messages() -> None:
 
 
 @pytest.mark.parametrize("rotation", NAMES)
-def test_compute_that_bytes_take(rotation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the charge shortens a prediction or changes C, or if a charge of 0 does anything."""
+def test_compute_that_bytes_take(rotation: str) -> None:
+    """Fails if the charge shortens a prediction or changes C, or if a tiny one does much."""
     free = replace(CPU, byte_compute=0.0)
     taken, without = (predict(rotation, BASE, calibration) for calibration in (CPU, free))
     for phase in ("forward", "backward"):
         more, less = getattr(taken, phase), getattr(without, phase)
         assert more.compute == less.compute
         assert more.real >= less.real * (1 - 1e-9)
-    monkeypatch.setattr(lhcp.cost.clocks, "finish", lambda now, seconds, _: now + seconds)
-    assert predict(rotation, BASE, free) == without
+    # Without a charge messages are not kept at all: as a charge too small to see.
+    least = predict(rotation, BASE, replace(CPU, byte_compute=1e-30))
+    for phase in ("forward", "backward"):
+        some, none = getattr(least, phase), getattr(without, phase)
+        assert some.real == pytest.approx(none.real, rel=1e-12)
 
 
 def test_choice_follows_the_machine() -> None:
     """Fails if `choose` does not take the shortest prediction, or hides the others."""
-    for sizes in (BASE, replace(BASE, seqlen=2**20, world_size=32, node_size=8)):
+    large = replace(BASE, seqlen=2**20, layout=make_layout("zigzag", 32), node_size=8)
+    for shape in (BASE, large):
         for calibration in CALIBRATIONS.values():
-            rotation, reason = choose(sizes, calibration)
-            assert choose(sizes, calibration) == (rotation, reason)
-            times = {r: total(r, sizes, calibration) for r in ("allgather", "p2p", "hierarchical")}
+            rotation, reason = choose(shape, calibration)
+            assert choose(shape, calibration) == (rotation, reason)
+            times = {r: total(r, shape, calibration) for r in ("allgather", "p2p", "hierarchical")}
             assert times[rotation] == min(times.values())
             assert all(r in reason for r in times) and calibration.name in reason
     assert choose(replace(BASE, node_size=None), CPU, ("alltoall",))[0] == "alltoall"

@@ -1,7 +1,6 @@
 """Dense ring attention against whole-sequence attention, on one rank and on several."""
 
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,11 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import lhcp
 from lhcp import reference
 from lhcp.comm.layout import LayoutName
+from lhcp.comm.mesh import as_ranks
+from lhcp.layer.plan import Choices, make_plan
+from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.torch_ops import CPU
+from lhcp.ring.plan import RingPlan
+from lhcp.ring.shape import Mask, Tuning
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
+from lhcp.timing import UNTIMED
 from tests.cases import (
     LAYOUTS,
     ROTATIONS,
@@ -257,20 +262,27 @@ def test_hierarchical_on_any_shape_of_nodes(
         assert_close_float64(name, ours, theirs)
 
 
+def tuned_plan(group: Any, case: Dense, tuning: Tuning) -> RingPlan:
+    """The plan of a case, cut up as `tuning` says."""
+    q, k, _, _ = (lhcp.shard(x, group, layout=case.layout) for x in case.inputs())
+    choices = Choices(case.layout, case.rotation, case.backend, scale=case.scale)
+    plan = make_plan(q, k, as_ranks(group), choices, Mask(case.causal))
+    return replace(plan, shape=replace(plan.shape, tuning=tuning))
+
+
+def by_plan(group: Any, case: Dense, plan: RingPlan) -> Results:
+    """`ring`, by a plan that a caller cannot ask for."""
+    q, k, v, do = (lhcp.shard(x, group, layout=case.layout) for x in case.inputs())
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    o, lse = attention(q, k, v, plan, UNTIMED)
+    return o.detach(), *torch.autograd.grad(o, (q, k, v), do), lse
+
+
 def as_a_long_sequence(group: Any, case: Dense, lengths: tuple[int, ...]) -> Results:
     """`ring` in rounds of these lengths, with nothing held: sums are made on the way."""
-    from lhcp.ring.merge import deferred as partials
-    from lhcp.ring.rotation import p2p
-
-    before = p2p.ring_rounds, p2p.HELD_BYTES, partials.HELD_BYTES
-    ends = list(itertools.accumulate(lengths, initial=1))
-    rounds = tuple(range(*run) for run in itertools.pairwise(ends))
-    p2p.ring_rounds = lambda *_: rounds
-    p2p.HELD_BYTES = partials.HELD_BYTES = 0
-    try:
-        return ring(group, case)
-    finally:
-        p2p.ring_rounds, p2p.HELD_BYTES, partials.HELD_BYTES = before
+    plan = tuned_plan(group, case, Tuning(round_length=lengths[0], held_bytes=0))
+    assert tuple(map(len, plan.shape.rounds)) == lengths
+    return by_plan(group, case, plan)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 1), (3,)], ids=str)
@@ -288,15 +300,9 @@ def test_rounds_of_a_long_sequence(
 
 def in_head_groups(group: Any, case: Dense) -> Results:
     """`ring` with the gather cut into as many groups of heads as there are."""
-    from lhcp.ring.rotation import allgather
-    from lhcp.ring.rotation.allgather import split_heads
-
-    before = allgather.head_groups
-    allgather.head_groups = lambda num_kv_heads, *_: split_heads(num_kv_heads, num_kv_heads)
-    try:
-        return ring(group, case)
-    finally:
-        allgather.head_groups = before
+    plan = tuned_plan(group, case, Tuning(num_head_groups=case.num_kv_heads))
+    assert len(plan.shape.head_groups) == case.num_kv_heads
+    return by_plan(group, case, plan)
 
 
 @pytest.mark.parametrize("num_kv_heads", [3, 4])

@@ -3,9 +3,9 @@
     python tests/evidence/same_bits.py save build/bits.json       # before the change
     python tests/evidence/same_bits.py compare build/bits.json    # after it
 
-Outputs and gradients of layer and ring, every rotation, W = 1 to 4, float64, float32 and bfloat16, on gloo ranks of the CPU;
-with --cuda on the GPUs of torchrun's ranks. Only public names are used, so that the same file runs
-on trees whose insides differ. Digests hold on one machine and one torch.
+Outputs and gradients of layer and ring, every rotation, W = 1 to 4, float64, float32 and bfloat16,
+on gloo ranks of the CPU; with --cuda on the GPUs of torchrun's ranks. Only public names are used,
+so that the same file runs on trees whose insides differ. Digests hold on one machine and one torch.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def test_same_scores_select_the_same_on_any_path():
     q, k, _, _ = problem.draw()
     ours, torchs = (problem.select(q, k, kernels) for kernels in ("triton", "torch"))
     assert torch.equal(ours.entries, torchs.entries)
-    assert torch.equal(ours.places, torchs.places)
+    assert torch.equal(ours.row_of_entry, torchs.row_of_entry)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -83,6 +83,7 @@ def test_more_entries_than_a_grid_axis_holds():
 
 def test_more_elements_than_int32_counts():
     """Heads do not depend on each other: the last two of many, beyond 2**31, have the same bits."""
+    from lhcp.lighthouse.kernel_set import QKV
     from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
     config = lhcp.LighthouseConfig(topk=2048)
@@ -91,20 +92,21 @@ def test_more_elements_than_int32_counts():
     q = torch.randn(1, 2**19, 34, 128, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, 1, 2**19, 1, 128, dtype=torch.bfloat16, device="cuda").unbind(0)
     assert q.numel() > 2**31
-    pooled_q, pooled_k, pooled_v, sq, sk = pool.pool_and_score(q, k, v, geom)
-    entries, places = select.select(sq, sk, geom)
-    qs, ks, vs = gather.gather(q, k, v, pooled_q, pooled_k, pooled_v, entries, geom)
-    last = q[:, :, -2:].contiguous()
-    pooled_last, *_ = pool.pool_and_score(last, k, v, geom)
-    assert torch.equal(pooled_q[:, :, -2:], pooled_last)
-    gathered_last, *_ = gather.gather(last, k, v, pooled_last, pooled_k, pooled_v, entries, geom)
-    assert torch.equal(qs[:, :, -2:], gathered_last)
-    out = scatter.scatter(qs, places, geom)
-    assert torch.equal(out[:, :, -2:], scatter.scatter(gathered_last, places, geom))
-    do = scatter_backward.scatter_backward(q, places, geom)
-    assert torch.equal(do[:, :, -2:], scatter_backward.scatter_backward(last, places, geom))
-    dq, *_ = gather.gather_backward(qs, ks, vs, places, geom)
-    dq_last, *_ = gather.gather_backward(gathered_last, ks, vs, places, geom)
+    tokens, last = QKV(q, k, v), QKV(q[:, :, -2:].contiguous(), k, v)
+    means, sq, sk = pool.pool_and_score(tokens, geom)
+    entries, row_of_entry = select.select(sq, sk, geom)
+    sub = gather.gather(tokens, means, entries, geom)
+    means_last, *_ = pool.pool_and_score(last, geom)
+    assert torch.equal(means.q[:, :, -2:], means_last.q)
+    sub_last = gather.gather(last, means._replace(q=means_last.q), entries, geom)
+    assert torch.equal(sub.q[:, :, -2:], sub_last.q)
+    out = scatter.scatter(sub.q, row_of_entry, geom)
+    assert torch.equal(out[:, :, -2:], scatter.scatter(sub_last.q, row_of_entry, geom))
+    do = scatter_backward.scatter_backward(q, row_of_entry, geom)
+    do_last = scatter_backward.scatter_backward(last.q, row_of_entry, geom)
+    assert torch.equal(do[:, :, -2:], do_last)
+    dq, *_ = gather.gather_backward(sub, row_of_entry, geom)
+    dq_last, *_ = gather.gather_backward(sub_last, row_of_entry, geom)
     assert torch.equal(dq[:, :, -2:], dq_last)
 
 

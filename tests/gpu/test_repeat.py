@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lhcp
+from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 from tests.gpu.problems import NAMES, Problem, distance
 
@@ -22,13 +23,14 @@ def test_our_kernels_give_the_same_bits_every_run():
     q, k, v, dout = (x.detach() for x in problem.draw())
 
     def run() -> tuple[torch.Tensor, ...]:
-        pooled = pool.pool_and_score(q, k, v, geom)
-        chosen = select.select(*pooled[3:], geom)
-        sub = gather.gather(q, k, v, *pooled[:3], chosen[0], geom)
+        tokens = QKV(q, k, v)
+        means, sq, sk = pool.pool_and_score(tokens, geom)
+        chosen = select.select(sq, sk, geom)
+        sub = gather.gather(tokens, means, chosen[0], geom)
         out = scatter.scatter(sub[0], chosen[1], geom)
         do = scatter_backward.scatter_backward(dout, chosen[1], geom)
-        grads = gather.gather_backward(do, sub[1], sub[2], chosen[1], geom)
-        return (*pooled, *chosen, *sub, out, do, *grads)
+        grads = gather.gather_backward(QKV(do, sub.k, sub.v), chosen[1], geom)
+        return (*means, sq, sk, *chosen, *sub, out, do, *grads)
 
     first = run()
     for _ in range(4):

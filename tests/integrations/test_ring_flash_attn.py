@@ -8,6 +8,8 @@ import torch
 
 from lhcp.comm.layout import Layout
 from lhcp.integrations import ring_flash_attn as engine
+from lhcp.ring.block.base import Request
+from lhcp.ring.shape import CAUSAL, FULL
 
 ZIGZAG = Layout("zigzag", 2)
 
@@ -49,20 +51,16 @@ def test_what_does_not_import_is_an_import_error(package):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"device": torch.device("cpu")}, "cuda"),
+        ({"device": "cpu"}, "cuda"),
         ({"dtype": torch.float32}, "bfloat16 and float16"),
         ({"head_dim": 20}, "multiples of 8"),
         ({"layout": Layout("contiguous", 2)}, "'zigzag'"),
-        ({"causal": False}, "causal"),
+        ({"mask": FULL}, "causal"),
     ],
 )
 def test_refusals_name_what_works(change, words):
-    arguments = {
-        "dtype": torch.bfloat16,
-        "head_dim": 64,
-        "device": torch.device("cuda"),
-        "layout": ZIGZAG,
-        "causal": True,
-    }
+    asked = {"dtype": torch.bfloat16, "head_dim": 64, "device": "cuda"}
+    cut = {"layout": ZIGZAG, "mask": CAUSAL}
+    asked, cut = ({name: change.get(name, x) for name, x in some.items()} for some in (asked, cut))
     with pytest.raises(ValueError, match=words):
-        engine.check_ring_flash_attn(**arguments | change)
+        engine.check_ring_flash_attn(Request(**asked), **cut)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import QKV
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -45,9 +46,10 @@ class Case:
         shape = (self.batch, length, num_heads, self.head_dim)
         return torch.randn(shape, device=DEVICE).to(self.dtype)
 
-    def qkv(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(self, length: int) -> QKV:
+        """Random q, k, v of so many rows."""
         kv = self.num_kv_heads
-        return self.rows(length, self.num_heads), self.rows(length, kv), self.rows(length, kv)
+        return QKV(*(self.rows(length, num) for num in (self.num_heads, kv, kv)))
 
     def scores(self, kind: str = "random") -> tuple[torch.Tensor, torch.Tensor]:
         """Scores of levels 1 to L-1 with what breaks a selection: ties, inf, NaN."""
@@ -67,7 +69,7 @@ class Case:
         return sq, sk
 
     def selection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entries and places of random scores, by the torch path."""
+        """Both maps of a selection by random scores, by the torch path."""
         from lhcp.lighthouse.select import select
 
         return tuple(select(*self.scores("ties"), self.geom))

@@ -14,9 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_backward, select
-from lhcp.ring.merge.merge import Part
+from lhcp.ring.kv import KV
 from lhcp.ring.merge.merge_kernel import add_fused, merge_fused
+from lhcp.ring.merge.partial import Partial
 from lhcp.ring.merge.sum_kernel import sum_fused
 
 TYPES = {
@@ -74,32 +76,32 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     def rows(length: int, num: int) -> torch.Tensor:
         return torch.empty((1, length, num, head_dim), dtype=dtype, device="meta")
 
-    def qkv(length: int) -> list[torch.Tensor]:
-        return [rows(length, heads), rows(length, kv_heads), rows(length, kv_heads)]
+    def qkv(length: int) -> QKV:
+        return QKV(*(rows(length, num) for num in (heads, kv_heads, kv_heads)))
 
-    q, k, v = qkv(geom.num_tokens)
-    *means, sq, sk = pool.pool_and_score(q, k, v, geom)
+    tokens = q, k, v = qkv(geom.num_tokens)
+    means, sq, sk = pool.pool_and_score(tokens, geom)
     pool.score_tensors(q, k, geom)
-    entries, places = select.select(sq, sk, geom)
-    sub = gather.gather(q, k, v, *means, entries, geom)
-    gather.gather_backward(*sub, places, geom)
-    out = scatter.scatter(sub[0], places, geom)
+    entries, row_of_entry = select.select(sq, sk, geom)
+    sub = gather.gather(tokens, means, entries, geom)
+    gather.gather_backward(sub, row_of_entry, geom)
+    out = scatter.scatter(sub.q, row_of_entry, geom)
     halo = rows(geom.num_chunks * (geom.num_levels - 1), heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
-    scatter.scatter_edges(out, sub[0], places, halo, geom)
-    last_rows.last_rows(sub[0], places, geom)
-    scatter_backward.scatter_backward(out, places, geom)
+    scatter.scatter_edges(out, sub[0], row_of_entry, halo, geom)
+    last_rows.last_rows(sub[0], row_of_entry, geom)
+    scatter_backward.scatter_backward(out, row_of_entry, geom)
     scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
     for merged in (q, q.float()):
         half = geom.num_tokens // 2
-        later = Part((half, geom.num_tokens), (0, heads), q[:, half:], lse[:, :, half:])
-        wholes = (Part.whole(merged, lse), Part.whole(q, lse), later)
+        later = Partial((half, geom.num_tokens), (0, heads), q[:, half:], lse[:, :, half:])
+        wholes = (Partial.whole(merged, lse), Partial.whole(q, lse), later)
         merge_fused(merged, lse, wholes)
         add_fused(merged, wholes)
     parts = torch.stack((k, k))[:, None].expand(2, 3, *k.shape)
-    for own in ((k, v), None):
-        sum_fused(parts, 3, own, (k, v))
+    for own in (KV(k, v), None):
+        sum_fused(parts, 3, own, KV(k, v))
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lhcp.ring.merge.merge import Part, add, merge
+from lhcp.ring.merge.merge import add, merge
 from lhcp.ring.merge.merge_kernel import add_fused, merge_fused
+from lhcp.ring.merge.partial import Partial
 from tests.kernels.cases import DEVICE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,7 +19,7 @@ def draw(num, seqlen, head_dim, dtype=torch.float32):
 
 def wholes(outs, lses=None):
     lses = [None] * len(outs) if lses is None else lses
-    return [Part.whole(out, lse) for out, lse in zip(outs, lses, strict=True)]
+    return [Partial.whole(out, lse) for out, lse in zip(outs, lses, strict=True)]
 
 
 def exact_merge(parts, like):
@@ -80,7 +81,7 @@ def test_a_query_is_merged_from_what_covers_it(fused):
     for (start, stop), (first, last) in RUNS:
         (x,), (lse,) = draw(1, 48, 24, torch.bfloat16 if start else torch.float32)
         x, lse = x[:, 4 : 4 + stop - start, first:last], lse[:, first:last, 4 : 4 + stop - start]
-        parts.append(Part((start, stop), (first, last), x, lse))
+        parts.append(Partial((start, stop), (first, last), x, lse))
     want, want_lse = exact_merge(parts, whole)
     out, lse = poisoned(whole), poisoned(want_lse, torch.float32)
     (merge_fused if fused else merge)(out, lse, parts)
@@ -98,7 +99,7 @@ def test_what_nothing_covers_saw_nothing(fused):
     lse[:, :, :2] = -torch.inf
     out, total = poisoned(x), poisoned(lse)
     merging = merge_fused if fused else merge
-    merging(out, total, [Part((0, 5), (0, 3), x[:, :5], lse[:, :, :5])])
+    merging(out, total, [Partial((0, 5), (0, 3), x[:, :5], lse[:, :, :5])])
     assert not out[:, :2].any() and not out[:, 5:].any()
     assert (total[:, :, :2] == -torch.inf).all() and (total[:, :, 5:] == -torch.inf).all()
     assert torch.equal(out[:, 2:5], x[:, 2:5]) and torch.equal(total[:, :, 2:5], lse[:, :, 2:5])
@@ -110,7 +111,10 @@ def test_what_nothing_covers_saw_nothing(fused):
 def test_the_whole_may_be_a_part(fused):
     """Fails if a result is read after it was written."""
     (whole, block), (lse, block_lse) = draw(2, 40, 16)
-    parts = [Part.whole(whole, lse), Part((8, 40), (0, 2), block[:, 8:, :2], block_lse[:, :2, 8:])]
+    parts = [
+        Partial.whole(whole, lse),
+        Partial((8, 40), (0, 2), block[:, 8:, :2], block_lse[:, :2, 8:]),
+    ]
     want, want_lse = exact_merge(parts, whole)
     (merge_fused if fused else merge)(whole, lse, parts)
     assert_close(whole, want, torch.float32)

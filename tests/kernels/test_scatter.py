@@ -16,18 +16,18 @@ from tests.kernels.cases import CASES, STRIDED, assert_close, strided
 def test_scatter_and_its_edges(name):
     case = CASES[name]
     geom = case.geom
-    _, places = case.selection()
+    _, row_of_entry = case.selection()
     o = case.rows(geom.subsequence, case.num_heads)
-    exact = torch_path.scatter(o.double(), places, geom)
-    out = kernels.scatter(o, places, geom)
+    exact = torch_path.scatter(o.double(), row_of_entry, geom)
+    out = kernels.scatter(o, row_of_entry, geom)
     assert out.dtype == case.dtype
     assert_close(out, exact, case.dtype)
 
     halo = case.rows(geom.num_chunks * (geom.num_levels - 1), case.num_heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
-    torch_path.scatter_edges(exact, o.double(), places, halo.double(), geom)
+    torch_path.scatter_edges(exact, o.double(), row_of_entry, halo.double(), geom)
     before = out.clone()
-    kernels.scatter_edges(out, o, places, halo, geom)
+    kernels.scatter_edges(out, o, row_of_entry, halo, geom)
     assert_close(out, exact, case.dtype)
     edge = geom.window(geom.num_levels - 1) - 1
     beyond = [x.unflatten(1, (geom.num_chunks, -1))[:, :, edge:] for x in (out, before)]
@@ -37,14 +37,14 @@ def test_scatter_and_its_edges(name):
 @pytest.mark.parametrize("name", ["two_chunks", "p2_deep", "p3"])
 def test_edges_complete_a_cut_sequence_bit_for_bit(name):
     case = CASES[name]
-    _, places = case.selection()
+    _, row_of_entry = case.selection()
     o = case.rows(case.geom.subsequence, case.num_heads)
     whole = dataclasses.replace(case, num_chunks=1).geom
-    want = kernels.scatter(o, places, whole)
-    out = kernels.scatter(o, places, case.geom)
-    halo = torch_path.last_rows(o, places, case.geom).roll(1, 1)
+    want = kernels.scatter(o, row_of_entry, whole)
+    out = kernels.scatter(o, row_of_entry, case.geom)
+    halo = torch_path.last_rows(o, row_of_entry, case.geom).roll(1, 1)
     halo[:, 0] = 0
-    kernels.scatter_edges(out, o, places, halo, case.geom)
+    kernels.scatter_edges(out, o, row_of_entry, halo, case.geom)
     assert torch.equal(out, want)
 
 
@@ -52,18 +52,20 @@ def test_edges_complete_a_cut_sequence_bit_for_bit(name):
 def test_rows_owed_to_the_next_chunk(name):
     """Fails if a row is another entry's, or an absent entry's is not zero."""
     case = CASES[name]
-    _, places = case.selection()
+    _, row_of_entry = case.selection()
     o = case.rows(case.geom.subsequence, case.num_heads)
-    assert torch.equal(last_rows(o, places, case.geom), torch_path.last_rows(o, places, case.geom))
+    assert torch.equal(
+        last_rows(o, row_of_entry, case.geom), torch_path.last_rows(o, row_of_entry, case.geom)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradient(name):
     case = CASES[name]
     geom = case.geom
-    entries, places = case.selection()
+    entries, row_of_entry = case.selection()
     dout = case.rows(geom.num_tokens, case.num_heads)
-    do = backward.scatter_backward(dout, places, geom)
+    do = backward.scatter_backward(dout, row_of_entry, geom)
     assert do.dtype == case.dtype
     assert_close(do, torch_path.scatter_backward(dout.double(), entries, geom), case.dtype)
 
@@ -76,7 +78,7 @@ def test_gradient(name):
 def test_views(name):
     case = CASES[name]
     geom = case.geom
-    _, places = case.selection()
+    _, row_of_entry = case.selection()
     o, dout = (case.rows(x, case.num_heads) for x in (geom.subsequence, geom.num_tokens))
     for run, x in ((kernels.scatter, o), (backward.scatter_backward, dout)):
-        assert torch.equal(run(x, places, geom), run(strided(x), places, geom))
+        assert torch.equal(run(x, row_of_entry, geom), run(strided(x), row_of_entry, geom))

@@ -15,12 +15,12 @@ FEW_KINDS = [
 ]
 
 
-def check(case: Case, kind: str) -> None:
+def check(case: Case, kind: str, **options: int) -> None:
     sq, sk = case.scores(kind)
-    entries, places = kernels.select(sq, sk, case.geom)
+    entries, row_of_entry = kernels.select(sq, sk, case.geom, **options)
     want = torch_path.select(sq, sk, case.geom)
     assert torch.equal(entries, want.entries)
-    assert torch.equal(places, want.places)
+    assert torch.equal(row_of_entry, want.row_of_entry)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -35,10 +35,10 @@ def test_equals_torch_path_at_other_sizes(name):
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS)
-def test_more_candidates_than_a_block(kind, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 16)
-    check(Case(3, 4, 6, 37, num_kv_heads=1, num_strata=1), kind)
-    check(Case(4, 2, 10, 18, num_kv_heads=1, num_strata=1, has_first=False), kind)
+def test_more_candidates_than_a_block(kind):
+    check(Case(3, 4, 6, 37, num_kv_heads=1, num_strata=1), kind, max_block=16)
+    case = Case(4, 2, 10, 18, num_kv_heads=1, num_strata=1, has_first=False)
+    check(case, kind, max_block=16)
 
 
 def test_first_entry_is_forced_only_in_the_first_stratum():

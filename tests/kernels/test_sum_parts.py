@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lhcp.ring.kv import KV
 from lhcp.ring.merge import sum_parts
 from lhcp.ring.merge.sum_kernel import sum_fused
 from tests.kernels.cases import DEVICE
@@ -11,26 +12,26 @@ from tests.kernels.cases import DEVICE
 @pytest.mark.parametrize("with_own", [True, False], ids=["own", "parts"])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "givers, first, slots, tokens, heads, head_dim",
+    "sources, first, slots, tokens, heads, head_dim",
     [(5, 3, 2, 6, 2, 8), (4, 4, 1, 130, 3, 40), (3, 0, 2, 7, 1, 96), (0, 0, 2, 5, 2, 16)],
 )
 def test_every_part_is_summed_once(
-    givers, first, slots, tokens, heads, head_dim, out_dtype, with_own
+    sources, first, slots, tokens, heads, head_dim, out_dtype, with_own
 ):
     """Fails if a part goes to another chunk, is left out, or a sum is rounded on the way."""
     batch, parts_dtype = 2, torch.bfloat16
-    shape = (2, givers, batch, tokens, heads, head_dim)
+    shape = (2, sources, batch, tokens, heads, head_dim)
     parts = torch.randn(shape, device=DEVICE).to(parts_dtype)
     # Slices of more heads, as a group of heads has them.
     whole = torch.randn(2, batch, slots * tokens, heads + 2, head_dim, device=DEVICE)
-    own = whole.to(parts_dtype)[:, :, :, 1 : heads + 1].unbind(0) if with_own else None
+    own = KV(*whole.to(parts_dtype)[:, :, :, 1 : heads + 1]) if with_own else None
     out = torch.full_like(whole, torch.nan, dtype=out_dtype)
-    sum_fused(parts, first, own, out[:, :, :, 1 : heads + 1].unbind(0))
+    sum_fused(parts, first, own, KV(*out[:, :, :, 1 : heads + 1]))
     exact = torch.zeros(2, batch, slots * tokens, heads, head_dim, dtype=torch.float64)
-    for giver in range(givers):
-        slot = int(giver >= first)
+    for source in range(sources):
+        slot = int(source >= first)
         at = slice(slot * tokens, (slot + 1) * tokens)
-        exact[:, :, at] += parts[:, giver].double().cpu()
+        exact[:, :, at] += parts[:, source].double().cpu()
     if own is not None:
         exact += torch.stack(own).double().cpu()
     got = out[:, :, :, 1 : heads + 1].double().cpu()
@@ -42,10 +43,9 @@ def test_every_part_is_summed_once(
 def test_the_torch_path_gives_the_same():
     """Fails if a CPU's gradients would differ from a GPU's by more than the order of a sum."""
     parts = torch.randn(2, 4, 1, 8, 2, 16)
-    own = torch.randn(2, 1, 16, 2, 16).unbind(0)
-    ours = torch.empty(2, 1, 16, 2, 16).unbind(0)
+    own, ours = KV(*torch.randn(2, 1, 16, 2, 16)), KV(*torch.empty(2, 1, 16, 2, 16))
     sum_parts.sum_parts(parts, 3, own, ours)
-    kernel = tuple(torch.empty_like(x, device=DEVICE) for x in ours)
-    sum_fused(parts.to(DEVICE), 3, tuple(x.to(DEVICE) for x in own), kernel)
+    kernel = ours.map(lambda x: torch.empty_like(x, device=DEVICE))
+    sum_fused(parts.to(DEVICE), 3, own.map(lambda x: x.to(DEVICE)), kernel)
     for a, b in zip(ours, kernel, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-6, rtol=1e-6)

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import lhcp
 from lhcp import LighthouseConfig, reference
+from lhcp.config import SCORERS
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.score import level_scores, squared_norm, token_scores
-from lhcp.lighthouse.stages import TORCH
+from lhcp.lighthouse.kernel_set import QKV
+from lhcp.lighthouse.norms import level_scores, squared_norm, token_scores
+from lhcp.lighthouse.score import SCORERS as SCORER_TABLE
+from lhcp.lighthouse.score import ScoreInputs, dilated_scores
 from lhcp.testing.inputs import qkv
 from tests.cases import heads_first, strided
 
@@ -72,19 +76,31 @@ def test_levels_take_the_maximum() -> None:
     assert level_scores(scores, geom)[0, 0].tolist() == [3, 4, 9, 6, 4, 9]
 
 
+def test_the_table_has_every_name_of_the_config() -> None:
+    """Fails if a config could name a scorer that nobody wrote, or the other way round."""
+    assert tuple(SCORER_TABLE) == SCORERS
+
+
+def test_an_unknown_scorer_is_nobody() -> None:
+    """Fails if the oracle takes a name that it does not know for the norm."""
+    config = LighthouseConfig(num_levels=3, pool_factor=2, topk=8, num_strata=2)
+    object.__setattr__(config, "scorer", "loudest")
+    q, k, v, _ = qkv(32)
+    with pytest.raises(ValueError, match="loudest"):
+        reference.token_scores(q, k, v, config)
+    with pytest.raises(KeyError, match="loudest"):
+        lhcp.select(q, k, config=config)
+
+
 def scores_of(
     scorer: str, q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, geom: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """Level-0 scores for "dilated" and all levels' for "norm"."""
-    if scorer == "norm":
-        return TORCH.score_tensors(q, k, geom)
-    from lhcp.lighthouse.score import dilated_scores
-
-    return dilated_scores(q, k, v, geom, config, 0.5)
+    """Scores of all levels but the tokens'."""
+    return SCORER_TABLE[scorer].score(QKV(q, k, v), ScoreInputs(geom, config, "torch", 0.5))
 
 
 @pytest.mark.parametrize("change", [strided, heads_first], ids=["strided", "heads_first"])
-@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+@pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_strides_and_batch_do_not_count(
     scorer: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
@@ -107,8 +123,6 @@ def test_strides_and_batch_do_not_count(
 @pytest.mark.parametrize("groups", [1, 2], ids=["G1", "G2"])
 def test_dilated_equals_the_reference(window: int, groups: int) -> None:
     """Fails if blocks, residues, roles (q, k, v) and (k, q, v) or the scale are mixed up."""
-    from lhcp.lighthouse.score import dilated_scores
-
     config = LighthouseConfig(
         num_levels=3,
         pool_factor=2,
@@ -121,6 +135,6 @@ def test_dilated_equals_the_reference(window: int, groups: int) -> None:
     q, k, v, _ = qkv(64, batch=2, num_heads=2 * groups, num_kv_heads=2, head_dim=6, seed=7)
     geom = Geometry.local(config, 64, 1, 1, 0)
     expected = reference.token_scores(q, k, v, config, 0.9)
-    got = dilated_scores(q, k, v, geom, config, 0.9)
+    got = dilated_scores(QKV(q, k, v), ScoreInputs(geom, config, "torch", 0.9))
     for ours, theirs in zip(got, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -33,7 +33,7 @@ def make(
 
 def taken_by(selection: Selection, geom: Geometry) -> Tensor:
     """Which entries of the pyramid are expanded: their first child is in. [B, Hk, pyramid_size]"""
-    present = selection.places >= 0
+    present = selection.row_of_entry >= 0
     taken = torch.zeros_like(present)
     for level in range(1, geom.num_levels):
         first_child = geom.offset(level - 1) + geom.pool_factor * torch.arange(
@@ -80,13 +80,13 @@ def test_structure(sizes: dict[str, int], seed: int) -> None:
     shape = (1, 2, geom.pooled_size)
     sq, sk = (torch.rand(shape, generator=generator) for _ in range(2))
     got = select(sq, sk, geom)
-    assert got.entries.dtype == got.places.dtype == torch.int32
+    assert got.entries.dtype == got.row_of_entry.dtype == torch.int32
     assert got.subsequence == config.subsequence_length(geom.num_tokens) == geom.subsequence
 
     # The two maps are inverses: each entry is in at most once.
     in_order = torch.arange(geom.subsequence).expand(1, 2, -1)
-    assert torch.equal(got.places.gather(2, got.entries.long()).long(), in_order)
-    assert bool(((got.places >= 0).sum(2) == geom.subsequence).all())
+    assert torch.equal(got.row_of_entry.gather(2, got.entries.long()).long(), in_order)
+    assert bool(((got.row_of_entry >= 0).sum(2) == geom.subsequence).all())
 
     # Post-order: the last token covered, then the level, strictly ascending.
     levels, indices = got.levels(geom), got.indices(geom)
@@ -95,7 +95,7 @@ def test_structure(sizes: dict[str, int], seed: int) -> None:
     assert bool((keys.diff(dim=2) > 0).all())
 
     # Every stratum expands m entries of each level, and all children of the expanded are in.
-    taken, present = taken_by(got, geom), got.places >= 0
+    taken, present = taken_by(got, geom), got.row_of_entry >= 0
     for level in range(geom.num_levels - 1, 0, -1):
         entries = slice(geom.offset(level), geom.offset(level + 1))
         below = slice(geom.offset(level - 1), geom.offset(level))
@@ -170,7 +170,7 @@ def test_largest_k_takes_every_coarsest_entry(num_strata: int) -> None:
     got = select(sq, sk, geom)
     assert bool(taken_by(got, geom)[..., geom.offset(2) :].all())
     level_one = slice(geom.offset(1), geom.offset(2))
-    assert bool((got.places[..., level_one] >= 0).all())
+    assert bool((got.row_of_entry[..., level_one] >= 0).all())
 
 
 def test_rows_of_a_batch_and_heads_are_alone() -> None:
@@ -184,7 +184,7 @@ def test_rows_of_a_batch_and_heads_are_alone() -> None:
             at = (slice(row, row + 1), slice(head, head + 1))
             alone = select(sq[at], sk[at], geom)
             assert torch.equal(alone.entries, together.entries[at])
-            assert torch.equal(alone.places, together.places[at])
+            assert torch.equal(alone.row_of_entry, together.row_of_entry[at])
 
 
 def test_strata_are_alone() -> None:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from lhcp import LighthouseConfig, reference
-from lhcp.lighthouse import gather, pool, scatter, stages
+from lhcp.lighthouse import gather, operators, pool, scatter
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.score import level_scores, token_scores
+from lhcp.lighthouse.norms import level_scores, token_scores
 from lhcp.lighthouse.select import Selection, select
+from lhcp.operators import pack_integers
+from lhcp.precision import wide
 from lhcp.testing.inputs import qkv, small_config
 from tests.cases import strided
 
@@ -78,7 +80,7 @@ def test_gather_backward_is_the_reference_gradient(size: tuple[int, int]) -> Non
         sub = reference.gather(x, as_reference(selection, geom), config)
         dsub = torch.randn(sub.shape, dtype=sub.dtype, generator=torch.Generator().manual_seed(1))
         (expected,) = torch.autograd.grad(sub, x, dsub)
-        got = gather.gather_backward_one(dsub, selection.places, geom)
+        got = gather.gather_backward_one(dsub, selection.row_of_entry, geom)
         assert torch.allclose(got, expected, rtol=1e-13, atol=1e-14)
 
 
@@ -89,7 +91,7 @@ def test_scatter_and_its_gradient_equal_the_reference(size: tuple[int, int]) -> 
     o = torch.randn(3, geom.subsequence, 4, 5, generator=torch.Generator().manual_seed(2)).double()
     o.requires_grad_()
     expected = reference.scatter(o, as_reference(selection, geom), geom.num_tokens, config)
-    got = scatter.scatter(o.detach(), selection.places, geom)
+    got = scatter.scatter(o.detach(), selection.row_of_entry, geom)
     assert torch.allclose(got, expected, rtol=1e-14, atol=1e-14)
     dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).double()
     (do,) = torch.autograd.grad(expected, o, dout)
@@ -105,23 +107,23 @@ def test_chunks_that_exchange_rows_equal_one_chunk(
 ) -> None:
     """Fails if what is owed across a chunk's end is lost, or summed or rounded in another order."""
     _, geom, _, selection = setting(*size, dtype)
-    cut, places = in_chunks(geom, num_chunks), selection.places
+    cut, rows = in_chunks(geom, num_chunks), selection.row_of_entry
     generator = torch.Generator().manual_seed(4)
     o = torch.randn(3, geom.subsequence, 4, 5, generator=generator).to(dtype)
-    out = scatter.scatter(o, places, cut)
-    owed = scatter.last_rows(o, places, cut)
+    out = scatter.scatter(o, rows, cut)
+    owed = scatter.last_rows(o, rows, cut)
     halo = torch.cat([torch.zeros_like(owed[:, :1]), owed[:, :-1]], 1)
-    scatter.scatter_edges(out, o, places, halo, cut)
-    assert torch.equal(out, scatter.scatter(o, places, geom))
+    scatter.scatter_edges(out, o, rows, halo, cut)
+    assert torch.equal(out, scatter.scatter(o, rows, geom))
 
     dout = torch.randn(3, geom.num_tokens, 4, 5, generator=generator).to(dtype)
     do = scatter.scatter_backward(dout, selection.entries, cut)
     grads = scatter.edge_grads(dout, cut)
-    assert grads.dtype == pool.accumulate_dtype(dtype)
+    assert grads.dtype == wide(dtype)
     received = torch.cat([grads[:, 1:], torch.zeros_like(grads[:, :1])], 1)
-    scatter.add_last_grads(do, dout, received, places, cut)
+    scatter.add_last_grads(do, dout, received, rows, cut)
     exact = scatter.scatter_backward(dout.double(), selection.entries, geom)
-    eps = 2 * torch.finfo(pool.accumulate_dtype(dtype)).eps * exact.abs().max()
+    eps = 2 * torch.finfo(wide(dtype)).eps * exact.abs().max()
     error = (do.double() - exact).abs()
     assert bool((error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 8 * eps).all())
 
@@ -131,7 +133,7 @@ def test_coverage(size: tuple[int, int]) -> None:
     """Fails if a position gets nothing, or more than one entry of a level."""
     _, geom, _, selection = setting(*size)
     ones = torch.ones(3, geom.subsequence, 2, 1, dtype=torch.float64)
-    fan_in = scatter.scatter(ones, selection.places, geom)
+    fan_in = scatter.scatter(ones, selection.row_of_entry, geom)
     assert fan_in.min() >= 1 and fan_in.max() <= geom.num_levels
 
 
@@ -144,15 +146,15 @@ def swapped(x: Tensor) -> Tensor:
 def test_operators_take_any_strides(change: Callable[[Tensor], Tensor]) -> None:
     """Fails if an operator assumes contiguous inputs."""
     _, geom, (q, k, v, _), selection = setting(3, 3)
-    sizes = stages.to_list(geom)
-    expected = stages.pool_and_score(q, k, v, sizes, True, "torch")
-    changed = stages.pool_and_score(*map(change, (q, k, v)), sizes, True, "torch")
+    sizes = pack_integers(geom)
+    expected = operators.pool_and_score(q, k, v, sizes, True, "torch")
+    changed = operators.pool_and_score(*map(change, (q, k, v)), sizes, True, "torch")
     for one, two in zip(expected, changed, strict=True):
         assert torch.equal(one, two)
     entries = selection.entries
-    expected = stages.gather_subsequence(q, k, v, *expected[:3], entries, sizes, "torch")
-    changed = stages.gather_subsequence(
-        *map(change, (q, k, v)), *map(change, changed[:3]), entries, sizes, "torch"
+    expected = operators.gather_subsequence([q, k, v], list(expected[:3]), entries, sizes, "torch")
+    changed = operators.gather_subsequence(
+        [*map(change, (q, k, v))], [*map(change, changed[:3])], entries, sizes, "torch"
     )
     for one, two in zip(expected, changed, strict=True):
         assert torch.equal(one, two)

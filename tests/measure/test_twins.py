@@ -10,17 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lhcp.comm.layout import LAYOUTS, LayoutName
 from lhcp.comm.mesh import Ranks, as_ranks
-from lhcp.cost.clocks import Sizes
-from lhcp.cost.cost_model import boundary_bytes, traffic
 from lhcp.cost.schedules import SCHEDULES
+from lhcp.cost.traffic import boundary_bytes, traffic
+from lhcp.layer.plan import Choices, carry_out, make_plan
 from lhcp.measure.runs import Job, Recorder
-from lhcp.measure.twins import Filled, silent
+from lhcp.measure.twins import RandomReceiveBuffers, silent
 from lhcp.ring.block import BLOCKS
-from lhcp.ring.function import attention, make_plan
-from lhcp.ring.rotation import NAMES, messages
+from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
-from lhcp.timing import UNTIMED
 from tests.measure.counting import Messages
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 8
@@ -41,8 +39,9 @@ def make_job(
 ) -> Job:
     config, tokens = small_config(num_strata=8) if lighthouse else (None, 192)
     entries = tokens if config is None else config.subsequence_length(tokens)
-    q = torch.empty(1, 1, HEADS, HEAD_DIM, dtype=dtype)
-    plan = make_plan(q, q[:, :, :KV_HEADS], ranks, layout, rotation, "auto", True, None, entries)
+    q = torch.empty(2, 1, HEADS, HEAD_DIM, dtype=dtype)
+    local = entries // ranks.world_size
+    plan = make_plan(q, q[:, :, :KV_HEADS], ranks, Choices(layout, rotation), tokens=local)
     return Job(
         config=config,
         tokens=tokens,
@@ -59,12 +58,13 @@ def make_job(
 
 def count(
     group: dist.ProcessGroup, rotation: str, layout: LayoutName, dtype: torch.dtype
-) -> dict[str, Any]:
+) -> dict[Any, Any]:
     """Post every run's messages on this rank and count them and the block calls."""
     ranks = groups_of(group, rotation)
     job = make_job(ranks, rotation, layout, dtype, lighthouse=False)
     local = job.entries // ranks.world_size
-    spans, found = Recorder(CPU), {}
+    spans = Recorder(CPU)
+    found: dict[Any, Any] = {"shape": job.plan.shape}
     blocks = 0
     original = BLOCKS[job.plan.backend]
 
@@ -80,7 +80,7 @@ def count(
         original, forward=counted(original.forward), backward=counted(original.backward)
     )
     try:
-        with silent(ranks) as quiet:
+        with silent(ranks, RandomReceiveBuffers()) as quiet:
             real_names = {g.group_name for g in (ranks.flat, ranks.outer, ranks.inner) if g}
             runs = {
                 "real": job.attention(job.plan, spans, local),
@@ -114,25 +114,13 @@ def test_messages_and_blocks(
     ranks: RankPool, rotation: str, layout: LayoutName, dtype: torch.dtype, world: int
 ) -> None:
     """Fails if C sends, if M attends, if M and T differ in a message, or if the model miscounts."""
-    sizes = Sizes(
-        seqlen=192,
-        world_size=world,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        batch=2,
-        element_bytes=dtype.itemsize,
-        grad_bytes=8 if dtype == torch.float64 else 4,
-        layout=layout,
-        node_size=2 if rotation == "hierarchical" else None,
-    )
     for rank, found in enumerate(ranks.run(count, world, rotation, layout, dtype)):
         for phase in ("forward", "backward"):
             real, real_blocks = found["real", phase]
             assert found["compute", phase] == ([], real_blocks)
             assert found["communication", phase] == (real, 0)
             assert real_blocks > 0
-            expected = traffic(rotation, sizes, phase, rank)  # type: ignore[arg-type]
+            expected = traffic(rotation, found["shape"], phase, rank)  # type: ignore[arg-type]
             assert sum(size for _, _, size in real) == expected.num_bytes
             assert len(real) == expected.num_messages
 
@@ -141,7 +129,7 @@ def count_layer(group: dist.ProcessGroup, layout: LayoutName) -> dict[str, int]:
     ranks = as_ranks(group)
     job = make_job(ranks, "allgather", layout, torch.float32, lighthouse=True)
     spans, sent = Recorder(CPU), {}
-    with silent(ranks) as quiet:
+    with silent(ranks, RandomReceiveBuffers()) as quiet:
         runs = {
             "layer": job.layer(ranks, spans, job.tokens // ranks.world_size),
             "compute": job.layer(quiet, spans, job.tokens // ranks.world_size),
@@ -154,18 +142,8 @@ def count_layer(group: dist.ProcessGroup, layout: LayoutName) -> dict[str, int]:
                 runner.run("both")
             assert ranks.flat is not None
             sent[name] = messages.bytes_on(ranks.flat.group_name)
-    sizes = Sizes(
-        seqlen=job.entries,
-        world_size=ranks.world_size,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        batch=2,
-        element_bytes=4,
-        layout=layout,
-    )
     assert job.config is not None
-    return sent | {"boundary": 2 * boundary_bytes(sizes, job.config.num_levels)}
+    return sent | {"boundary": 2 * boundary_bytes(job.plan.shape, job.config.num_levels)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -176,17 +154,16 @@ def test_messages_of_the_layer(ranks: RankPool, layout: LayoutName) -> None:
         assert sent["compute"] == 0
 
 
-def test_filled_memory_is_random_and_only_while_entered() -> None:
-    """Fails if a twin reads what memory happened to hold, or if a real run then would too."""
-    like = torch.full((4,), torch.nan)
-    original, memory = messages.arriving, Filled()
-    with memory:
-        first, second = (messages.arriving(like, 64) for _ in range(2))
-        assert first.isfinite().all() and first.std() > 0.5
-        assert first.data_ptr() != second.data_ptr()
-    with memory:
-        assert messages.arriving(like, 64).data_ptr() == first.data_ptr()
-    assert messages.arriving is original
+def test_receive_buffers_are_random_and_drawn_once() -> None:
+    """Fails if a twin reads what memory happened to hold, or draws anew in every run."""
+    like, buffers = torch.full((4,), torch.nan), RandomReceiveBuffers()
+    quiet, real = Ranks(allocate=buffers), Ranks()
+    first, second = (quiet.receive_buffer(like, 64) for _ in range(2))
+    assert first.isfinite().all() and first.std() > 0.5
+    assert first.data_ptr() != second.data_ptr()
+    buffers.restart()
+    assert quiet.receive_buffer(like, 64).data_ptr() == first.data_ptr()
+    assert real.receive_buffer(like, 64).data_ptr() not in (first.data_ptr(), second.data_ptr())
 
 
 def run_poisoned(group: dist.ProcessGroup, rotation: str, layout: LayoutName) -> bool:
@@ -196,14 +173,15 @@ def run_poisoned(group: dist.ProcessGroup, rotation: str, layout: LayoutName) ->
     def poisoned(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
         return new_empty(self, *shape, **options).fill_(torch.nan)
 
-    with silent(groups_of(group, rotation)) as quiet:
+    with silent(groups_of(group, rotation), RandomReceiveBuffers()) as quiet:
         job = make_job(quiet, rotation, layout, torch.float32, lighthouse=False)
         inputs = [x.requires_grad_() for x in job.draw(job.entries // quiet.world_size)]
+        spans = Recorder(CPU)
+        spans.begin()
         torch.Tensor.new_empty = poisoned
         try:
-            with Filled():
-                out = attention(*inputs, job.plan, UNTIMED)[0]
-                grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
+            out = carry_out(*inputs, job.plan, spans)[0]
+            grads = torch.autograd.grad(out, inputs, torch.randn_like(out))
         finally:
             torch.Tensor.new_empty = new_empty
         return all(bool(x.isfinite().all()) for x in (out, *grads))

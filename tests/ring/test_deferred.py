@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lhcp.ring.merge import deferred as partials
-from lhcp.ring.merge.deferred import Partials
+from lhcp.ring.merge.deferred import DeferredMerge
+from lhcp.ring.shape import DEFAULT_TUNING, Tuning
 from lhcp.testing.tolerance import assert_close_float64
 
 SHAPE = (2, 8, 4, 3)
@@ -23,13 +23,10 @@ def draw(rows: tuple[int, int], heads: tuple[int, int]) -> tuple[Tensor, Tensor]
     "held", [(2**28, 32), (0, 32), (2**28, 2)], ids=["held", "few bytes", "few parts"]
 )
 @pytest.mark.parametrize("weighted", [True, False], ids=["merged", "added"])
-def test_queries_are_merged_from_what_covers_them(
-    held: tuple[int, int], weighted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_are_merged_from_what_covers_them(held: tuple[int, int], weighted: bool) -> None:
     """Fails if a part is merged into rows or heads that are not its own, twice, or never."""
-    monkeypatch.setattr(partials, "HELD_BYTES", held[0])
-    monkeypatch.setattr(partials, "HELD_PARTS", held[1])
-    ours = Partials(torch.empty(SHAPE, dtype=torch.float64))
+    tuning = Tuning(held_bytes=held[0], held_results=held[1])
+    ours = DeferredMerge(torch.empty(SHAPE, dtype=torch.float64), tuning)
     numerator = torch.zeros(SHAPE, dtype=torch.float64)
     weight = torch.zeros(2, 4, 8, dtype=torch.float64)
     for rows, heads in CALLS:
@@ -47,10 +44,9 @@ def test_queries_are_merged_from_what_covers_them(
     assert_close_float64("out", out, numerator)
 
 
-def test_heads_apart_are_merged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_apart_are_merged_on_the_way() -> None:
     """Fails if heads that have not come yet are more than nothing in a merge of those that have."""
-    monkeypatch.setattr(partials, "HELD_BYTES", 0)
-    ours = Partials(torch.empty(SHAPE, dtype=torch.float64))
+    ours = DeferredMerge(torch.empty(SHAPE, dtype=torch.float64), Tuning(held_bytes=0))
     want = torch.randn(SHAPE, dtype=torch.float64)
     for heads in ((0, 2), (2, 4)):
         ours.add((0, 8), heads, want[:, :, slice(*heads)])
@@ -60,7 +56,7 @@ def test_heads_apart_are_merged_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_whole_part_is_not_copied() -> None:
     """Fails if a result that is whole as it comes costs a pass over memory."""
     x, lse = draw((0, 8), (0, 4))
-    ours = Partials(x)
+    ours = DeferredMerge(x, DEFAULT_TUNING)
     ours.add((0, 8), (0, 4), x, lse)
     out, total = ours.result()
     assert out.data_ptr() == x.data_ptr() and total is not None
@@ -70,7 +66,7 @@ def test_one_whole_part_is_not_copied() -> None:
 def test_narrow_parts_are_rounded_once() -> None:
     """Fails if a sum of bfloat16 parts is rounded on the way."""
     parts = torch.randn(7, *SHAPE).bfloat16()
-    ours = Partials(parts[0])
+    ours = DeferredMerge(parts[0], DEFAULT_TUNING)
     for part in parts:
         ours.add((0, 8), (0, 4), part)
     exact = parts.double().sum(0)

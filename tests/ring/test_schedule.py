@@ -2,50 +2,66 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from lhcp.comm.layout import LAYOUTS, Layout, LayoutName, make_layout
-from lhcp.ring.rotation.allgather import split_heads
 from lhcp.ring.schedule import (
-    MIN_ROUND_PAIRS,
     Step,
     allgather_steps,
     gathered_order,
     hierarchical_steps,
     p2p_steps,
-    ring_rounds,
     round_chunks,
 )
+from lhcp.ring.shape import AttentionShape, Mask, Tuning, split_heads
 
 HEADS = 4
 
 
+LENGTHS = {"p2p": 1, "p2p2": 2, "p2p*": 10**6}
+"""Distances in a round of the ring, up to half of all."""
+
+
+def shape_of(rotation: str, world: int, layout: LayoutName, causal: bool) -> AttentionShape:
+    """A small attention that is cut up as the rotation's name says."""
+    length = LENGTHS.get(rotation.removesuffix(" back"), 1)
+    return AttentionShape(
+        seqlen=4 * world,
+        layout=make_layout(layout, world),
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=8,
+        mask=Mask(causal),
+        node_size=int(rotation[-1]) if rotation.startswith("node") else None,
+        tuning=Tuning(
+            round_length=max(1, min(length, world // 2)),
+            num_head_groups=int(rotation[-1]) if rotation.startswith("allgather") else 0,
+        ),
+    )
+
+
 def deliveries(
-    rotation: str, rank: int, layout: Layout, causal: bool
+    rotation: str, rank: int, shape: AttentionShape
 ) -> list[tuple[Step, tuple[int, ...]]]:
     """Steps, each with the chunks of keys that it is given, in order."""
-    world, mine = layout.world_size, layout.chunks(rank)
+    layout, world, mine = shape.layout, shape.world_size, shape.layout.chunks(rank)
     if rotation.startswith("p2p"):
-        # Blocks that are large enough, half so, or hopelessly small.
-        pairs = {"p2p": MIN_ROUND_PAIRS, "p2p2": MIN_ROUND_PAIRS // 2, "p2p*": 1}
-        rounds = ring_rounds(world, pairs[rotation.removesuffix(" back")])
-        steps = p2p_steps(rank, layout, causal, HEADS, rounds, rotation.endswith("back"))
-        keys = [round_chunks(rank, layout, causal, distances) for distances in rounds]
+        steps = p2p_steps(shape, rank, rotation.endswith("back"))
+        keys = [round_chunks(rank, layout, shape.mask, distances) for distances in shape.rounds]
         return list(zip(steps, [mine, *keys], strict=True))
     if rotation.startswith("allgather"):
-        groups = split_heads(HEADS, int(rotation[-1]))
-        steps = allgather_steps(rank, layout, causal, groups)
-        everything = [gathered_order(layout, range(world))] * len(groups)
+        steps = allgather_steps(shape, rank)
+        everything = [gathered_order(layout, range(world))] * len(shape.head_groups)
     else:
-        size = int(rotation[-1])
-        steps = hierarchical_steps(rank, layout, causal, HEADS, size)
-        nodes = world // size
+        steps = hierarchical_steps(shape, rank)
+        size, nodes = world // shape.num_nodes, shape.num_nodes
         everything = []
         for j in range(nodes):
             node = (rank // size - j) % nodes
             everything.append(gathered_order(layout, range(node * size, (node + 1) * size)))
-    return list(zip(steps, [mine] * causal + everything, strict=True))
+    return list(zip(steps, [mine] * shape.mask.causal + everything, strict=True))
 
 
 CASES = [
@@ -67,16 +83,17 @@ def test_every_pair_that_may_meet_meets_once(
     rotation: str, world: int, layout: LayoutName, causal: bool
 ) -> None:
     """Fails if a block is computed twice, never, or against the mask."""
-    cut = make_layout(layout, world)
+    shape = shape_of(rotation, world, layout, causal)
+    cut = shape.layout
     for rank in range(world):
         mine = cut.chunks(rank)
         met: Counter[tuple[int, int, int]] = Counter()
         triangles: Counter[tuple[int, int]] = Counter()
-        for step, keys in deliveries(rotation, rank, cut, causal):
+        for step, keys in deliveries(rotation, rank, shape):
             for call in step.calls:
                 queries, run = mine[slice(*call.q)], keys[slice(*call.kv)]
                 for head in range(*step.heads):
-                    if call.causal:
+                    if call.mask.causal:
                         assert queries == run
                         for i, q in enumerate(queries):
                             triangles[q, head] += 1
@@ -102,8 +119,9 @@ def test_steps_are_the_same_in_number_and_start_with_every_query(
     rotation: str, world: int, layout: LayoutName, causal: bool
 ) -> None:
     """Fails if ranks would send different numbers of messages, or merge into unwritten memory."""
-    cut = make_layout(layout, world)
-    per_rank = [deliveries(rotation, rank, cut, causal) for rank in range(world)]
+    shape = shape_of(rotation, world, layout, causal)
+    cut = shape.layout
+    per_rank = [deliveries(rotation, rank, shape) for rank in range(world)]
     assert len({tuple(step.heads for step, _ in steps) for steps in per_rank}) == 1
     for steps in per_rank:
         written: set[tuple[int, int]] = set()
@@ -122,7 +140,16 @@ def test_steps_are_the_same_in_number_and_start_with_every_query(
 @pytest.mark.parametrize("share", [1, 2, 3, 4, 1000])
 def test_rounds_are_equal_and_no_longer_than_needed(world: int, share: int) -> None:
     """Fails if a distance is lost, or a round longer than a large block or half of the others."""
-    rounds = ring_rounds(world, -(-MIN_ROUND_PAIRS // share))
+    pairs = -(-Tuning().min_round_pairs // share)
+    # One head, and queries x keys of one distance: a block of so many pairs.
+    shape = AttentionShape(
+        seqlen=world,
+        layout=Layout("contiguous", world),
+        num_heads=pairs,
+        num_kv_heads=1,
+        head_dim=1,
+    )
+    rounds = shape.rounds
     assert [d for distances in rounds for d in distances] == list(range(1, world))
     lengths = [len(distances) for distances in rounds]
     assert set(lengths[:-1]) <= {lengths[0]} and lengths[-1] <= lengths[0]
@@ -133,11 +160,12 @@ def test_rounds_are_equal_and_no_longer_than_needed(world: int, share: int) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_calls_of_long_tiles_come_first(layout: LayoutName, world: int) -> None:
     """Fails if a step of the ring ends with its longest tiles, which leave a long last wave."""
+    forward, backward = (shape_of(name, world, layout, True) for name in ("p2p*", "p2p* back"))
     for rank in range(world):
-        for step, _ in deliveries("p2p*", rank, make_layout(layout, world), True):
+        for step, _ in deliveries("p2p*", rank, forward):
             keys = [call.num_keys for call in step.calls]
             assert keys == sorted(keys, reverse=True)
-        for step, _ in deliveries("p2p* back", rank, make_layout(layout, world), True):
+        for step, _ in deliveries("p2p* back", rank, backward):
             queries = [call.q[1] - call.q[0] for call in step.calls]
             assert queries == sorted(queries, reverse=True)
 
@@ -148,3 +176,19 @@ def test_head_groups_are_equal_runs(heads: int, groups: int) -> None:
     assert [h for run in runs for h in range(*run)] == list(range(heads))
     assert len({stop - start for start, stop in runs}) == 1
     assert len(runs) <= max(groups, 1)
+
+
+def test_a_shape_decides_once() -> None:
+    """Fails if a threshold is read from anywhere but the shape's tuning."""
+    shape = AttentionShape(
+        seqlen=2**16, layout=make_layout("zigzag", 8), num_heads=8, num_kv_heads=8, head_dim=128
+    )
+    assert [len(r) for r in shape.rounds] == [4, 3] and len(shape.head_groups) == 1
+    assert shape.round_bytes == 4 * shape.kv_bytes and shape.group_bytes == 8 * shape.kv_bytes
+    assert shape.holds_all_parts and shape.steps_left(shape.round_bytes) == 2
+    tuned = replace(shape, tuning=Tuning(round_length=2, num_head_groups=4, held_bytes=1))
+    assert [len(r) for r in tuned.rounds] == [2, 2, 2, 1] and len(tuned.head_groups) == 4
+    assert tuned.round_bytes == 2 * shape.kv_bytes and tuned.group_bytes == 2 * shape.kv_bytes
+    assert not tuned.holds_all_parts and tuned.steps_left(tuned.round_bytes) == 1
+    half = replace(shape, wire_bytes=1)
+    assert half.kv_bytes * 2 == shape.kv_bytes and half.q_bytes == shape.q_bytes

@@ -1,52 +1,59 @@
 """Calls side by side: how far steps run ahead of what is finished. Without a GPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lhcp.comm.layout import make_layout
-from lhcp.ring import loop as attention
-from lhcp.ring import streams as lanes
+from lhcp.ring import loop, streams
+from lhcp.ring.block.base import BackwardInputs
+from lhcp.ring.kv import KV
+from lhcp.ring.plan import RingPlan
 from lhcp.ring.rotation import p2p
-from lhcp.ring.rotation.base import HELD_BYTES
+from lhcp.ring.rotation.base import Delivery
 from lhcp.ring.schedule import Call, Step
-from lhcp.ring.streams import Lanes, steps_left
+from lhcp.ring.shape import FULL, AttentionShape, Tuning
+from lhcp.ring.streams import CallStreams
 from lhcp.testing.world import world_without_messages
 from lhcp.timing import UNTIMED
 
 NUM_STEPS = 5
-STEP = Step((Call((0, 1), (0, 1), False), Call((1, 2), (0, 1), False)), (0, 1), False)
+STEP = Step((Call((0, 1), (0, 1), FULL), Call((1, 2), (0, 1), FULL)), (0, 1), False)
+HELD_BYTES = Tuning().held_bytes
+SHAPE = AttentionShape(
+    seqlen=16, layout=make_layout("zigzag", 8), num_heads=1, num_kv_heads=1, head_dim=4
+)
 
 
-class SideBySide(Lanes):
-    """Lanes that would have streams: calls run at once, steps are left as on a GPU."""
+class SideBySide(CallStreams):
+    """Streams of a CPU that would have some: calls run at once, steps are left as on a GPU."""
 
-    def steps_left(self, step_bytes: int) -> int:
-        return steps_left(step_bytes)
+    side_by_side = True  # type: ignore[assignment]
 
 
-class Delivery:
+class Deliveries:
     """A rotation of keys without memory."""
 
     steps = (STEP,) * NUM_STEPS
 
     def __init__(self, tokens: int) -> None:
-        self._k = torch.empty(1, tokens, 1, 1, dtype=torch.bfloat16, device="meta")
+        k = torch.empty(1, tokens, 1, 1, dtype=torch.bfloat16, device="meta")
+        self._kv = KV(k, k)
         self.step_bytes = 4 * tokens
 
-    def deliver(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    def deliver(self, kv: KV) -> Iterator[Delivery]:
         for step in self.steps:
-            yield step, self._k, self._k
+            yield Delivery(step, self._kv)
 
 
 def events(tokens: int) -> list[tuple[str, int]]:
     """What `_take_steps` starts and finishes, step by step."""
     found: list[tuple[str, int]] = []
 
-    def start(i: int, step: Step, call: Call, k: Tensor, v: Tensor) -> Call:
+    def start(i: int, step: Step, call: Call, kv: KV) -> Call:
         if call == step.calls[0]:
             found.append(("start", i))
         return call
@@ -55,8 +62,8 @@ def events(tokens: int) -> list[tuple[str, int]]:
         assert tuple(results) == step.calls
         found.append(("finish", i))
 
-    k = torch.zeros(1)
-    attention._take_steps(Delivery(tokens), k, k, start, finish)  # type: ignore[arg-type]
+    kv = KV(torch.zeros(1), torch.zeros(1))
+    loop._take_steps(Deliveries(tokens), kv, SHAPE, start, finish)  # type: ignore[arg-type]
     return found
 
 
@@ -76,22 +83,22 @@ def test_steps_are_finished_in_order_and_large_ones_sooner(
     monkeypatch: pytest.MonkeyPatch, tokens: int, waiting: int
 ) -> None:
     """Fails if a step is lost or out of order, or if large keys are held as long as small ones."""
-    monkeypatch.setattr(attention, "Lanes", SideBySide)
+    monkeypatch.setattr(loop, "CallStreams", SideBySide)
     found = events(tokens)
     for what in ("start", "finish"):
         assert [i for event, i in found if event == what] == list(range(NUM_STEPS))
     assert most_waiting(found) == waiting
 
 
-def test_the_current_stream_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_call_runs_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a call may run on the stream that the program is on, and hold up what follows."""
-    monkeypatch.setattr(lanes, "_streams", lambda device: ("a", "b", "c"))
+    monkeypatch.setattr(streams, "_streams", lambda device: ("a", "b", "c"))
     for current, others in (("b", ("a", "c")), ("d", ("a", "b", "c"))):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
-        assert Lanes(torch.device("cuda"))._streams == others
+        assert CallStreams(torch.device("cuda"))._streams == others
 
 
-def posts(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def posts(rank: int, shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What one rank of a world without messages posts in a backward, in order."""
     found: list[str] = []
 
@@ -102,13 +109,14 @@ def posts(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return make
 
-    with world_without_messages(rank, world) as ranks, monkeypatch.context() as patch:
-        patch.setattr(p2p, "RingChunks", telling(p2p.RingChunks))
-        patch.setattr(p2p, "RingParts", telling(p2p.RingParts))
-        plan = attention.Plan(ranks, make_layout("zigzag", world), "p2p", "math", True, 1.0)
+    world = world_without_messages(rank, shape.world_size)
+    with world as ranks, monkeypatch.context() as patch:
+        patch.setattr(p2p, "RoundFetch", telling(p2p.RoundFetch))
+        patch.setattr(p2p, "RoundReturn", telling(p2p.RoundReturn))
+        plan = RingPlan(ranks, shape, "p2p", "math", 1.0)
         q, k, v, out, dout = torch.randn(5, 1, 8, 1, 4)
         lse = torch.zeros(1, 1, 8)
-        attention.attend_backward(dout, q, k, v, out, lse, plan, UNTIMED)
+        loop.ring_backward(BackwardInputs(dout, q, KV(k, v), out, lse), plan, UNTIMED)
     return found
 
 
@@ -118,11 +126,10 @@ def test_all_ranks_send_in_one_order(monkeypatch: pytest.MonkeyPatch, large: int
 
     A round of one distance brings 128 bytes or 256.
     """
-    single = tuple(range(distance, distance + 1) for distance in range(1, 8))
-    monkeypatch.setattr(p2p, "ring_rounds", lambda *_: single)
-    monkeypatch.setattr(attention, "Lanes", SideBySide)
-    monkeypatch.setattr(lanes, "HELD_BYTES", large)
-    orders = {tuple(posts(rank, 8, monkeypatch)) for rank in range(8)}
+    tuning = Tuning(round_length=1, held_bytes=large)
+    shape = replace(SHAPE, seqlen=64, element_bytes=4, tuning=tuning)
+    monkeypatch.setattr(loop, "CallStreams", SideBySide)
+    orders = {tuple(posts(rank, shape, monkeypatch)) for rank in range(8)}
     assert len(orders) == 1
     (order,) = orders
-    assert order.count("RingChunks") == order.count("RingParts") == 7
+    assert order.count("RoundFetch") == order.count("RoundReturn") == 7

@@ -276,7 +276,9 @@ def place_kernel(
         i_tile -= level_tiles
 
 
-def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
+def select(
+    sq: Tensor, sk: Tensor, geom: Geometry, max_block: int = MAX_BLOCK
+) -> tuple[Tensor, Tensor]:
     """Run the cascade in each local stratum and put what is in into post-order.
 
     Args:
@@ -300,8 +302,8 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
     ranks = empty(geom.num_strata, ranks_stride)
     scratch = empty(geom.num_strata, scratch_stride)
     entries, row_of_entry = empty(geom.subsequence), empty(geom.pyramid_size)
-    block_coarsest = min(MAX_BLOCK, triton.next_power_of_2(coarsest))
-    block = min(MAX_BLOCK, triton.next_power_of_2(finer))
+    block_coarsest = min(max_block, triton.next_power_of_2(coarsest))
+    block = min(max_block, triton.next_power_of_2(finer))
     cascade_kernel[(geom.num_strata * batch * num_kv_heads,)](
         sq,
         sk,
