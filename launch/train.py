@@ -13,16 +13,17 @@ import torch.distributed as dist
 import tyro
 from recipes import RECIPES
 
-from lhcp.training import ranks, report
+from lhcp.training import report
 from lhcp.training.data import Sequences, open_corpus
 from lhcp.training.loop import train
 from lhcp.training.model import generate, num_parameters
 from lhcp.training.parallel import build, whole_model
-from lhcp.training.rotation import measure_rotation
+from lhcp.training.process import Process, run_to_exit
+from lhcp.training.rotation_report import measure_rotation
 from lhcp.training.run import Run
 
 
-def main(run: Run, own: ranks.Ranks) -> None:
+def main(run: Run, own: Process) -> None:
     """Do the run, and its baseline where asked for, and report."""
     run.check(own.world_size)
     progress = report.Progress(shown=own.rank == 0)
@@ -71,4 +72,4 @@ if __name__ == "__main__":
         chosen = tyro.extras.overridable_config_cli(recipes)
     except ValueError as error:
         sys.exit(f"launch/train.py: {error}")
-    ranks.run_to_exit(lambda own: main(chosen, own))
+    run_to_exit(lambda own: main(chosen, own))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lhcp
 from lhcp.testing.inputs import small_config
-from lhcp.training.model import Block, ModelConfig, rope_table
+from lhcp.training.model import DecoderLayer, ModelConfig, rope_table
 from tests.devices import Place
 
 HEAD_DIM = 64
@@ -29,7 +29,9 @@ class Scored(nn.Module):
         return self.layer(q, k, v, score_q=self.score_q, score_k=self.score_k)
 
 
-def make_block(place: Place, seed: int = 0) -> tuple[Block, tuple[Tensor, Tensor, Tensor], Tensor]:
+def make_block(
+    place: Place, seed: int = 0
+) -> tuple[DecoderLayer, tuple[Tensor, Tensor, Tensor], Tensor]:
     """Return a block of RMSNorm, qkv, RoPE, the layer and SwiGLU; its inputs; dout."""
     torch.manual_seed(seed)
     config, seqlen = small_config(num_strata=4, picks=2)
@@ -44,7 +46,7 @@ def make_block(place: Place, seed: int = 0) -> tuple[Block, tuple[Tensor, Tensor
     )
     layer = lhcp.LighthouseAttention(config, backend=place.backend, kernels=place.kernels)
     scored = Scored(layer, torch.randn(1, seqlen, 2, 8), torch.randn(1, seqlen, 1, 8))
-    block = Block(sizes, scored, always_dense=False)
+    block = DecoderLayer(sizes, scored, always_dense=False)
     x, dout = torch.randn(2, 1, seqlen, sizes.dim).unbind(0)
     cos, sin = rope_table(torch.arange(seqlen), HEAD_DIM, 10000.0)
     block = block.to(place.device, place.dtype)
@@ -52,7 +54,7 @@ def make_block(place: Place, seed: int = 0) -> tuple[Block, tuple[Tensor, Tensor
     return block, (x.requires_grad_(), cos.to(place.device), sin.to(place.device)), dout
 
 
-def attention_of(block: Block) -> lhcp.LighthouseAttention:
+def attention_of(block: DecoderLayer) -> lhcp.LighthouseAttention:
     layer = block.attention.core.layer
     assert isinstance(layer, lhcp.LighthouseAttention)
     return layer
@@ -65,7 +67,9 @@ def answer(run: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor) 
     return [out.detach(), *torch.autograd.grad(out, wanted, dout)]
 
 
-def exact_answer(block: Block, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor) -> list[Tensor]:
+def exact_answer(
+    block: DecoderLayer, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor
+) -> list[Tensor]:
     """The same in float64, by the torch path."""
     wide = copy.deepcopy(block).double()
     layer = attention_of(wide)

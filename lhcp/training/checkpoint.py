@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -72,8 +71,8 @@ class MetadataUnpickler(pickle.Unpickler):
         )
 
 
-class TensorReader(dcp.FileSystemReader):
-    """torch's reader, for checkpoints that hold tensors alone.
+class TensorReader(filesystem.FileSystemReader):
+    """A reader like torch's, for checkpoints that hold tensors alone.
 
     torch reads the metadata and every non-tensor with plain pickle, which runs what the file says.
     """
@@ -85,7 +84,7 @@ class TensorReader(dcp.FileSystemReader):
             UnsafeCheckpointError: the metadata holds something else than tensors in plain files.
         """
         with open(Path(self.path) / ".metadata", "rb") as file:
-            found = MetadataUnpickler(file).load()
+            found: metadata.Metadata = MetadataUnpickler(file).load()
         entries = found.state_dict_metadata.values()
         if not all(type(entry) is metadata.TensorStorageMetadata for entry in entries):
             raise UnsafeCheckpointError("checkpoint metadata lists an entry that is not a tensor")
@@ -127,7 +126,7 @@ def save(
         folder: Holds the checkpoints of one run; on storage that all ranks share.
         step: Steps done.
         model: Sharded or whole.
-        optimizer: Of `model`.
+        optimizer: The optimiser of `model`.
         beside: Goes into complete.json and comes back from `read_beside`.
         keep: How many to keep, at least 1.
     """
@@ -137,8 +136,8 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    writer = dcp.FileSystemWriter(unfinished)
-    dcp.save(tensors_of(model, optimizer), storage_writer=writer)
+    writer = filesystem.FileSystemWriter(unfinished)
+    state_dict_saver.save(tensors_of(model, optimizer), storage_writer=writer)
     dist.barrier()
     if dist.get_rank() == 0:
         files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
@@ -192,7 +191,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     # Checked first and outside of torch's loader, which would wrap the error beyond recognition.
     TensorReader(path).read_metadata()
     state = tensors_of(model, optimizer)
-    dcp.load(state, storage_reader=TensorReader(path))
+    state_dict_loader.load(state, storage_reader=TensorReader(path))
     set_model_state_dict(model, state["model"])
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     whole = get_optimizer_state_dict(model, optimizer, options=options) | state["optimizer"]

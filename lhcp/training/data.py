@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text to train on, and how much of it to hold out."""
+    """The text to train on, and how much of it to hold out."""
 
     text: tuple[str, ...] = ()
     """Paths or globs (`**` goes into folders); none: the Python standard library's own sources."""
@@ -37,7 +37,7 @@ class Piece:
 
 
 class Corpus:
-    """Pieces of files as one long array of bytes, read from disk where it is asked for."""
+    """The pieces of files as one long array of bytes, read from disk where it is asked for."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
@@ -127,7 +127,7 @@ def open_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
 class Sequences:
     """The sequences of `seqlen` tokens of a corpus, in an order that depends on `seed` alone.
 
-    Sequence g of the run is window g % count of epoch g // count; every epoch draws its own order
+    Sequence g of the run is number g % count of epoch g // count; every epoch draws its own order
     and its own start. So any step of any rank can be read without those before it.
 
     Raises:
@@ -147,13 +147,13 @@ class Sequences:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return sequence `index` of the run, uint8 [seqlen + 1]."""
-        epoch, place = divmod(index, self.count)
+        epoch, number = divmod(index, self.count)
         if epoch != self._epoch:
             draw = np.random.default_rng((self.seed, epoch))
             slack = len(self.corpus) - 1 - self.count * self.seqlen
             self._start, self._order = int(draw.integers(slack + 1)), draw.permutation(self.count)
             self._epoch = epoch
-        start = self._start + int(self._order[place]) * self.seqlen
+        start = self._start + int(self._order[number]) * self.seqlen
         return self.corpus.read(start, self.seqlen + 1)
 
     def batch(
@@ -166,7 +166,7 @@ class Sequences:
 
         Args:
             step: Steps done before this one.
-            dp_rank: This rank's place among the `dp_size` that read different sequences.
+            dp_rank: This rank's number among the `dp_size` that read different sequences.
             dp_size: Divides `global_batch`.
             global_batch: Sequences in one step of the whole run.
         """

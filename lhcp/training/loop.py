@@ -22,15 +22,15 @@ from lhcp.training.stages import Stage, stage_at, total_steps
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One training step."""
+    """What one training step did."""
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     stage: str
     loss: float
     """Mean over all tokens of the global batch, nats per byte, before the step."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     lr: float
     seconds: float
     tokens_per_second: float
@@ -40,7 +40,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation on the held-out text."""
+    """What one evaluation on the held-out text found."""
 
     step: int
     """Steps done."""
@@ -69,16 +69,16 @@ class History:
 
 
 class Watcher(Protocol):
-    """Told of a run as it happens, on every rank."""
+    """Is told of a run as it happens, on every rank."""
 
     def on_start(self, done: int, folder: Path) -> None:
-        """Called once, `done` steps having been restored from `folder`."""
+        """Hear that the run begins; `done` steps were restored from `folder`."""
 
     def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
-        """Called after each step."""
+        """Hear of a step that is done."""
 
     def on_eval(self, record: EvalRecord) -> None:
-        """Called after each evaluation."""
+        """Hear of an evaluation."""
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
@@ -113,7 +113,7 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     for index, (part, target) in enumerate(parts):
         trainee.sharded.set_requires_gradient_sync(index == run.accumulate - 1)
         share = loss_sum(trainee, part, target) / (run.global_batch * run.seqlen)
-        share.backward()
+        torch.autograd.backward(share)
         loss += share.detach()
     return loss
 
@@ -164,7 +164,7 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
     tokens, labels = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
     rows = max(run.global_batch // placement.dp_size // run.accumulate, 1)
     total = torch.zeros((), device=placement.device)
-    for part, target in zip(tokens.split(rows), labels.split(rows), strict=True):
+    for part, target in zip(torch.split(tokens, rows), torch.split(labels, rows), strict=True):
         total += loss_sum(trainee, part, target)
     # FSDP leaves the root gathered for a backward that does not come here.
     trainee.sharded.reshard()
@@ -211,7 +211,7 @@ def train(
         trainee: From `build`; trained in place.
         data: Training sequences.
         heldout: Held-out sequences.
-        stages: In order; one optimiser and one order of data go through all of them.
+        stages: The stages in order; one optimiser and one order of data go through all of them.
         folder: Holds the checkpoints.
         watcher: Is told of everything as it happens.
     """

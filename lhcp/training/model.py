@@ -17,12 +17,12 @@ from lhcp.config import LighthouseConfig
 Mode = Literal["lighthouse", "dense"]
 
 AttentionFactory = Callable[[bool], nn.Module]
-"""Asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D]."""
+"""Is asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of the decoder; the defaults are the paper's (arXiv 2605.06554), 268M parameters.
+    """The sizes of the decoder; the defaults are the paper's (arXiv 2605.06554), 268M parameters.
 
     Raises:
         ValueError: a size breaks a rule; the message names it and what fits.
@@ -90,7 +90,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of x [B, n, heads, D] by the angles; keeps the dtype."""
-    halves = x.unflatten(-1, (2, -1))
+    halves = torch.unflatten(x, -1, (2, -1))
     # The other half by its index and not by a cat: compiled, that is one pass over x.
     return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
@@ -119,7 +119,7 @@ def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections and RoPE around the attention of one layer."""
+    """One layer's attention: projections and RoPE around the core that is handed in."""
 
     def __init__(self, config: ModelConfig, core: nn.Module) -> None:
         super().__init__()
@@ -138,11 +138,12 @@ class Attention(nn.Module):
         qk, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.qk, self.v))
         q, k = (rotate(part, cos, sin) for part in qk.split(self.heads, dim=-2))
         o = self.core(q, k, v)
-        return self.out(o.flatten(-2))
+        out: Tensor = self.out(o.flatten(-2))
+        return out
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), arXiv 2002.05202; gate and up are one product."""
+    """The MLP down(silu(gate(x)) * up(x)), arXiv 2002.05202; gate and up are one product."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -152,10 +153,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for x [..., dim], same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One pre-norm layer of the decoder."""
 
     def __init__(self, config: ModelConfig, core: nn.Module, *, always_dense: bool) -> None:
@@ -169,7 +171,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x [B, n, dim] after this layer."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.mlp(self.mlp_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class Decoder(nn.Module):
@@ -189,7 +192,7 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
-            Block(config, attention(dense), always_dense=dense)
+            DecoderLayer(config, attention(dense), always_dense=dense)
             for dense in (i in config.dense_layers for i in range(config.num_layers))
         )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -202,7 +205,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: int64 [B, n], this rank's tokens in layout order.
-            positions: int64 [n], their places in the whole sequence.
+            positions: int64 [n], where they are in the whole sequence.
         """
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embedding(tokens)
@@ -211,7 +214,8 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -232,7 +236,7 @@ class Decoder(nn.Module):
 def set_mode(model: Decoder, mode: Mode) -> None:
     """Switch every layer that is not always dense to `mode`."""
     for block in model.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, DecoderLayer)
         if not block.always_dense:
             core: Any = block.attention.core
             core.mode = mode
@@ -286,7 +290,7 @@ def generate(
         num_bytes: How many bytes to add.
         context: The last bytes that the model sees at each step, at most what it was trained on.
         temperature: Divides the logits, > 0; small is greedy.
-        seed: Of the draw.
+        seed: Draws the bytes.
     """
     if not prompt:
         raise ValueError("prompt=b'': must have at least one byte, for example b'\\n'")

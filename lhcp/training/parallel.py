@@ -17,7 +17,7 @@ from lhcp.training.stages import OptimConfig
 
 @dataclass(frozen=True)
 class Placement:
-    """Which sequences, and which of their tokens, this rank holds."""
+    """The sequences, and those of their tokens, that this rank holds."""
 
     device: torch.device
     dp_rank: int
@@ -30,7 +30,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Trainee:
-    """What training changes, and where it lives."""
+    """All that training changes, and where it lives."""
 
     model: Decoder
     sharded: FSDPModule

@@ -1,4 +1,4 @@
-"""What a run tells its user: a line a step; at the end a table, curves and a JSON file."""
+"""What a run tells its user: progress; at the end a table, a picture and a JSON file."""
 
 import json
 import sys
@@ -17,9 +17,15 @@ from lhcp.training.model import flops_per_token
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, total_steps
 
+STEPS_A_LINE = 10
+"""Steps to each printed line where the output is not a terminal."""
+
 
 class Progress:
-    """Prints a line a step on rank 0: in place on a terminal, one under the other elsewhere.
+    """Prints the progress of a run on rank 0.
+
+    On a terminal each step has its line, in place. Elsewhere one step in ten has, and each stage's
+    first step, and the run's last; evaluations always have theirs.
 
     Args:
         shown: Whether this rank prints.
@@ -29,6 +35,7 @@ class Progress:
         self.shown = shown
         self.in_place = shown and sys.stdout.isatty()
         self._recent: list[float] = []
+        self._stage = ""
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -37,18 +44,22 @@ class Progress:
 
     def on_start(self, done: int, folder: Path) -> None:
         """Tell of a run that goes on."""
-        self._recent = []
+        self._recent, self._stage = [], ""
         if done:
             self.say(f"{folder}: found a checkpoint, going on after step {done}")
 
     def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
-        """Print the step's line."""
+        """Print the step's line, if it is one that has a line."""
         # The time from line to line counts evaluations and checkpoints too.
         now = time.perf_counter()
         self._recent = [*self._recent[-50:], now]
         pace = record.seconds
         if len(self._recent) > 1:
             pace = (now - self._recent[0]) / (len(self._recent) - 1)
+        new_stage, self._stage = record.stage != self._stage, record.stage
+        last = record.step == total_steps(stages)
+        if not (self.in_place or new_stage or last or record.step % STEPS_A_LINE == 0):
+            return
         left = round((total_steps(stages) - record.step) * pace)
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
@@ -70,7 +81,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StageSpeed:
-    """Speed of one stage: medians over its steps, the first few left out."""
+    """The speed of one stage: medians over its steps, the first few left out."""
 
     tokens_per_second: float
     rotation_share: float
@@ -106,12 +117,12 @@ class Switch:
 
     @property
     def jump(self) -> float:
-        """How much the loss rises at the switch."""
+        """Return how much the loss rises at the switch."""
         return self.dense - self.lighthouse
 
     @property
     def recovered(self) -> float | None:
-        """Share of the jump that the dense stage won back (above 1: more), None without a jump."""
+        """Return the share of the jump won back (above 1: more), or None without a jump."""
         return (self.dense - self.final) / self.jump if self.jump > 0.01 else None
 
 
@@ -147,8 +158,8 @@ def summarize(
 
     Args:
         run: The run.
-        history: Of the two stages.
-        baseline: Of dense from scratch, or None.
+        history: Records of the two stages.
+        baseline: Records of dense from scratch, or None.
         world_size: Ranks of the run.
         sample: Generated text.
         overhead: What was measured of the rotation beside the run, or None.
@@ -243,14 +254,19 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def write(summary: dict[str, Any], folder: Path) -> None:
-    """Print the sample and the table, and write report.json and curves.png into `folder`."""
+    """Print the sample and the table, and write report.json and curves.png into `folder`.
+
+    The last line names the picture.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(summary, indent=1))
-    draw(summary, folder / "curves.png")
+    numbers, picture = folder / "report.json", folder / "curves.png"
+    numbers.write_text(json.dumps(summary, indent=1))
+    draw(summary, picture)
     # Without a terminal rich would wrap the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 100)
     if summary["sample"]:
         console.rule("written by the dense model")
         console.print(summary["sample"], markup=False, highlight=False)
     console.print(table(summary))
-    console.print(f"curves: {folder / 'curves.png'}   all numbers: {folder / 'report.json'}")
+    # Not by rich, which would wrap a long path.
+    print(f"all numbers: {numbers}\npicture: {picture}", flush=True)

@@ -15,7 +15,7 @@ class Run:
     """A two-stage run: lighthouse, then dense, with one optimiser and one order of data."""
 
     name: str
-    """Of the recipe; the default output folder is called after it."""
+    """Name of the recipe; the default output folder is called after it."""
     model: ModelConfig
     lighthouse: LighthouseConfig
     optim: OptimConfig
@@ -32,7 +32,7 @@ class Run:
     baseline: bool = False
     """Whether to train dense from scratch on the same tokens too, after the two stages."""
     seed: int = 0
-    """Of the weights and of the order of the data."""
+    """Seed of the weights and of the order of the data."""
 
     cp: int = 1
     """Ranks that share one sequence; the others of the run read other sequences."""
@@ -47,7 +47,7 @@ class Run:
     accumulate: int = 1
     """Parts that a rank's sequences of one step are computed in, to save memory."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the computation (auto: bf16 on a GPU); weights, gradient sums and optimiser are fp32."""
+    """Type of what is computed (auto: bf16 on a GPU); weights, gradient sums, optimiser: fp32."""
     compile: bool = False
     """torch.compile for each block."""
     recompute: bool = False
@@ -67,12 +67,12 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints and the report go."""
+        """Return the folder of checkpoints and report."""
         return Path(self.out or f"runs/{self.name}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The two stages, in order."""
+        """Return the two stages, in order."""
         return (
             Stage(name="lighthouse", mode="lighthouse", steps=self.lighthouse_steps),
             Stage(name="dense", mode="dense", steps=self.dense_steps),
@@ -80,13 +80,13 @@ class Run:
 
     @property
     def baseline_stages(self) -> tuple[Stage, ...]:
-        """Dense from scratch, as many steps as both stages."""
+        """Return one dense stage from scratch, with the steps of both."""
         steps = self.lighthouse_steps + self.dense_steps
         return (Stage(name="baseline", mode="dense", steps=steps),)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it; mesh and length may differ."""
+        """Return what a checkpoint and its run must share; the mesh and the steps may differ."""
         return {
             "model": asdict(self.model) | {"dense_layers": list(self.model.dense_layers)},
             "lighthouse": asdict(self.lighthouse),

@@ -10,7 +10,7 @@ from lhcp.training.model import Mode
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`steps` training steps in one attention mode."""
+    """A stretch of `steps` training steps in one attention mode."""
 
     name: str
     mode: Mode
@@ -42,7 +42,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimiser and learning-rate schedule; the defaults are the paper's."""
+    """The optimiser and its learning rates; the defaults are the paper's."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-3
@@ -50,12 +50,12 @@ class OptimConfig:
     warmup_steps: int = 2000
     """Steps over which the rate rises linearly to `lr`."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up. A decaying rate leaves the dense stage little to recover with."""
+    """Course after the warm-up. A decaying rate leaves the dense stage little to recover with."""
     final_fraction: float = 0.1
     """Share of `lr` left at the last step, where the rate decays."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    """On matrices only, never on norms."""
+    """Decay of matrices; norms do not decay."""
     clip: float = 1.0
     """Largest norm of the whole gradient; longer ones are shortened to it."""
 

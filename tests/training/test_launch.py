@@ -43,6 +43,8 @@ def test_two_ranks_to_the_report_and_on(tmp_path: Path) -> None:
         "final against the baseline",
     ):
         assert expected in done.stdout
+    assert "lighthouse     2/5  loss" not in done.stdout
+    assert done.stdout.splitlines()[-1] == f"picture: {tmp_path / 'curves.png'}"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world_size"] == 2 and report["run"]["cp"] == 2
@@ -72,12 +74,12 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     script = tmp_path / "one_fails.py"
     script.write_text(
         "import torch.distributed as dist\n"
-        "from lhcp.training import ranks\n"
+        "from lhcp.training.process import run_to_exit\n"
         "def main(own):\n"
         "    if own.rank == 1:\n"
         "        raise ValueError('only here')\n"
         "    dist.barrier()\n"
-        "ranks.run_to_exit(main)\n"
+        "run_to_exit(main)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
