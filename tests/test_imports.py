@@ -1,8 +1,10 @@
-"""What may import what: torch alone to start, and only downwards."""
+"""The plan of the house: what may import what, and what is said in which room."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,46 @@ import lhcp
 ROOT = Path(lhcp.__file__).parent
 OPTIONAL = ("triton", "numpy", "matplotlib", "rich", "tyro", "transformers", "flash_attn")
 
+ROOMS = (
+    *("base", "comm", "lighthouse", "ring", "cost", "layer", "measure", "integrations"),
+    *("training", "testing"),
+)
+"""From the ground up; a room imports itself and those before it. "base" is the files of lhcp/."""
+
+APART = {"lighthouse": ("comm", "ring"), "ring": ("lighthouse",)}
+"""The two wings know nothing of one another, and what is local nothing of messages."""
+
+FILES = {path.relative_to(ROOT.parent).with_suffix(""): path for path in ROOT.rglob("*.py")}
+MODULES = {
+    ".".join(p.parts[:-1] if p.name == "__init__" else p.parts): path for p, path in FILES.items()
+}
+
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
+    """Modules of lhcp and others that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found = full & set(MODULES)
+            # Importing a name of a package is importing the package, a module of it that module.
+            names |= found if found == full else found | {node.module}
     return names
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "base"
+
+
+INSIDE = {
+    module: {name for name in imported(path) if name in MODULES and name != "lhcp"}
+    for module, path in MODULES.items()
+    if module != "lhcp"
+}
+"""Module -> modules of lhcp that it imports. lhcp/__init__.py is where all rooms meet."""
 
 
 def reaches(path: Path, *modules: str) -> set[str]:
@@ -32,8 +64,86 @@ def reaches(path: Path, *modules: str) -> set[str]:
     }
 
 
-def files(folder: str = "") -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+def strings(path: Path) -> Iterator[str]:
+    """Strings of a file that are not docstrings."""
+    tree = ast.parse(path.read_text())
+    notes = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in notes:
+            yield node.value
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_imports_only_go_down(module: str) -> None:
+    """Fails if a room knows of one above it, or a wing of the other."""
+    own = room(module)
+    allowed = set(ROOMS[: ROOMS.index(own) + 1]) - set(APART.get(own, ()))
+    assert {name for name in INSIDE[module] if room(name) not in allowed} == set()
+
+
+def test_no_files_go_round_in_a_circle() -> None:
+    """Fails if two files need one another, at import or later."""
+    # A package's own file names what is in it; its modules do not import it.
+    graphlib.TopologicalSorter(INSIDE).prepare()
+
+
+@pytest.mark.parametrize("module", [m for m in INSIDE if room(m) == "cost"])
+def test_the_cost_model_reads_pure_files_of_the_ring(module: str) -> None:
+    """Fails if predicting a ring would load or run one."""
+    pure = {f"lhcp.ring.{name}" for name in ("shape", "schedule", "parts")}
+    assert {name for name in INSIDE[module] if room(name) == "ring"} <= pure
+    for name in pure:
+        assert not reaches(MODULES[name], "torch"), name
+
+
+@pytest.mark.parametrize("path", [MODULES[m] for m in INSIDE if room(m) == "lighthouse"], ids=str)
+def test_local_stages_never_communicate(path: Path) -> None:
+    assert not reaches(path, "torch.distributed")
+
+
+@pytest.mark.parametrize("name", ["comm", "lighthouse", "ring", "cost"])
+def test_only_the_layer_says_auto(name: str) -> None:
+    """Fails if a room below the layer decides what a user left open."""
+    for module in INSIDE:
+        if room(module) == name:
+            assert not [s for s in strings(MODULES[module]) if "auto" in s.split()], module
+
+
+PRIVATE = ("_coalescing_manager", "_get_backend", "_resolve_process_group", "_flatten", "fake_pg")
+
+
+def test_private_torch_is_behind_one_file() -> None:
+    """Fails if a private name of torch.distributed is used where its loss is not met."""
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | imported(path)
+        found = [name for name in PRIVATE if any(name in x.split(".") for x in used)]
+        assert not found or module == "lhcp.comm.torch_private", module
+
+
+def parameters(node: ast.FunctionDef) -> int:
+    args = node.args
+    names = [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls", "ctx")])
+
+
+def test_no_function_takes_more_than_seven() -> None:
+    """Fails if what travels together is declared one by one.
+
+    But: what spec calls public names; Triton's functions, whose arguments are a kernel's; and
+    autograd's forward of the gather, since torch sees no tensors inside of records.
+    """
+    public = {*lhcp.__all__, "__init__"}
+    wide = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or parameters(node) <= 7:
+                continue
+            if any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                continue
+            if node.name not in public:
+                wide.add(f"{module}.{node.name}")
+    assert wide == {"lhcp.lighthouse.autograd.forward", "lhcp.testing.inputs.qkv"}
 
 
 def test_torch_is_enough() -> None:
@@ -73,49 +183,25 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", files("lighthouse"), ids=lambda p: p.stem)
-def test_local_stages_never_communicate(path: Path) -> None:
-    above = (
-        "lhcp.ring",
-        "lhcp.comm.mesh",
-        "lhcp.layer.boundary",
-        "lhcp.layer.lighthouse",
-        "lhcp.layer.module",
-    )
-    assert not reaches(path, "torch.distributed", "lhcp.comm.collectives", *above)
-
-
-@pytest.mark.parametrize("path", files("ring"), ids=lambda p: p.stem)
-def test_ring_knows_nothing_of_lighthouse(path: Path) -> None:
-    assert not reaches(
-        path,
-        "lhcp.lighthouse",
-        "lhcp.lighthouse.geometry",
-        "lhcp.layer.lighthouse",
-        "lhcp.layer.module",
-    )
-
-
 def test_the_library_needs_neither_its_oracle_nor_its_programs() -> None:
-    for path in files():
-        inside = path.relative_to(ROOT).parts[0]
-        if inside != "testing":
-            assert not reaches(path, "lhcp.testing"), path
-            assert not reaches(path, "lhcp.reference"), path
-        if inside != "training":
-            assert not reaches(path, "lhcp.training"), path
+    for module, names in INSIDE.items():
+        if room(module) != "testing":
+            assert "lhcp.reference" not in names, module
 
 
 def test_the_oracle_shares_only_the_config() -> None:
-    assert {n for n in reaches(ROOT / "reference.py", "lhcp") if n.count(".") == 1} == {
-        "lhcp.config"
-    }
+    assert INSIDE["lhcp.reference"] == {"lhcp.config"}
 
 
 def test_kernels_are_imported_only_where_they_are_used() -> None:
     """Fails if a file outside of the Triton ones needs Triton at import."""
-    for path in files():
-        if path.parent.name == "kernels" or path.name.endswith("_kernel.py"):
+    triton = {
+        module
+        for module, path in MODULES.items()
+        if path.parent.name == "kernels" or path.name.endswith("_kernel.py")
+    }
+    for module, path in MODULES.items():
+        if module in triton:
             continue
         top = {
             name
@@ -124,7 +210,7 @@ def test_kernels_are_imported_only_where_they_are_used() -> None:
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [])
             if name
         }
-        assert not {n for n in top if n == "triton" or "kernel" in n.split(".")[-1]}, path
+        assert not {n for n in top if n == "triton" or n in triton}, path
 
 
 @pytest.mark.parametrize("name", lhcp.__all__)

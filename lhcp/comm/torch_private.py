@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-READ_IN = "2.11 and 2.13"
-"""Versions of torch in whose sources every use below was read."""
+READ_IN = "2.11, 2.13, 2.14.1 and 2.15"
+"""Versions of torch in whose sources every use below was read, and found the same."""
 
 
 class UnknownTorch(ImportError):
@@ -129,10 +129,19 @@ def _fake_module() -> Any:
 def new_fake_group(members: Sequence[int]) -> dist.ProcessGroup:
     """Make a group of these global ranks that completes every message and sends nothing.
 
-    Every member must call it, and no other rank needs to.
+    Every member must call it, and no other rank needs to. Since 2.14 torch counts such a group on
+    its members alone: the next group of all would have one name there and another elsewhere, and
+    its ranks would wait for each other for ever. So the count (`_world.group_count`) is put back,
+    and a number that no count reaches makes the name unique meanwhile, as 2.13 does it.
     """
     _fake_module()
-    made = dist.new_group(list(members), backend=FAKE, use_local_synchronization=True)
+    world = _need(dist.distributed_c10d, "_world", "torch.distributed.distributed_c10d._world")
+    counted = world.group_count
+    world.group_count = (1 << 32) + len(world.pg_names)
+    try:
+        made: Any = dist.new_group(list(members), backend=FAKE, use_local_synchronization=True)
+    finally:
+        world.group_count = counted
     assert isinstance(made, dist.ProcessGroup)
     return made
 

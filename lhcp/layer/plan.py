@@ -108,7 +108,7 @@ def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
     Raises:
         ValueError: it does not, or cannot.
     """
-    names = (*rotations.NAMES, *PACKAGE_RINGS)
+    names = (*rotations.ROTATIONS, "alltoall", *PACKAGE_RINGS)
     if name not in names:
         raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(names)}")
     if (reason := rotations.refuses(name, ranks, num_kv_heads)) is not None:

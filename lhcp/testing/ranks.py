@@ -151,13 +151,13 @@ def _make_group(rank: int, world_size: int, num_nodes: int | None) -> Any:
 
     from lhcp.comm.mesh import Ranks
 
-    flat = dist.new_group(list(range(world_size)))
+    flat: Any = dist.new_group(list(range(world_size)))
     if num_nodes is None:
         return flat
     size = world_size // num_nodes
     nodes = [list(range(node * size, (node + 1) * size)) for node in range(num_nodes)]
-    inner = [dist.new_group(node) for node in nodes]
-    outer = [dist.new_group(list(place)) for place in zip(*nodes, strict=True)]
+    inner: list[Any] = [dist.new_group(node) for node in nodes]
+    outer: list[Any] = [dist.new_group(list(across)) for across in zip(*nodes, strict=True)]
     if rank >= world_size:
         return None
     return Ranks(flat, outer[rank % size], inner[rank // size])

@@ -16,9 +16,11 @@ from lhcp.comm.mesh import as_ranks
 from lhcp.layer.plan import Choices, make_plan
 from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
+from lhcp.ring.block.base import BackwardInputs
 from lhcp.ring.block.torch_ops import CPU
+from lhcp.ring.kv import KV
 from lhcp.ring.plan import RingPlan
-from lhcp.ring.shape import Mask, Tuning
+from lhcp.ring.shape import CAUSAL, FULL, Mask, Tuning
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
@@ -169,7 +171,7 @@ def test_low_precision_is_within_budget(ranks: RankPool, dtype: torch.dtype, rot
     # What the backend itself has for the whole sequence is the measure of lse: torch's kernel
     # approximates exp for half precision.
     q, k, v, _ = case.inputs()
-    alone = CPU.forward(q, k, v, True, q.shape[3] ** -0.5)[1]
+    alone = CPU.forward(q, KV(k, v), CAUSAL, q.shape[3] ** -0.5)[1]
     assert_within_budget("lse", got[4], alone, exact[4])
 
 
@@ -192,8 +194,8 @@ def test_steps_are_merged_wide(ranks: RankPool, layout: LayoutName) -> None:
     got = whole(ranks.run(ring, 4, case), layout)
     exact = expected(case, torch.float64)
     q, k, v, do = case.inputs()
-    out, lse = CPU.forward(q, k, v, False, 0.25)
-    dq, *_ = CPU.backward(do, q, k, v, out, lse, False, 0.25)
+    out, lse = CPU.forward(q, KV(k, v), FULL, 0.25)
+    dq, *_ = CPU.backward(BackwardInputs(do, q, KV(k, v), out, lse), FULL, 0.25)
 
     def rms(x: Tensor, i: int) -> float:
         return (x.double() - exact[i]).square().mean().sqrt().item()
@@ -209,8 +211,8 @@ def test_one_rank_is_the_backend_itself(ranks: RankPool, backend: str, dtype: to
     case = Dense(world_size=1, backend=backend, chunk=16, groups=2, dtype=dtype)
     q, k, v, do = case.inputs()
     block, scale = BLOCKS[backend], q.shape[3] ** -0.5
-    out, lse = block.forward(q, k, v, True, scale)
-    grads = block.backward(do, q, k, v, out, lse, True, scale)
+    out, lse = block.forward(q, KV(k, v), CAUSAL, scale)
+    grads = block.backward(BackwardInputs(do, q, KV(k, v), out, lse), CAUSAL, scale)
     in_a_group = ranks.run(ring, 1, case)[0]
     for ours, other, theirs in zip(ring(None, case), in_a_group, (out, *grads, lse), strict=True):
         assert torch.equal(ours, theirs) and torch.equal(other, theirs)

@@ -8,6 +8,9 @@ import torch.distributed as dist
 
 from lhcp.integrations.ring_flash_attn import ring_flash_attn
 from lhcp.ring.block import BLOCKS, math
+from lhcp.ring.block.base import BackwardInputs
+from lhcp.ring.kv import KV
+from lhcp.ring.shape import CAUSAL
 from lhcp.testing.inputs import qkv
 from lhcp.testing.tolerance import assert_within_budget
 
@@ -29,9 +32,9 @@ def test_one_rank_is_causal_attention(group, num_kv_heads):
 
     def answer(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         q, k, v = (x.bfloat16().to(dtype) for x in rows)
-        out, lse = math.forward(q, k, v, True, 0.125)
+        out, lse = math.forward(q, KV(k, v), CAUSAL, 0.125)
         do = dout.bfloat16().to(dtype)
-        return out, lse, *math.backward(do, q, k, v, out, lse, True, 0.125)
+        return out, lse, *math.backward(BackwardInputs(do, q, KV(k, v), out, lse), CAUSAL, 0.125)
 
     q, k, v = (x.bfloat16().requires_grad_() for x in rows)
     out, lse = ring_flash_attn(q, k, v, group, 0.125)
