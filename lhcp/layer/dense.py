@@ -1,6 +1,6 @@
 """`ring_attention`: exact dense attention over a sharded sequence."""
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -13,38 +13,33 @@ from lhcp.ring.shape import Mask
 from lhcp.timing import UNTIMED, Spans
 
 
-@overload
-def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group: Group | Ranks = None,
-    layout: LayoutName = "zigzag",
-    rotation: str | Calibration = "auto",
-    backend: str = "auto",
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[False] = False,
-    timers: Spans = UNTIMED,
-) -> Tensor: ...
+class RingOptions(TypedDict, total=False):
+    """The keyword arguments of `ring_attention` that do not change what it returns."""
+
+    group: Group | Ranks
+    layout: LayoutName
+    rotation: str | Calibration
+    backend: str
+    causal: bool
+    scale: float | None
+    timers: Spans
 
 
 @overload
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    group: Group | Ranks = None,
-    layout: LayoutName = "zigzag",
-    rotation: str | Calibration = "auto",
-    backend: str = "auto",
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[True],
-    timers: Spans = UNTIMED,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[RingOptions]
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[RingOptions],
+) -> Tensor: ...
 
 
 def ring_attention(
