@@ -7,6 +7,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def shape_of(x: Tensor) -> str:
+    """Return shape, dtype and device of a tensor, for an error message."""
     return f"{list(x.shape)} {x.dtype} on {x.device}"
 
 

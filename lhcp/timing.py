@@ -95,6 +95,7 @@ class Timers(Spans):
 
     @contextmanager
     def span(self, stage: str, kind: str, step: int, device: torch.device) -> Iterator[None]:
+        """Open a span as `Spans.span`, and measure it."""
         if torch.compiler.is_compiling():
             yield
             return
@@ -124,7 +125,7 @@ class Timers(Spans):
         return list(self._done)
 
     def waited(self, stage: str = "") -> float:
-        """Seconds in which this rank waited for messages and computed nothing meanwhile.
+        """Return the seconds in which this rank waited for messages and computed nothing meanwhile.
 
         Args:
             stage: of waits whose stage starts so; "" for all.
@@ -135,7 +136,7 @@ class Timers(Spans):
         return uncovered(*([(s.start, s.stop) for s in some] for some in (waits, work)))
 
     def rotation_share(self, step_seconds: float) -> float:
-        """Share of `step_seconds` that this rank spent waiting for the rotation's messages."""
+        """Return the share of `step_seconds` that this rank waited for the rotation's messages."""
         return self.waited() / step_seconds
 
     def reset(self) -> None:

@@ -107,14 +107,14 @@ def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) ->
 
 
 def _by_rank(world: Tensor, layout: Layout) -> Tensor:
-    """Sequence order to rank order along axis 0, in place of chunks."""
+    """Put sequence order into rank order along axis 0."""
     chunks = world.unflatten(0, (layout.num_chunks, -1))
     order = [c for rank in range(layout.world_size) for c in layout.chunks(rank)]
     return chunks[order].flatten(0, 1)
 
 
 def _by_position(world: Tensor, layout: Layout) -> Tensor:
-    """Rank order to sequence order along axis 0: the inverse of `_by_rank`."""
+    """Put rank order into sequence order along axis 0: the inverse of `_by_rank`."""
     chunks = world.unflatten(0, (layout.num_chunks, -1))
     owners = [layout.owner(c) for c in range(layout.num_chunks)]
     order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]

@@ -161,6 +161,7 @@ class Clocks:
         return done
 
     def wait(self, done: Sequence[float]) -> None:
+        """Let every rank stand still until what it waits for is there."""
         self.now = [max(t, d) for t, d in zip(self.now, done, strict=True)]
 
     def _compute_for(self, seconds: Sequence[float]) -> None:

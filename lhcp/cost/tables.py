@@ -42,7 +42,7 @@ def built_in(device: str) -> Calibration:
 def _full_blocks(
     rate: tuple[float, float], tiles: int
 ) -> tuple[tuple[int, int, float, float], ...]:
-    """A grid of blocks without a mask, 8 heads of 128: at `rate` where they fill the machine.
+    """Return a grid of blocks without a mask, 8 heads of 128, at `rate` where they fill a GPU.
 
     The forward works on tiles of 128 queries, the backward on tiles of 128 keys; with fewer than
     `tiles` of them a part of the machine is idle.

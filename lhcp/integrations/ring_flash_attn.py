@@ -58,7 +58,7 @@ def check_ring_flash_attn(asked: Request, layout: Layout, mask: Mask) -> None:
 def ring_flash_attn(
     q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Exact causal attention over zigzag-sharded tokens, differentiable, by ring-flash-attn.
+    """Attend causally to zigzag-sharded tokens by ring-flash-attn; exact and differentiable.
 
     Args:
         q: [B, n, H, D], this rank's two chunks in order. k, v: [B, n, Hk, D]. bfloat16 or float16.

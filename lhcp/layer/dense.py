@@ -56,7 +56,7 @@ def ring_attention(
     return_lse: bool = False,
     timers: Spans = UNTIMED,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact dense attention over a sequence that is sharded over ranks (arXiv 2310.01889).
+    """Attend densely and exactly over a sequence that is sharded over ranks (arXiv 2310.01889).
 
     Args:
         q: [B, N / W, H, D], this rank's queries in layout order.

@@ -113,7 +113,7 @@ def lighthouse_attention(
     score_k: Tensor | None = None,
     timers: Spans = UNTIMED,
 ) -> Tensor:
-    """Lighthouse attention (arXiv 2605.06554) of a sequence that is sharded over ranks.
+    """Attend by Lighthouse attention (arXiv 2605.06554) over a sequence that ranks share.
 
     Pools q, k and v, selects entries, gathers them into a short causal sub-sequence, attends to it
     by ring attention and scatters the outputs back. The result is the same function on any number

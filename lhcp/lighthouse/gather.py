@@ -42,7 +42,7 @@ def rows_at(sub: Tensor, row_of_entry: Tensor) -> Tensor:
 
 
 def gather_backward_one(dsub: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of one gathered tensor's source: [B, S, heads, D] -> [B, n, heads, D]."""
+    """Return the gradient of one gathered tensor's source: [B, S, heads, D] -> [B, n, heads, D]."""
     sum_dtype = wide(dsub.dtype)
     total = rows_at(dsub, row_of_entry[..., : geom.num_tokens]).to(sum_dtype)
     for level in range(1, geom.num_levels):

@@ -59,15 +59,15 @@ class Geometry:
         )
 
     def window(self, level: int) -> int:
-        """Tokens under one entry of `level`."""
+        """Return the tokens under one entry of `level`."""
         return self.pool_factor**level
 
     def level_size(self, level: int) -> int:
-        """Entries of `level` on this rank."""
+        """Return the number of entries of `level` on this rank."""
         return self.num_tokens // self.window(level)
 
     def offset(self, level: int) -> int:
-        """Id of entry 0 of `level` in the local pyramid; `offset(num_levels)` is its whole size."""
+        """Return the id of entry 0 of `level` in the local pyramid, or its size for num_levels."""
         return sum(self.level_size(i) for i in range(level))
 
     @property
@@ -91,7 +91,7 @@ class Geometry:
         return self.num_tokens // self.num_chunks
 
     def num_candidates(self, level: int) -> int:
-        """Entries of `level` that are in the sub-sequence of one stratum."""
+        """Return the number of entries of `level` that are in the sub-sequence of one stratum."""
         if level == self.num_levels - 1:
             return self.stratum_size // self.window(level)
         return self.picks * self.pool_factor

@@ -66,7 +66,7 @@ def scatter_edges(
 
 
 def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of `scatter`: each entry sums the rows of `dout` that it serves in its chunk.
+    """Sum, for each entry, the rows of `dout` that it serves in its chunk: `scatter`'s gradient.
 
     Args:
         dout: [B, n, H, D]. entries: [B, Hk, S].
@@ -91,7 +91,7 @@ def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
 
 
 def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of the halo: per chunk and level, the sum of the first p**level - 1 rows of `dout`.
+    """Sum, per chunk and level, the first p**level - 1 rows of `dout`: the halo's gradient.
 
     Returns:
         [B, num_chunks, L-1, H, D], float32 (float64 for float64).

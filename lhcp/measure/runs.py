@@ -48,6 +48,7 @@ class Recorder(Spans):
 
     @contextmanager
     def span(self, stage: str, kind: str, step: int, device: torch.device) -> Iterator[None]:
+        """Open a span, and keep when it began and ended."""
         with super().span(stage, kind, step, device):
             start = self._now()
             yield
@@ -78,6 +79,7 @@ class Sample:
 
     @property
     def first_call(self) -> list[SpanRecord]:
+        """The spans of the first call."""
         return self.spans[: len(self.spans) // self.calls]
 
 

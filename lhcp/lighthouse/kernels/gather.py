@@ -220,7 +220,7 @@ def gather_backward_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Grid: (tiles of q, then k, then v, batch)."""
+    """Spread gradients. Grid: (tiles of q, then k, then v, batch)."""
     i_tile = tl.program_id(0)
     if i_tile < q_tiles:
         gather_backward_rows(

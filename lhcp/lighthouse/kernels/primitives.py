@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def row_tile(head_dim: int, elements: int) -> tuple[int, int]:
-    """Rows and padded head_dim of a tile of about `elements` elements."""
+    """Return rows and padded head_dim of a tile of about `elements` elements."""
     padded = triton.next_power_of_2(head_dim)
     return max(1, elements // padded), padded
 
@@ -28,7 +28,7 @@ def empty_like_rows(x: Tensor, length: int) -> Tensor:
 
 @triton.jit
 def level_offset(n, LEVEL: tl.constexpr, P: tl.constexpr):
-    """Id of entry 0 of LEVEL in the pyramid of n tokens: n + n / P + ...; Geometry.offset."""
+    """Return the id of entry 0 of LEVEL for n tokens: n + n / P + ..., as Geometry.offset."""
     offset = 0
     for i in tl.static_range(LEVEL):
         offset += n // (P**i)
@@ -67,14 +67,14 @@ def rows_at(p_sub, b_place, stride, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def load_places(p_place, m_row, i_entry, size, offset):
-    """Places of entries i_entry [R] of one level of a chunk, -1 outside [0, size)."""
+    """Load the places of entries i_entry [R] of one level of a chunk, -1 outside [0, size)."""
     mask = m_row & (i_entry >= 0) & (i_entry < size)
     return tl.load(p_place + offset + i_entry, mask=mask, other=-1)
 
 
 @triton.jit
 def any_child(p_place, m_row, i_child, size, offset, SHIFT: tl.constexpr):
-    """Whether any row's window has a child entry in the sub-sequence; i_child [R] is its first.
+    """Return whether any row's window has a child in the sub-sequence; i_child [R] is its first.
 
     Siblings are in or out together. With SHIFT the first child belongs to the entry before.
     """

@@ -119,7 +119,7 @@ def scatter_backward_kernel(
 
 
 def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of `scatter`: each entry sums the rows of `dout` that it serves in its chunk.
+    """Sum, for each entry, the rows of `dout` that it serves in its chunk: `scatter`'s gradient.
 
     Args:
         dout: [B, n, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
@@ -191,7 +191,7 @@ def edge_grads_kernel(
 
 
 def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
-    """Gradient of the halo: per chunk and level, the sum of the first p**level - 1 rows of `dout`.
+    """Sum, per chunk and level, the first p**level - 1 rows of `dout`: the halo's gradient.
 
     Args:
         dout: [B, n, H, D].

@@ -57,7 +57,7 @@ def find_threshold(p_key, size, count, BLOCK: tl.constexpr, SINGLE: tl.constexpr
 
 @triton.jit
 def take_largest(b_key, threshold, num_equal, equal_before):
-    """Mask of the keys above the threshold, and of the first num_equal equal to it."""
+    """Return the mask of the keys above the threshold, and of the first num_equal equal to it."""
     b_equal = (b_key == threshold).to(tl.int32)
     b_before = equal_before + tl.cumsum(b_equal, 0) - b_equal
     m_taken = (b_key > threshold) | ((b_equal > 0) & (b_before < num_equal))
@@ -66,7 +66,7 @@ def take_largest(b_key, threshold, num_equal, equal_before):
 
 @triton.jit
 def candidate_index(p_parent, o_key, mask, P: tl.constexpr, COARSEST: tl.constexpr):
-    """Index in the stratum of each candidate: all, or the children of the parents taken."""
+    """Return each candidate's index in the stratum: all, or the children of the parents taken."""
     if COARSEST:
         return o_key
     return tl.load(p_parent + o_key // P, mask=mask, other=0) * P + o_key % P

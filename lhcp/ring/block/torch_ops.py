@@ -74,7 +74,7 @@ def _missing(*operators: str) -> str | None:
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[B, S, H, D] to [B, H, S, D], as views."""
+    """View [B, S, H, D] as [B, H, S, D]."""
     return tuple(x.transpose(1, 2) for x in tensors)
 
 

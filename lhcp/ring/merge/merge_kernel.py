@@ -11,14 +11,14 @@ from lhcp.ring.merge.partial import Partial
 
 @triton.jit
 def _covered(runs, i: tl.constexpr, o_h, o_s):
-    """Which of these rows and heads part i covers."""
+    """Return which of these rows and heads partial i covers."""
     m_rows = (o_s >= runs[4 * i]) & (o_s < runs[4 * i + 1])
     return m_rows & (o_h >= runs[4 * i + 2]) & (o_h < runs[4 * i + 3])
 
 
 @triton.jit
 def _load_lse(p_part_lses, runs, s_part_lses, i: tl.constexpr, i_b, i_h, o_h, o_s):
-    """The lse of part i, -inf where it does not cover."""
+    """Load the lse of partial i, -inf where it does not cover."""
     o_own, i_own = o_s - runs[4 * i], i_h - runs[4 * i + 2]
     p_rows = p_part_lses[i] + i_b * s_part_lses[3 * i] + i_own * s_part_lses[3 * i + 1]
     p_rows += o_own * s_part_lses[3 * i + 2]
@@ -48,8 +48,11 @@ def _merge_kernel(
     BS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Example: N=2 parts; runs holds rows [start, stop) and heads [start, stop) of part 0, then of
-    part 1; s_parts strides (b, s, h) of part 0, then those of part 1."""
+    """Merge, or add.
+
+    Example: N=2 partials; runs holds rows [start, stop) and heads [start, stop) of partial 0, then
+    of partial 1; s_parts strides (b, s, h) of partial 0, then those of partial 1.
+    """
     # Heads are neighbours in memory: programs beside one another read what lies together.
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_b = tl.program_id(1).to(tl.int64)

@@ -32,7 +32,7 @@ def _sum_kernel(
     HAS_OWN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Example: 3 parts, first=2: chunk 0 sums parts 0 and 1, chunk 1 sums part 2."""
+    """Sum parts. Example: 3 parts, first=2: chunk 0 sums parts 0 and 1, chunk 1 sums part 2."""
     i_t, i_slot, i_kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_kind, i_b = i_kb // B, (i_kb % B).to(tl.int64)
     o_t = (i_t * BT + tl.arange(0, BT)).to(tl.int64)
