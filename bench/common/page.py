@@ -1,119 +1,139 @@
-"""What the evidence on gloo ranks shares: a dated page and its JSON, ranks' parts made whole."""
+"""What a command leaves behind: tables, a dated markdown page, one JSON document as last line."""
 
+import dataclasses
 import datetime
-import math
+import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import card, last_line
-from torch import Tensor
+from tabulate import tabulate
 
-import lhcp
-from lhcp.comm.layout import make_layout
-from lhcp.comm.mesh import Ranks
-from lhcp.config import LighthouseConfig
-from lhcp.layer.lighthouse import local_geometry
-from lhcp.lighthouse.select import Selection
-from lhcp.reference import ReferenceSelection
+Rows = Sequence[Sequence[object]]
 
 
-def together(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Put the zigzag parts of all ranks, in rank order, into sequence order along `dim`.
-
-    For tokens and for sub-sequence entries alike: every chunk has equally many of both.
-    """
-    layout = make_layout("zigzag", len(parts))
-    chunks = [part.chunk(layout.chunks_per_rank, dim) for part in parts]
-    owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
-    return torch.cat([chunks[rank][slot] for rank, slot in owners], dim)
+def markdown(header: Sequence[str], rows: Rows) -> str:
+    """Return a markdown table; cells are printed as they are."""
+    return tabulate(
+        [list(map(str, row)) for row in rows], header, tablefmt="pipe", disable_numparse=True
+    )
 
 
-def whole_entries(
-    selection: Selection, config: LighthouseConfig, seqlen: int, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Levels of a rank's entries and their indices in the whole sequence, each [B, Hk, S / W]."""
-    geom = local_geometry(config, seqlen // ranks.world_size, ranks, "zigzag")
-    levels = selection.levels(geom)
-    sizes = [geom.window(level) for level in range(geom.num_levels)]
-    windows = torch.tensor(sizes, device=levels.device)[levels]
-    tokens = lhcp.positions(seqlen, ranks).to(levels.device)
-    first_tokens = tokens[selection.indices(geom) * windows]
-    return levels, first_tokens // windows
+def text_table(header: Sequence[str], rows: Rows) -> str:
+    """Return a table for a terminal: the first column to the left, the others to the right."""
+    return tabulate(
+        [list(map(str, row)) for row in rows],
+        header,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", *("right",) * (len(header) - 1)),
+    )
 
 
-def whole_selection(entries: Sequence[tuple[Tensor, Tensor]]) -> ReferenceSelection:
-    """All ranks' `whole_entries` as one selection."""
-    return ReferenceSelection(*(together(parts, 2) for parts in zip(*entries, strict=True)))
+def write(document: Any, path: str | Path | None) -> str:
+    """Write the document to a file where asked; return it as one line of JSON."""
+    text = json.dumps(document, default=_plain)
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n")
+    return text
 
 
-def equal(a: ReferenceSelection, b: ReferenceSelection) -> bool:
-    """Whether two selections have the same entries in the same order."""
-    return torch.equal(a.levels, b.levels) and torch.equal(a.indices, b.indices)
+def last_line(document: Any, path: str | Path | None = None) -> None:
+    """Print the document as the last line, and write it to a file where asked."""
+    print(write(document, path), flush=True)
 
 
-def peak_mb() -> float:
-    """The most memory that this process ever had, NaN where the system does not tell.
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
 
-    Not ru_maxrss: in a process that was started by another it counts what that one had.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return math.nan
-    return next((int(x.split()[1]) / 1024 for x in lines if x.startswith("VmHWM")), math.nan)
+
+def today() -> str:
+    """Return the date of a result."""
+    return datetime.date.today().isoformat()
+
+
+def command() -> str:
+    """Return the command that started this process; a module's by its name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return shlex.join(["python", *sys.argv])
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
 
 
 class Page:
-    """Markdown that is printed as it comes and written with its JSON at the end."""
+    """Markdown that is printed as it comes, and written once all of it is there.
 
-    def __init__(self, title: str, **facts: Any) -> None:
-        measured = card(torch.device("cpu"), Ranks())
-        # The card speaks of this process; the ranks that it starts are told by `facts`.
-        del measured["world_size"], measured["nodes"]
-        self.facts = {
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-            **facts,
-            **measured,
-        }
-        self.lines: list[str] = []
+    Args:
+        facts: the card, a line each.
+        shown: whether lines are printed as they come.
+    """
+
+    def __init__(self, title: str, facts: Mapping[str, Any], *, shown: bool = True) -> None:
+        self.facts, self.shown = dict(facts), shown
         self.wrong: list[str] = []
         """What does not hold, by name; `close` ends with status 1 if there is any."""
+        self._parts: list[str | tuple[list[str], list[list[str]]]] = []
         self.line(f"# {title}")
         self.line("")
         for name, value in self.facts.items():
             self.line(f"- {name}: {value}")
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
-        self.lines.append(text)
+        """Add a line of text."""
+        if self.shown:
+            print(text, flush=True)
+        self._parts.append(text)
 
-    def table(self, title: str, note: str, header: Iterable[str]) -> None:
-        """Open a table; its rows follow by `row`."""
-        names = list(header)
-        for text in ("", f"## {title}", note, "", f"| {' | '.join(names)} |"):
+    def table(
+        self, title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[object]] = ()
+    ) -> None:
+        """Open a section with a table; further rows follow by `row`."""
+        for text in ("", f"## {title}", *([note] if note else []), ""):
             self.line(text)
-        self.line("|---" * len(names) + "|")
+        names = list(header)
+        self._parts.append((names, []))
+        if self.shown:
+            print(" | ".join(names), flush=True)
+        for cells in rows:
+            self.row(*cells)
 
-    def row(self, cells: Iterable[object]) -> None:
-        self.line(f"| {' | '.join(map(str, cells))} |")
+    def row(self, *cells: object) -> None:
+        """Add a row to the table that is open."""
+        part = self._parts[-1]
+        assert isinstance(part, tuple), "a row needs an open table"
+        texts = list(map(str, cells))
+        if self.shown:
+            print(" | ".join(texts), flush=True)
+        part[1].append(texts)
 
-    def close(self, out: str | None, records: Any) -> None:
-        """Write `out`.md and `out`.json, print the JSON last.
+    def refuse(self, what: str, why: object) -> None:
+        """Print no number for `what`; the program then ends with status 1."""
+        text = " ".join(str(why).split())
+        self.wrong.append(f"{what}: {text}")
+        self.row(what, f"WRONG, no number: {text}")
+
+    @property
+    def markdown(self) -> str:
+        """The page as it is written."""
+        parts = (part if isinstance(part, str) else markdown(*part) for part in self._parts)
+        return "\n".join(parts) + "\n"
+
+    def close(self, path: str | Path | None, records: Any, json_path: str | None = None) -> None:
+        """Write the page where asked; print the JSON document last, and write it where asked.
 
         Raises:
             SystemExit: something is wrong; status 1.
         """
         self.line("")
         self.line("WRONG: " + "; ".join(self.wrong) if self.wrong else "All rows hold.")
-        if out:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            Path(out + ".md").write_text("\n".join(self.lines) + "\n")
-        document = {"card": self.facts, "records": records, "wrong": self.wrong}
-        last_line(document, out and out + ".json")
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(self.markdown)
+        last_line({"card": self.facts, "records": records, "wrong": self.wrong}, json_path)
         if self.wrong:
             sys.exit("wrong: " + "; ".join(self.wrong))

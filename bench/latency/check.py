@@ -1,13 +1,14 @@
-"""What must hold before the latency bench prints a number for a size."""
+"""The gate of one size: what must hold before a number is printed for it."""
 
 from functools import cache
 
 import torch
-from latency_size import Size
-from latency_stages import Wrong, assert_near
 from torch import Tensor
 
 import lhcp
+from bench.common.problem import TENSORS
+from bench.latency.size import Size
+from bench.latency.stages import Wrong, assert_near
 from lhcp import reference
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.lighthouse import local_geometry
@@ -40,12 +41,12 @@ def check(size: Size) -> None:
     selection = lhcp.select(q, k, config=size.config, kernels="triton")
     ours = size.layer_both(q, k, v, inputs[3])
     for name, a, b in zip(
-        ("o", "dq", "dk", "dv"),
+        TENSORS,
         ours,
         size.layer_both(q, k, v, inputs[3], selection=selection, kernels="torch"),
         strict=True,
     ):
-        if name == "o":
+        if name == "out":
             assert_near(name, a, b)
         # The attention's backward may sum in any order, so its gradients are close, not equal.
         elif not _distance(a, b) < 5e-3:
@@ -74,9 +75,10 @@ def _check_reference(size: Size) -> None:
         out = reference.lighthouse_attention(*rows, config=size.config, selection=fixed)
         return out, *torch.autograd.grad(out, rows, dout.to(dtype))
 
-    ours = size.layer_both(*(x.requires_grad_() for x in (q, k, v)), dout)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    ours = size.layer_both(q, k, v, dout)
     plain, exact = by_reference(q.dtype), by_reference(torch.float64)
-    for results in zip(("o", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+    for results in zip(TENSORS, ours, plain, exact, strict=True):
         assert_within_budget(*results)
 
 
@@ -88,22 +90,23 @@ def _check_attention(size: Size, q: Tensor, k: Tensor, v: Tensor) -> None:
     delta = (dout.double() * out.double()).sum(-1)
     at = torch.randint(size.subsequence, (_ROWS,), device=q.device).sort().values
     everywhere = torch.arange(size.subsequence, device=q.device)
+    sampled_sees, sees_sampled = at[:, None] >= everywhere, everywhere[:, None] >= at
     groups = size.num_heads // size.num_kv_heads
-    found: dict[str, list[Tensor]] = {name: [] for name in ("out", "dq", "dk", "dv")}
+    found: dict[str, list[Tensor]] = {name: [] for name in TENSORS}
     for head in range(size.num_kv_heads):
         rows = slice(head * groups, (head + 1) * groups)
         keys, values = k[0, :, head].double(), v[0, :, head].double()
         dk, dv = (torch.zeros_like(keys[at]) for _ in range(2))
         for h in range(rows.start, rows.stop):
             queries, grad = q[0, :, h].double(), dout[0, :, h].double()
-            seen = at[:, None] >= everywhere
-            logits = (queries[at] @ keys.T * size.scale).masked_fill(~seen, -torch.inf)
+            logits = queries[at] @ keys.T * size.scale
+            logits = logits.masked_fill(~sampled_sees, -torch.inf)
             weights = logits.softmax(-1)
             found["out"].append(weights @ values)
             dlogits = weights * (grad[at] @ values.T - delta[0, at, h, None]) * size.scale
             found["dq"].append(dlogits @ keys)
             logits = queries @ keys[at].T * size.scale
-            weights = (logits - lse[0, h, :, None]).exp() * seen_by(everywhere, at)
+            weights = (logits - lse[0, h, :, None]).exp() * sees_sampled
             dv += weights.T @ grad
             dk += (weights * (grad @ values[at].T - delta[0, :, h, None])).T @ queries * size.scale
         found["dk"].append(dk)
@@ -112,8 +115,3 @@ def _check_attention(size: Size, q: Tensor, k: Tensor, v: Tensor) -> None:
         far = _distance(got[0, at].double(), torch.stack(found[name], 1))
         if not far < 1e-2:
             raise Wrong(f"attention's {name}: {far:.1e} from float64 on {_ROWS} rows")
-
-
-def seen_by(queries: Tensor, keys: Tensor) -> Tensor:
-    """Which of the keys each query sees: [queries, keys]."""
-    return queries[:, None] >= keys

@@ -1,22 +1,14 @@
-"""One size of the latency bench: its inputs, what is timed on them, and the limit."""
+"""One size of the layer on one GPU: its inputs, what is timed on them, and the limit."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from latency_timing import (
-    BEYOND_CACHE,
-    Arm,
-    Run,
-    Spread,
-    captured,
-    interleaved,
-    peak_beyond,
-    rotating,
-)
 from torch import Tensor
 
 import lhcp
+from bench.common.clock import BEYOND_CACHE, Run, peak_gib
+from bench.common.turns import Arm, Spread, captured, interleaved, rotating
 from lhcp.lighthouse import stages
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.ring.block import BLOCKS
@@ -94,8 +86,8 @@ class Size:
         return self.block.backward(dout, q, k, v, out, lse, True, self.scale)
 
     def layer(self, q: Tensor, k: Tensor, v: Tensor, **choices: Any) -> Tensor:
-        arguments = {"config": self.config, "backend": self.backend, "kernels": "triton"} | choices
-        return lhcp.lighthouse_attention(q, k, v, **arguments)
+        options: dict[str, Any] = {"backend": self.backend, "kernels": "triton"} | choices
+        return lhcp.lighthouse_attention(q, k, v, config=self.config, **options)
 
     def layer_both(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **choices: Any
@@ -173,5 +165,11 @@ def measure(size: Size, copy: float, dense: bool, graphs: bool) -> Measured:
         "f+b": size.limit_ms(times["attention f+b"].median, 2, copy),
     }
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    peak = peak_beyond(lambda: size.layer_both(q, k, v, inputs[3]), size.token_bytes * size.seqlen)
-    return Measured(size, times, limit, peak)
+
+    def both() -> tuple[Tensor, ...]:
+        return size.layer_both(q, k, v, inputs[3])
+
+    both()
+    torch.cuda.synchronize()
+    known = torch.cuda.memory_allocated() + size.token_bytes * size.seqlen
+    return Measured(size, times, limit, peak_gib(both, q.device) - known / 2**30)

@@ -1,4 +1,4 @@
-"""Each local stage of the latency bench: its launcher, its bytes, its check against the torch path.
+"""Each local stage of the layer: its launcher, its bytes, its check against the torch path.
 
 A stage whose output is wrong has no time.
 """
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from latency_timing import Run, Spread, kernel_time
 from torch import Tensor
 
+from bench.common.clock import Run, kernel_seconds
+from bench.common.turns import Spread
 from lhcp.lighthouse import gather as torch_gather
 from lhcp.lighthouse import pool as torch_pool
 from lhcp.lighthouse import scatter as torch_scatter
@@ -91,7 +92,8 @@ def build(geom: Geometry, shape: Shape) -> dict[str, Stage]:
     triple = row * (heads + 2 * kv_heads)
     indices = 4 * shape.batch * kv_heads
     q, k, v = shape.qkv(n)
-    *means, sq, sk = pool.pool_and_score(q, k, v, geom)
+    mean_q, mean_k, mean_v, sq, sk = pool.pool_and_score(q, k, v, geom)
+    means = (mean_q, mean_k, mean_v)
     entries, places = select.select(sq, sk, geom)
     grads = shape.qkv(sub)
     o, dout = shape.rows(sub, heads), shape.rows(n, heads)
@@ -208,6 +210,6 @@ def measure(stages: dict[str, Stage], copy: float) -> dict[str, Timed]:
     for name, stage in stages.items():
         stage.check()
         assert_same_bits(name, stage.run)
-        ms = kernel_time(stage.run)
+        ms = Spread.of([1e3 * seconds for seconds in kernel_seconds(stage.run)])
         found[name] = Timed(ms, stage.num_bytes / (ms.median * 1e-3) / copy)
     return found

@@ -1,28 +1,33 @@
 """Time one stage's kernels over tile sizes and warps, after checking each variant's output.
 
-python bench/latency_sweep.py select pool --seqlens 131072 262144
+python -m bench.latency.sweep select pool --seqlens 131072 262144
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from latency_size import Size
-from latency_stages import Shape, Stage, Wrong, build, measure
-from latency_timing import copy_bandwidth
-
+from bench.common.arguments import make_parser
+from bench.common.clock import copy_bandwidth
+from bench.latency.size import Size
+from bench.latency.stages import Shape, Stage, Wrong, build, measure
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
-Variants = tuple[ModuleType, tuple[str, ...], list[tuple[int, ...]]]
+Variants = tuple[ModuleType, tuple[str, ...], Sequence[tuple[int, ...]]]
 
-SPREADING = [(128, 1), (256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 8)]
+SPREADING: Sequence[tuple[int, ...]] = [
+    (128, 1),
+    (256, 1),
+    (512, 1),
+    (512, 2),
+    (1024, 2),
+    (1024, 4),
+    (2048, 8),
+]
 
 SWEEPS: dict[str, Variants] = {
     "pool": (pool, ("TILE", "NUM_WARPS"), [(256, 1), (512, 2), (1024, 4), (1024, 2), (2048, 8)]),
@@ -46,7 +51,8 @@ def sweep(name: str, stage: Stage, copy: float) -> None:
     """Time every variant of one stage."""
     module, constants, variants = SWEEPS[name]
     for values in variants:
-        with patch.multiple(module, **dict(zip(constants, values, strict=True))):
+        variant: dict[str, Any] = dict(zip(constants, values, strict=True))
+        with patch.multiple(module, **variant):
             try:
                 timed = measure({name: stage}, copy)[name]
                 verdict = f"{timed.ms} ms {timed.of_copy:.0%} of copy"
@@ -56,14 +62,12 @@ def sweep(name: str, stage: Stage, copy: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("stages", nargs="+", choices=SWEEPS)
     parser.add_argument("--seqlens", type=int, nargs="+", default=[2**17, 2**18])
     args = parser.parse_args()
     torch.manual_seed(0)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s")
     for seqlen in args.seqlens:
         print(f"N={seqlen}")

@@ -1,8 +1,8 @@
 """What a training step gains: dense against lighthouse, the same attention kernel in both.
 
-    python bench/train_step.py --out bench/results                          # all of the table
-    python bench/train_step.py --lengths 98304 --checkpointed-lengths --profile-at 98304
-    python bench/train_step.py --backend fa4 --lengths 98304 --checkpointed-lengths
+    python -m bench.train_step --out bench/results                         # all of the table
+    python -m bench.train_step --lengths 98304 --checkpointed-lengths --profile-at 98304
+    python -m bench.train_step --backend fa4 --lengths 98304 --checkpointed-lengths
 
 The paper's decoder, batch 1. A step is forward, backward, clipping and AdamW. At each length the
 two kinds of step take turns. A compiled step that differs from the eager one prints no time. The
@@ -10,20 +10,22 @@ last line is JSON.
 """
 
 import argparse
-import datetime
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import card, last_line, print_card
-from train_step_measure import matmul_rate, measure_length
-from train_step_model import Row, complete, config_for
-from train_step_report import line, results, write
-from train_step_trainer import PRECISION, Trainer, gate, introduce_operators
 
+from bench.common.arguments import make_parser
+from bench.common.card import shown_card
+from bench.common.clock import matmul_rate
+from bench.common.page import command, last_line, today
+from bench.train_step.arithmetic import Row, complete, config_for
+from bench.train_step.gate import gate
+from bench.train_step.measure import measure_length
+from bench.train_step.report import live, results, write
+from bench.train_step.trainer import PRECISION, Trainer, introduce_operators
 from lhcp.comm.mesh import Ranks
 from lhcp.ring.block import choose_block
 from lhcp.training.model import ModelConfig, num_parameters
@@ -33,9 +35,7 @@ CHECKPOINTED = [65_536, 131_072, 262_144, 524_288, 1_048_576]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=PLAIN)
     parser.add_argument("--checkpointed-lengths", type=int, nargs="*", default=CHECKPOINTED)
     parser.add_argument("--skip-dense-above", type=int, default=262_144, help="extrapolate there")
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-strata", type=int, default=16)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--commit", help="for a copy that is no checkout")
-    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    parser.add_argument("--date", default=today())
     parser.add_argument("--out", help="write markdown, JSON and PNGs into this folder")
     parser.add_argument(
         "--join", nargs="*", help="documents of runs on equal GPUs: write their pages as one"
@@ -79,15 +79,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Card, gate, table, profiles; the whole document."""
     device, config = torch.device(args.device), model_config(args)
     choose_block(args.backend, torch.bfloat16, config.head_dim, device)
-    facts = card(device, Ranks()) | {"matmul_tflop_s": round(matmul_rate(device) / 1e12, 1)}
-    facts["commit"] = args.commit or facts["commit"]
-    facts |= {"backend": args.backend, "compiler": args.compiler, "precision": PRECISION}
-    facts["command"] = "python bench/train_step.py " + " ".join(sys.argv[1:])
-    if device.type == "cuda":
-        import triton
-
-        facts["triton"] = triton.__version__
-    print_card(facts)
+    matmul = round(matmul_rate(device) / 1e12, 1)
+    choices = {"backend": args.backend, "compiler": args.compiler, "precision": PRECISION}
+    choices |= {"commit": args.commit} if args.commit else {}
+    facts = shown_card(device, Ranks(), matmul_tflop_s=matmul, **choices, command=command())
     if args.compiler == "inductor":
         introduce_operators(args.backend, device)
     length, compiler = args.gate_length, args.compiler
@@ -102,7 +97,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(config, args.backend, device, compiler=compiler)
     facts["parameters"] = num_parameters(trainer.model)
     copy_rate = facts["copy_gb_s"] * 1e9
-    print(line(None), flush=True)
     wanted = [(n, False) for n in args.lengths] + [(n, True) for n in args.checkpointed_lengths]
     for seqlen, recompute in sorted(wanted):
         if seqlen >= 2**20 and trainer.config.dense_layers:
@@ -123,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         complete(rows, config, copy_rate)
         document |= results(rows)
         document["profiles"] |= {mode: asdict(found) for mode, found in profiles.items()}
-        print(line(row), flush=True)
+        print(live(row), flush=True)
         if args.out:
             write(document, Path(args.out))
     return document

@@ -1,7 +1,5 @@
-"""The arithmetic of bench/train_step.py: sizes, extrapolation, the limit, kernel names. No GPU."""
+"""The arithmetic of a training step's table: sizes, extrapolation, the limit. No GPU."""
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -76,7 +74,7 @@ class Quadratic:
 
 
 def crossover(points: Sequence[Point]) -> float | None:
-    """Length where the speed-up passes 1, linear in log2 N between measured lengths.
+    """Return the length where the speed-up passes 1, linear in log2 N between measured lengths.
 
     Returns:
         The last such length; None if lighthouse is faster, or slower, at all of them.
@@ -90,7 +88,7 @@ def crossover(points: Sequence[Point]) -> float | None:
 
 
 def paper_hours(point: Point) -> tuple[float, float]:
-    """GPU hours of the paper's 10k + 6k steps and of 16k dense ones, at its tokens a step."""
+    """Return GPU hours of the paper's 10k + 6k steps and of 16k dense ones of as many tokens."""
     sequences = PAPER_TOKENS / point.seqlen
     sparse, dense = PAPER_STEPS
     two_stages = sparse * point.lighthouse + dense * point.dense
@@ -105,84 +103,31 @@ class Attention:
     backward: float
 
     def total(self, recompute: bool) -> float:
-        """Seconds in a step; recomputing runs the forward twice."""
+        """Return seconds in a step; recomputing runs the forward twice."""
         return self.forward * (1 + recompute) + self.backward
 
     def scaled(self, factor: float) -> "Attention":
         return Attention(self.forward * factor, self.backward * factor)
 
 
-def limit_step(
-    dense_step: float,
-    whole: Attention,
-    short: Attention,
-    *,
-    seqlen: int,
-    subsequence: int,
-    row_bytes: int,
-    copy_rate: float,
-    num_layers: int,
-    recompute: bool,
-) -> float:
-    """Seconds of a step whose lighthouse layers are at their limit.
+def limit_step(row: Row, whole: Attention, row_seconds: float) -> float:
+    """Return seconds of a step whose lighthouse layers are at their limit.
 
     The limit of a layer is its attention over the sub-sequence plus, a direction, q, k, v read
     once, o written once, the gathered three written and the attention's output read. Everything
     else in the step is as in the dense one.
 
     Args:
-        dense_step: seconds of a dense step.
-        whole, short: the attention kernel over N and over S.
-        row_bytes: of one token's heads.
-        copy_rate: bytes a second of a copy, read and written.
-        num_layers: the lighthouse layers.
+        row: with the seconds of a dense step, and of the attention kernel over S.
+        whole: the attention kernel over N.
+        row_seconds: that one token's heads take at the rate of a copy, read and written.
     """
-    traffic = 4 * (seqlen + subsequence) * row_bytes / copy_rate
-    limit = short.total(recompute) + traffic * (2 + recompute)
-    return dense_step + num_layers * (limit - whole.total(recompute))
-
-
-_RULES = (
-    (
-        "lighthouse stages",
-        r"^(pool|cascade|place|gather|gather_backward|scatter|scatter_backward)_kernel",
-    ),
-    ("attention", r"sdpa|flash|fmha|cudnn|attn|_dot_do_o|convert_dq"),
-    ("matrix products", r"gemm|nvjet|cutlass|splitk|cublas"),
-    ("norms, RoPE, SwiGLU", r"^triton_"),
-    ("optimizer", r"multi_tensor|foreach|adam|lpnorm"),
-    ("other", ""),
-)
-GROUPS = (*(group for group, _ in _RULES), "idle")
-
-
-def group_of(kernel: str) -> str:
-    """Name the group that a kernel's time counts under."""
-    return next(group for group, rule in _RULES if re.search(rule, kernel, re.IGNORECASE))
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Where one step's time goes on the device, in seconds."""
-
-    groups: dict[str, float]
-    """Every one of GROUPS; kernels that overlap count whole, in the group of each."""
-    kernels: list[tuple[str, float, int]]
-    """Name, seconds and calls, longest first."""
-
-    @classmethod
-    def of(cls, events: Sequence[tuple[str, float, float]]) -> "Profile":
-        """Sum up kernels given as (name, start, stop) in seconds; idle is the time of none."""
-        groups = dict.fromkeys(GROUPS, 0.0)
-        kernels: dict[str, list[float]] = defaultdict(list)
-        until = min((start for _, start, _ in events), default=0.0)
-        for name, start, stop in sorted(events, key=lambda event: event[1]):
-            groups[group_of(name)] += stop - start
-            kernels[name].append(stop - start)
-            groups["idle"] += max(start - until, 0.0)
-            until = max(until, stop)
-        table = [(name, sum(times), len(times)) for name, times in kernels.items()]
-        return cls(groups, sorted(table, key=lambda row: -row[1]))
+    recompute = row["checkpointed"]
+    traffic = 4 * (row["seqlen"] + row["subsequence"]) * row_seconds
+    limit = Attention(**row["attention_short"]).total(recompute) + traffic * (2 + recompute)
+    return float(
+        row["dense"]["seconds"] + row["lighthouse_layers"] * (limit - whole.total(recompute))
+    )
 
 
 def complete(rows: list[Row], config: ModelConfig, copy_rate: float) -> None:
@@ -204,19 +149,10 @@ def complete(rows: list[Row], config: ModelConfig, copy_rate: float) -> None:
                 continue
             # Where dense was not run, its attention grows as N^2 from the longest that was.
             longest = max(known, key=lambda one: one["seqlen"])
-            factor = 1.0 if "attention_whole" in row else (row["seqlen"] / longest["seqlen"]) ** 2
-            whole = Attention(**row.get("attention_whole", longest["attention_whole"]))
-            limit = limit_step(
-                row["dense"]["seconds"],
-                whole.scaled(factor),
-                Attention(**row["attention_short"]),
-                seqlen=row["seqlen"],
-                subsequence=row["subsequence"],
-                row_bytes=2 * config.num_heads * config.head_dim,
-                copy_rate=copy_rate,
-                num_layers=row["lighthouse_layers"],
-                recompute=checkpointed,
-            )
+            factor = 1.0 if row in known else (row["seqlen"] / longest["seqlen"]) ** 2
+            whole = Attention(**(row if row in known else longest)["attention_whole"])
+            row_seconds = 2 * config.num_heads * config.head_dim / copy_rate
+            limit = limit_step(row, whole.scaled(factor), row_seconds)
             point = Point(row["seqlen"], row["dense"]["seconds"], row["lighthouse"]["seconds"])
             row["limit_seconds"], row["speedup"] = limit, point.speedup
             row["limit_speedup"] = point.dense / limit

@@ -1,8 +1,8 @@
 """What a training step takes on these ranks: FSDP2 x context parallelism, all ranks one sequence.
 
-    torchrun --nproc-per-node 8 bench/train_ranks.py --recipe paper_256k_cp8
-    torchrun --nproc-per-node 8 bench/train_ranks.py --recipe paper_1m_cp8 --modes lighthouse
-    torchrun --nproc-per-node 2 bench/train_ranks.py --recipe tiny_cp4 --device cpu
+    torchrun --nproc-per-node 8 -m bench.train_step.ranks --recipe paper_256k_cp8
+    torchrun --nproc-per-node 8 -m bench.train_step.ranks --recipe paper_1m_cp8 --modes lighthouse
+    torchrun --nproc-per-node 2 -m bench.train_step.ranks --recipe tiny_cp4 --device cpu
 
 A recipe of launch/recipes.py with one sequence over all ranks; its model, its lengths and its
 recomputing. The step is lhcp/training/loop.py's. Seconds are of the slowest rank, medians over
@@ -11,20 +11,17 @@ not see into compiled blocks. The JSON file is written after each mode, and the 
 """
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from check_problem import gathered
-from harness import card, join, last_line, print_card, run_to_exit, write
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
-
-from recipes import RECIPES
-
+from bench.common.arguments import add_device, add_json, make_parser
+from bench.common.card import shown_card
+from bench.common.page import last_line, write
+from bench.common.ranks import all_ranks, gathered, run_on_ranks
+from launch.recipes import RECIPES
 from lhcp.comm.mesh import Ranks
 from lhcp.training.data import Sequences, open_corpus
 from lhcp.training.loop import StepRecord, train_step
@@ -37,9 +34,7 @@ Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="paper_256k_cp8", choices=tuple(RECIPES))
     parser.add_argument(
         "--modes", nargs="*", default=["lighthouse", "dense"], choices=("lighthouse", "dense")
@@ -50,8 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile each block, untimed waits")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--json", help="write the JSON document here as well")
+    add_device(parser)
+    add_json(parser)
     args = parser.parse_args()
     if args.steps < 1 or args.warmup < 1:
         parser.error(
@@ -62,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_of(args: argparse.Namespace, world_size: int) -> Run:
-    """The recipe with one sequence a step, over all ranks."""
+    """Return the recipe with one sequence a step, over all ranks."""
     recipe = RECIPES[args.recipe]()
     return replace(
         recipe,
@@ -136,20 +131,17 @@ def print_row(row: Row) -> None:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
-    """Card, model, a row a mode."""
-    world = torch.distributed.get_world_size()
-    ranks = Ranks(torch.distributed.group.WORLD) if world > 1 else Ranks()
-    run = run_of(args, world)
-    run.check(world)
+    """Print the card and a row a mode."""
+    ranks = all_ranks(device)
+    run = run_of(args, ranks.world_size)
+    run.check(ranks.world_size)
     if args.compile:
         # One compiled block a mode and kind of layer, each of static shape.
         torch._dynamo.config.recompile_limit = 64
-    facts = card(device, ranks)
     data = Sequences(open_corpus(run.data)[0], run.seqlen, run.seed)
     trainee = build(run, device)
-    facts |= {"recipe": args.recipe, "parameters": num_parameters(trainee.model), "cp": run.cp}
-    if ranks.rank == 0:
-        print_card(facts)
+    more = {"recipe": args.recipe, "parameters": num_parameters(trainee.model), "cp": run.cp}
+    facts = shown_card(device, ranks, **more)
     document: dict[str, Any] = {"card": facts, "rows": []}
     for mode in args.modes:
         row = measure_mode(run, trainee, data, mode, args, ranks)
@@ -161,11 +153,5 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         last_line(document, args.json)
 
 
-def main() -> None:
-    args = parse()
-    device = join(args.device)
-    run_to_exit(lambda: measure(args, device))
-
-
 if __name__ == "__main__":
-    main()
+    run_on_ranks(measure, parse())

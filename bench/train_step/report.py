@@ -1,30 +1,23 @@
-"""What bench/train_step.py prints and writes: lines, a dated markdown page, JSON, two pictures."""
+"""What a training step's command prints and writes: lines, a dated page, JSON, two pictures."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from train_step_model import GROUPS, Point, Row, crossover, paper_hours
+from bench.common.figures import pyplot, save
+from bench.common.page import Page
+from bench.train_step.arithmetic import Point, Row, crossover, paper_hours
+from bench.train_step.profile import GROUPS
 
 _HEADS = (
-    ("N", 9),
-    ("kept", 10),
-    ("k", 5),
-    ("S", 7),
-    ("dense s", 18),
-    ("lighthouse s", 18),
-    ("tokens/s dense", 14),
-    ("lighthouse", 10),
-    ("GiB dense", 9),
-    ("lighthouse", 10),
-    ("speed-up", 8),
-    ("limit", 6),
+    *("N", "kept", "k", "S", "dense s", "lighthouse s", "tokens/s dense", "tokens/s lighthouse"),
+    *("GiB dense", "GiB lighthouse", "speed-up", "limit"),
 )
 _COLOURS = ("#44aa99", "#4477aa", "#ddaa33", "#cc6677", "#882255", "#999999", "#dddddd")
 
 
 def cells(row: Row) -> list[str]:
-    """One row of the table as text."""
+    """Return one row of the table as text."""
     kept = "inputs" if row["checkpointed"] else "all"
     if "does_not_fit" in row:
         return [f"{row['seqlen']:,}", kept, "does not fit", *[""] * (len(_HEADS) - 3)]
@@ -58,14 +51,14 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def line(row: Row | None) -> str:
-    """One line of the printed table; without a row, its head."""
-    texts = [head for head, _ in _HEADS] if row is None else cells(row)
-    return "  ".join(text.rjust(width) for text, (_, width) in zip(texts, _HEADS, strict=True))
+def live(row: Row) -> str:
+    """Return a line to print once a row is measured, each number by its name."""
+    pairs = zip(_HEADS, cells(row), strict=True)
+    return ", ".join(f"{head} {text}" for head, text in pairs if text)
 
 
 def points(rows: list[Row], *, checkpointed: bool | None = None) -> list[Point]:
-    """Rows with both times; of each length the one without checkpointing, unless one is named."""
+    """Return rows with both times: one a length, without checkpointing unless one is named."""
     chosen: dict[int, Point] = {}
     for row in sorted(rows, key=lambda one: one["checkpointed"]):
         if "speedup" in row and checkpointed in (None, row["checkpointed"]):
@@ -75,73 +68,74 @@ def points(rows: list[Row], *, checkpointed: bool | None = None) -> list[Point]:
 
 
 def results(rows: list[Row]) -> dict[str, Any]:
-    """What follows from the table by arithmetic."""
+    """Work out what follows from the table by arithmetic."""
     hours = {point.seqlen: paper_hours(point) for point in points(rows)}
     return {"crossover": crossover(points(rows, checkpointed=False)), "gpu_hours": hours}
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def page(document: dict[str, Any], stem: str) -> str:
-    """The whole result as markdown."""
+def page(document: dict[str, Any], stem: str) -> Page:
+    """Make the page of the whole result."""
     card, rows = document["card"], document["rows"]
-    parts = [
-        f"# One training step, {card['device']}, {card['backend']}, {document['date']}",
-        f"`{card['command']}`",
-        table(["", ""], [[name, str(value)] for name, value in card.items()]),
+    title = f"One training step, {card['device']}, {card['backend']}, {document['date']}"
+    made = Page(title, card, shown=False)
+    made.table(
+        "Dense against lighthouse",
         "Batch 1. kept: what the backward finds, all activations or only each block's input. In "
         "parentheses: extrapolated with a + bN + cN^2 through the dense lengths that were run. "
         "±: half the spread over the median. *: the host, not the GPU, sets the pace. limit: the "
         "dense step with each lighthouse layer's attention replaced by the kernel on S tokens and "
         "the bytes that must move. From a million tokens on no layer is dense, L=4.",
-        table([head for head, _ in _HEADS], [cells(row) for row in rows]),
-        f"Gate: errors against fp32, compiled and eager: `{json.dumps(document['gate'])}`",
-    ]
+        _HEADS,
+        map(cells, rows),
+    )
     cross = document.get("crossover")
     where = f"at {cross:,.0f} tokens" if cross else "not between the measured lengths"
-    parts += [
+    gate = json.dumps(document["gate"])
+    for text in (
+        f"Gate: errors against fp32, compiled and eager: `{gate}`",
         f"Crossover: {where}.",
-        "## The paper's 10k + 6k steps against 16k dense ones, by arithmetic",
+    ):
+        made.line("")
+        made.line(text)
+    hours = document.get("gpu_hours", {})
+    made.table(
+        "The paper's 10k + 6k steps against 16k dense ones, by arithmetic",
         "GPU hours at the paper's 3.1M tokens a step, from the times of one sequence.",
-        table(
-            ["N", "10k lighthouse + 6k dense", "16k dense", "ratio"],
-            [
-                [f"{int(n):,}", f"{two:,.0f}", f"{dense:,.0f}", f"{dense / two:.2f}x"]
-                for n, (two, dense) in document.get("gpu_hours", {}).items()
-            ],
+        ("N", "10k lighthouse + 6k dense", "16k dense", "ratio"),
+        (
+            (f"{int(n):,}", f"{two:,.0f}", f"{dense:,.0f}", f"{dense / two:.2f}x")
+            for n, (two, dense) in hours.items()
         ),
-    ]
+    )
     if document["profiles"]:
-        parts += _profile_parts(document, stem)
-    if len(document.get("gpu_hours", {})) > 1:
-        parts.append(f"![speed-up against length]({stem}_speedup.png)")
-    return "\n\n".join(parts) + "\n"
+        _profiles(made, document, stem)
+    if len(hours) > 1:
+        made.line(f"\n![speed-up against length]({stem}_speedup.png)")
+    return made
 
 
-def _profile_parts(document: dict[str, Any], stem: str) -> list[str]:
+def _profiles(made: Page, document: dict[str, Any], stem: str) -> None:
     profiles = document["profiles"]
-    parts = [
-        f"## Where a step's time goes, {document['profiled_at']:,} tokens, ms",
-        table(
-            ["", *profiles],
-            [
-                [group, *(f"{1e3 * found['groups'][group]:.1f}" for found in profiles.values())]
-                for group in GROUPS
-            ],
+    made.table(
+        f"Where a step's time goes, {document['profiled_at']:,} tokens, ms",
+        "",
+        ("", *profiles),
+        (
+            (group, *(f"{1e3 * found['groups'][group]:.1f}" for found in profiles.values()))
+            for group in GROUPS
         ),
-        f"![one step's time]({stem}_profile.png)",
-    ]
+    )
+    made.line(f"\n![one step's time]({stem}_profile.png)")
     for mode, found in profiles.items():
-        longest = [
-            [f"`{name[:90]}`", f"{1e3 * seconds:.2f}", str(calls)]
-            for name, seconds, calls in found["kernels"][:20]
-        ]
-        parts += [f"Longest kernels, {mode}:", table(["kernel", "ms", "calls"], longest)]
-    return parts
+        made.table(
+            f"Longest kernels, {mode}",
+            "",
+            ("kernel", "ms", "calls"),
+            (
+                (f"`{name[:90]}`", f"{1e3 * seconds:.2f}", calls)
+                for name, seconds, calls in found["kernels"][:20]
+            ),
+        )
 
 
 def write(document: dict[str, Any], folder: Path) -> None:
@@ -151,7 +145,7 @@ def write(document: dict[str, Any], folder: Path) -> None:
     device = card["device"].split()[-1].lower()
     stem = f"train_step_{device}_{document['date']}_{card['backend']}"
     (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(page(document, stem))
+    (folder / f"{stem}.md").write_text(page(document, stem).markdown)
     if len(points(document["rows"])) > 1:
         draw_speedup(document, folder / f"{stem}_speedup.png")
     if document["profiles"]:
@@ -160,8 +154,7 @@ def write(document: dict[str, Any], folder: Path) -> None:
 
 def draw_speedup(document: dict[str, Any], path: Path) -> None:
     """Draw speed-up against length, measured and at the limit."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot().subplots(figsize=(7, 4.5))
     for checkpointed, marker in ((False, "o"), (True, "s")):
         rows = [row for row in document["rows"] if row["checkpointed"] == checkpointed]
         rows = sorted((row for row in rows if "speedup" in row), key=lambda row: row["seqlen"])
@@ -195,15 +188,13 @@ def draw_speedup(document: dict[str, Any], path: Path) -> None:
     card = document["card"]
     axes.set_title(f"{card['device']}, {card['backend']} in both; * dense extrapolated", fontsize=9)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+    save(figure, path, dpi=150)
 
 
 def draw_profile(document: dict[str, Any], path: Path) -> None:
     """Draw one bar a kind of step, stacked by group."""
-    pyplot = _pyplot()
     profiles = document["profiles"]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.8 * len(profiles)))
+    figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.8 * len(profiles)))
     lefts = dict.fromkeys(profiles, 0.0)
     for group, colour in zip(GROUPS, _COLOURS, strict=True):
         for mode, found in profiles.items():
@@ -215,14 +206,4 @@ def draw_profile(document: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("ms of one step")
     axes.set_title(f"{document['profiled_at']:,} tokens, {document['card']['device']}", fontsize=9)
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    save(figure, path, dpi=150)

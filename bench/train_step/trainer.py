@@ -2,12 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from train_step_model import config_for
 
+from bench.common.clock import elapsed
+from bench.train_step.arithmetic import config_for
 from lhcp.config import LighthouseConfig
 from lhcp.layer.lighthouse import lighthouse_attention
 from lhcp.layer.module import LighthouseAttention
@@ -22,8 +24,8 @@ PRECISION = (
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One step."""
+class StepTime:
+    """What one step took."""
 
     seconds: float
     host_seconds: float
@@ -40,7 +42,6 @@ class Trainer:
         device: where all of it lives.
         compiler: backend of torch.compile for each block, fullgraph; "none" for eager.
         dtype: of the computation.
-        kernels: of the lighthouse stages.
     """
 
     def __init__(
@@ -51,27 +52,22 @@ class Trainer:
         *,
         compiler: str = "inductor",
         dtype: torch.dtype = torch.bfloat16,
-        kernels: str = "auto",
-        optim: OptimConfig | None = None,
-        seed: int = 0,
     ) -> None:
-        self.config, self.device, self.optim = config, device, optim or OptimConfig()
+        self.config, self.device, self.optim = config, device, OptimConfig()
         placeholder = LighthouseConfig()
         with device:
             self.model = Decoder(
                 config,
-                lambda dense: LighthouseAttention(
-                    None if dense else placeholder, backend=backend, kernels=kernels
-                ),
+                lambda dense: LighthouseAttention(None if dense else placeholder, backend=backend),
             )
-        self.model.initialize(seed)
+        self.model.initialize(0)
         self.weights = [p.detach().clone().requires_grad_() for p in self.model.parameters()]
         self.model.to(dtype)
-        self.copies = list(self.model.parameters())
+        self.copies: list[Tensor] = list(self.model.parameters())
         if compiler != "none":
             for block in self.model.blocks:
                 block.compile(fullgraph=True, dynamic=False, backend=compiler)
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [w for w in self.weights if w.ndim > 1]},
             {"params": [w for w in self.weights if w.ndim == 1], "weight_decay": 0.0},
         ]
@@ -88,7 +84,8 @@ class Trainer:
         self.model.recompute = recompute
         for block in self.model.blocks:
             if not block.always_dense:
-                block.attention.core.config = lighthouse
+                attention: Any = block.attention
+                attention.core.config = lighthouse
 
     def backward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Set the gradients of the copies; return the mean loss."""
@@ -112,36 +109,32 @@ class Trainer:
             torch._foreach_copy_(self.copies, self.weights)
         return loss
 
-    def timed(self, tokens: Tensor, labels: Tensor, mode: Mode) -> Timing:
+    def timed(self, tokens: Tensor, labels: Tensor, mode: Mode) -> StepTime:
         """Do one step and measure it.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        if self.device.type != "cuda":
+        host, loss = 0.0, torch.empty(0)
+
+        def run() -> None:
+            nonlocal host, loss
             begin = time.perf_counter()
             loss = self.step(tokens, labels, mode)
-            seconds = time.perf_counter() - begin
-            found = Timing(seconds, seconds, 0.0)
-        else:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin = time.perf_counter()
-            start.record()
-            loss = self.step(tokens, labels, mode)
-            stop.record()
             host = time.perf_counter() - begin
-            stop.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            found = Timing(start.elapsed_time(stop) / 1e3, host, peak)
+
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = elapsed(run, self.device)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         if not loss.isfinite():
             raise FloatingPointError(f"loss {loss.item()} in a {mode} step of {tokens.shape[1]}")
-        return found
+        return StepTime(seconds, host, peak)
 
 
 def random_bytes(seqlen: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [1, N], the same for each length."""
+    """Draw tokens and labels [1, N], the same for each length."""
     generator = torch.Generator().manual_seed(seqlen)
     text = torch.randint(vocab_size, (1, seqlen + 1), generator=generator).to(device)
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
@@ -158,63 +151,3 @@ def introduce_operators(backend: str, device: torch.device) -> None:
     q, k, v = (x.to(device).requires_grad_() for x in inputs)
     layer = torch.compile(lighthouse_attention, fullgraph=True, dynamic=False)
     layer(q, k, v, config=config, backend=backend).sum().backward()
-
-
-def gate(
-    config: ModelConfig,
-    lighthouse: LighthouseConfig,
-    seqlen: int,
-    backend: str,
-    device: torch.device,
-    compiler: str,
-) -> dict[str, dict[str, float]]:
-    """Compare loss and gradient of the compiled step with the eager one, both against fp32.
-
-    Habit of the tests: ours may err from fp32 at most twice as far as plain eager bf16 does, and a
-    rounding step. All three start from the same rounded weights.
-
-    Returns:
-        Mode -> errors of loss and whole gradient (relative), eager and compiled.
-
-    Raises:
-        SystemExit: the compiled step computes something else.
-    """
-    exact_backend = "math" if device.type == "cuda" else "cpu"
-
-    def answers(compiler: str, dtype: torch.dtype) -> dict[Mode, tuple[float, Tensor]]:
-        chosen = backend if dtype == torch.bfloat16 else exact_backend
-        trainer = Trainer(config, chosen, device, compiler=compiler, dtype=dtype)
-        trainer.use(lighthouse)
-        if dtype != torch.bfloat16:
-            trainer.model.bfloat16().to(dtype)
-        found: dict[Mode, tuple[float, Tensor]] = {}
-        modes: tuple[Mode, ...] = ("dense", "lighthouse")
-        for mode in modes:
-            set_mode(trainer.model, mode)
-            loss = trainer.backward(*random_bytes(seqlen, config.vocab_size, device))
-            grads = [p.grad for p in trainer.model.parameters()]
-            found[mode] = (
-                loss.item(),
-                torch.cat([g.float().flatten() for g in grads if g is not None]),
-            )
-            trainer.model.zero_grad()
-        return found
-
-    ours, eager = answers(compiler, torch.bfloat16), answers("none", torch.bfloat16)
-    exact = answers("none", torch.float32)
-    report = {}
-    for mode, (loss, grad) in exact.items():
-        errors = {}
-        for name, (low_loss, low_grad) in (("eager", eager[mode]), ("compiled", ours[mode])):
-            errors[f"loss_{name}"] = abs(low_loss - loss) / loss
-            errors[f"grad_{name}"] = float((low_grad - grad).norm() / grad.norm())
-        eps = torch.finfo(torch.bfloat16).eps
-        for what, band in (("loss", eps / 8), ("grad", eps)):
-            got, allowed = errors[f"{what}_compiled"], 2 * (errors[f"{what}_eager"] + band)
-            if not got <= allowed:
-                raise SystemExit(
-                    f"{mode}: {what} of the compiled step is {got:.2e} from fp32, allowed "
-                    f"{allowed:.2e}: nothing is timed"
-                )
-        report[mode] = errors
-    return report
