@@ -11,6 +11,7 @@ import torch
 
 from bench.common.clock import copy_bandwidth
 from bench.common.links import link
+from bench.common.page import command, today
 from lhcp.comm.mesh import Ranks
 
 
@@ -34,6 +35,14 @@ def card(device: torch.device, ranks: Ranks) -> dict[str, Any]:
     if ranks.world_size > 1:
         facts["link"] = link(ranks, device)
     return facts
+
+
+def dated_card(device: torch.device, **more: Any) -> dict[str, Any]:
+    """Return the head of a page: date, command, what `more` tells, and this process's card."""
+    facts = card(device, Ranks())
+    # The card speaks of this process; the ranks that it starts are told by `more`.
+    del facts["world_size"], facts["nodes"]
+    return {"date": today(), "command": command(), **more, **facts}
 
 
 def shown_card(device: torch.device, ranks: Ranks, **more: Any) -> dict[str, Any]:

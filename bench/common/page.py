@@ -123,17 +123,19 @@ class Page:
         parts = (part if isinstance(part, str) else markdown(*part) for part in self._parts)
         return "\n".join(parts) + "\n"
 
-    def close(self, path: str | Path | None, records: Any, json_path: str | None = None) -> None:
-        """Write the page where asked; print the JSON document last, and write it where asked.
+    def close(self, out: str | Path | None, records: Any) -> None:
+        """Write `out`.md and `out`.json where asked; print the JSON document last.
 
         Raises:
             SystemExit: something is wrong; status 1.
         """
         self.line("")
         self.line("WRONG: " + "; ".join(self.wrong) if self.wrong else "All rows hold.")
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(self.markdown)
-        last_line({"card": self.facts, "records": records, "wrong": self.wrong}, json_path)
+        stem = str(out).removesuffix(".md") if out else None
+        if stem:
+            Path(stem).parent.mkdir(parents=True, exist_ok=True)
+            Path(stem + ".md").write_text(self.markdown)
+        document = {"card": self.facts, "records": records, "wrong": self.wrong}
+        last_line(document, stem and stem + ".json")
         if self.wrong:
             sys.exit("wrong: " + "; ".join(self.wrong))

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 
 from bench.common.arguments import make_parser
-from bench.common.card import card
+from bench.common.card import dated_card
 from bench.common.clock import matmul_rate
-from bench.common.page import Page, command, today
+from bench.common.page import Page
 from bench.latency import extremes, sections
 from bench.latency.sections import Bench
-from lhcp.comm.mesh import Ranks
 
 SECTIONS = ("table", "gqa", "share", "dilated", "deterministic", "crossover")
 
@@ -35,15 +34,14 @@ def main() -> None:
     parser.add_argument("--backend", choices=backends, default="cudnn")
     parser.add_argument("--no-graphs", action="store_true", help="leave CUDA graphs out")
     parser.add_argument("--commit", default="", help="where there is no checkout to ask")
-    parser.add_argument("--out", type=Path, help="Markdown file for the card and the tables")
+    parser.add_argument("--out", type=Path, help="Markdown file; its JSON goes beside it")
     args = parser.parse_args()
     if unknown := set(args.only) - set(SECTIONS):
         parser.error(f"--only {','.join(unknown)}: must be among {','.join(SECTIONS)}")
 
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
-    facts = {"date": today(), "command": command()} | card(device, Ranks())
-    facts["matmul_tflop_s"] = round(matmul_rate(device) / 1e12)
+    facts = dated_card(device, matmul_tflop_s=round(matmul_rate(device) / 1e12))
     facts["commit"] = args.commit or facts["commit"]
     page = Page("One layer on one GPU", facts)
     bench = Bench(page, facts["copy_gb_s"] * 1e9, args.backend, not args.no_graphs)

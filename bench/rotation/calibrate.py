@@ -1,23 +1,28 @@
 """Measure a `Calibration`: blocks of attention, copies, merges and links, on these ranks.
 
-    torchrun --nproc-per-node 8 bench/calibrate.py --out b200.json
-    python bench/calibrate.py --seqlens 2048 8192 32768 --out gpu.json
+    torchrun --nproc-per-node 8 -m bench.rotation.calibrate --out b200.json
+    python -m bench.rotation.calibrate --seqlens 2048 8192 32768 --out gpu.json
 
 The sizes are a GPU's; a CPU takes hours for them, and seconds for these:
 
-    torchrun --nproc-per-node 2 bench/calibrate.py --device cpu --dtype float32 --heads 4 \
+    torchrun --nproc-per-node 2 -m bench.rotation.calibrate --device cpu --dtype float32 --heads 4 \
         --head-dim 64 --seqlens 256 1024 2048 --queries 256 1024 --keys 256 1024 --out cpu.json
 
-The model then predicts for such a machine: `bench/scaling_model.py --calibration gpu.json`.
+The model then predicts for such a machine: `python -m bench.scaling --calibration gpu.json`.
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from harness import card, join, print_card, run_to_exit
-from rates import byte_compute, collective_factors, copy_bandwidth, link, long_message, seconds_of
 
+from bench.common.arguments import add_device, add_heads, make_parser
+from bench.common.card import shown_card
+from bench.common.clock import copy_bandwidth, seconds_of
+from bench.common.links import link, long_message
+from bench.common.ranks import all_ranks, gathered, run_on_ranks
+from bench.rotation.rates import byte_compute, collective_factors
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration, Link
 from lhcp.ring.block import BLOCKS, choose_block
@@ -25,31 +30,40 @@ from lhcp.ring.merge.merge import Part, merge
 from lhcp.ring.rotation.base import wide
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The sizes that blocks of attention are measured at, and how."""
+
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    seqlens: Sequence[int]
+    """Of the causal squares."""
+    queries: Sequence[int]
+    """Of the grid of blocks without a mask; it may be empty."""
+    keys: Sequence[int]
+    backend: str = "auto"
+    repeats: int = 7
+
+
 def block_seconds(
-    name: str,
-    queries: int,
-    keys: int,
-    causal: bool,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
+    name: str, grid: Grid, queries: int, keys: int, causal: bool, device: torch.device
 ) -> tuple[float, float]:
-    """Forward and backward seconds of one block."""
-    block, scale = BLOCKS[name], head_dim**-0.5
-    q = torch.randn(1, queries, heads, head_dim, dtype=dtype, device=device)
-    k, v = torch.randn(2, 1, keys, heads, head_dim, dtype=dtype, device=device)
+    """Return forward and backward seconds of one block."""
+    block, scale, row = BLOCKS[name], grid.head_dim**-0.5, (grid.heads, grid.head_dim)
+    q = torch.randn(1, queries, *row, dtype=grid.dtype, device=device)
+    k, v = torch.randn(2, 1, keys, *row, dtype=grid.dtype, device=device)
     dout = torch.randn_like(q)
     out, lse = block.forward(q, k, v, causal, scale)
-    return (
-        seconds_of(lambda: block.forward(q, k, v, causal, scale), device, repeats),
-        seconds_of(lambda: block.backward(dout, q, k, v, out, lse, causal, scale), device, repeats),
+    forward = seconds_of(lambda: block.forward(q, k, v, causal, scale), device, grid.repeats)
+    return forward, seconds_of(
+        lambda: block.backward(dout, q, k, v, out, lse, causal, scale), device, grid.repeats
     )
 
 
-def merge_bandwidth(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Counted bytes a second of the merge of three, so large that its launch does not matter."""
+def merge_bandwidth(grid: Grid, device: torch.device) -> float:
+    """Return counted bytes a second of the merge of three, so large that launching is nothing."""
+    heads, head_dim, dtype = grid.heads, grid.head_dim, grid.dtype
     rows = 2**16 if device.type == "cuda" else 2**12
     out, *parts = torch.zeros(4, 1, rows, heads, head_dim, dtype=dtype, device=device)
     lse, *lses = torch.zeros(4, 1, heads, rows, dtype=wide(dtype), device=device)
@@ -61,33 +75,22 @@ def merge_bandwidth(heads: int, head_dim: int, dtype: torch.dtype, device: torch
 def calibrate(
     ranks: Ranks,
     device: torch.device,
-    dtype: torch.dtype,
-    *,
-    heads: int,
-    head_dim: int,
-    seqlens: list[int],
-    queries: list[int],
-    keys: list[int],
-    backend: str = "auto",
-    repeats: int = 7,
+    grid: Grid,
     nodes: int = 1,
     large_message: int | None = None,
 ) -> Calibration:
     """Measure on all ranks at once; the result is rank 0's, the links' the slowest rank's.
 
     Args:
-        seqlens: of the causal squares. queries, keys: of the grid of blocks without a mask; the
-            grid may be empty.
         nodes: 1: all ranks share a node; else the ring of all ranks is measured as the outer link.
         large_message: bytes of the long message that gives the bandwidth.
     """
-    name = choose_block(backend, dtype, head_dim, device).name
-    common = (heads, head_dim, dtype, device, repeats)
-    square = [(n, *block_seconds(name, n, n, True, *common)) for n in sorted(seqlens)]
+    name = choose_block(grid.backend, grid.dtype, grid.head_dim, device).name
+    square = [(n, *block_seconds(name, grid, n, n, True, device)) for n in sorted(grid.seqlens)]
     full = [
-        (n, m, *block_seconds(name, n, m, False, *common))
-        for n in sorted(queries)
-        for m in sorted(keys)
+        (n, m, *block_seconds(name, grid, n, m, False, device))
+        for n in sorted(grid.queries)
+        for m in sorted(grid.keys)
     ]
     tiny = torch.zeros(1, device=device)
     between = Link(latency=0.0, bandwidth=1e18)
@@ -101,20 +104,20 @@ def calibrate(
         hop = max(0.0, empty - latency) / (ranks.world_size - 1)
         between = Link(latency=latency, bandwidth=rate, hop=hop)
         if device.type == "cpu":
-            block, q = BLOCKS[name], torch.randn(1, square[0][0], heads, head_dim, dtype=dtype)
-            taken = byte_compute(lambda: block.forward(q, q, q, True, head_dim**-0.5), rate, ranks)
-    cuda = device.type == "cuda"
-    title = torch.cuda.get_device_name(device) if cuda else "cpu"
+            block, scale = BLOCKS[name], grid.head_dim**-0.5
+            q = torch.randn(1, square[0][0], grid.heads, grid.head_dim, dtype=grid.dtype)
+            taken = byte_compute(lambda: block.forward(q, q, q, True, scale), rate, ranks)
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     calibration = Calibration(
         name=title,
-        source=f"bench/calibrate.py, torch {torch.__version__}, {name}, {dtype}, "
+        source=f"bench.rotation.calibrate, torch {torch.__version__}, {name}, {grid.dtype}, "
         f"{ranks.world_size} ranks, {nodes} nodes; inside and between nodes as round the ring",
-        num_heads=heads,
-        head_dim=head_dim,
+        num_heads=grid.heads,
+        head_dim=grid.head_dim,
         square=tuple(square),
         full=tuple(full),
         copy_bandwidth=copy_bandwidth(device),
-        merge_bandwidth=merge_bandwidth(heads, head_dim, dtype, device),
+        merge_bandwidth=merge_bandwidth(grid, device),
         launch=seconds_of(lambda: tiny.add_(1), device),
         inner=between,
         outer=between,
@@ -122,30 +125,23 @@ def calibrate(
         alltoall_factor=alltoall_factor,
         byte_compute=taken,
     )
-    if ranks.world_size > 1:
-        said = [calibration]
-        dist.broadcast_object_list(said, src=0, group=ranks.flat)
-        calibration = said[0]
-    return calibration
+    return gathered(calibration, ranks)[0]
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
-    ranks = Ranks(dist.group.WORLD) if dist.get_world_size() > 1 else Ranks()
-    facts = card(device, ranks)
-    if ranks.rank == 0:
-        print_card(facts)
-    calibration = calibrate(
-        ranks,
-        device,
-        getattr(torch, args.dtype),
+    """Print the card, measure, print and write the calibration."""
+    ranks = all_ranks(device)
+    shown_card(device, ranks)
+    grid = Grid(
         heads=args.heads,
         head_dim=args.head_dim,
+        dtype=getattr(torch, args.dtype),
         seqlens=args.seqlens,
         queries=args.queries,
         keys=args.keys,
         backend=args.backend,
-        nodes=args.nodes,
     )
+    calibration = calibrate(ranks, device, grid, args.nodes)
     if ranks.rank == 0:
         for n, forward, backward in calibration.square:
             print(f"causal {n:>8,}: {1e3 * forward:9.3f} ms forward {1e3 * backward:9.3f} backward")
@@ -156,24 +152,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         print(f"written: {args.out}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("--out", default="calibration.json")
     parser.add_argument("--seqlens", type=int, nargs="*", default=[2048, 8192, 32768, 65536])
     parser.add_argument("--queries", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--keys", type=int, nargs="*", default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
+    add_heads(parser)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device(parser)
     parser.add_argument("--nodes", type=int, default=1)
-    args = parser.parse_args()
-    device = join(args.device)
-    run_to_exit(lambda: measure(args, device))
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run_on_ranks(measure, parse())

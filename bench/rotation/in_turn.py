@@ -8,21 +8,28 @@ ranks in float64 first, kernels on this device against float64.
 """
 
 import argparse
-import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from harness import gate
-from latency_timing import Arm, Run, Spread, captured, interleaved
 
-from lhcp.comm.layout import make_layout
-from lhcp.comm.mesh import Ranks, as_ranks
+from bench.common.arguments import config_of
+from bench.common.card import shown_card
+from bench.common.clock import Run, peak_gib
+from bench.common.gate import gate, refuse
+from bench.common.page import last_line
+from bench.common.problem import TENSORS, AttentionProblem, Choice
+from bench.common.ranks import dtype_of
+from bench.common.turns import Arm, Spread, captured, interleaved
+from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.measure.report import PHASES
 from lhcp.measure.runs import Job, Runner, filled
-from lhcp.ring.block import BLOCKS
+from lhcp.ring.block import BLOCKS, choose_block
 from lhcp.ring.function import make_plan
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
@@ -42,31 +49,96 @@ Times = dict[str, dict[str, Spread]]
 """Run -> phase -> milliseconds."""
 
 
-def _gate_on_gloo(group: Any, rotation: str, layout: Any, heads: tuple[int, int]) -> str | None:
-    ranks = as_ranks(group)
-    return gate(ranks, torch.device("cpu"), rotation, layout, torch.float64, heads, 16)
+@dataclass(frozen=True)
+class Setting:
+    """What one call of the command asks for on this device."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    copy_rate: float
+    """Bytes a second of a copy."""
+
+    @property
+    def config(self) -> LighthouseConfig | None:
+        return config_of(self.args)
+
+    @property
+    def kernels(self) -> list[str]:
+        """Block attentions that can do such inputs here; plain torch only where it is alone."""
+        able = [
+            name
+            for name, block in BLOCKS.items()
+            if block.missing is None
+            and block.refuses(self.dtype, self.args.head_dim, self.device) is None
+        ]
+        return [name for name in able if name != "math"] or able
+
+    def job(self, rotation: str, seqlen: int, ranks: Ranks) -> Job:
+        """Resolve one rank's work."""
+        args, config = self.args, self.config
+        entries = seqlen if config is None else config.subsequence_length(seqlen)
+        shape = (args.batch, 1, args.heads, args.head_dim)
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        choices = (args.layout, rotation, args.backend, True, None, entries // ranks.world_size)
+        return Job(
+            config=config,
+            tokens=seqlen,
+            entries=entries,
+            heads=(args.heads, args.kv_heads),
+            head_dim=args.head_dim,
+            batch=args.batch,
+            dtype=self.dtype,
+            device=self.device,
+            plan=make_plan(like, like[:, :, : args.kv_heads], ranks, *choices),
+            kernels=args.kernels,
+        )
 
 
-def check(args: argparse.Namespace, rotation: str, device: torch.device, dtype: Any) -> None:
+def simulate(args: argparse.Namespace) -> None:
+    """Measure every rotation and length that the command line of overhead.py names."""
+    use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+    facts = shown_card(device, Ranks(), **{"ranks in turn": args.simulate_ranks})
+    setting = Setting(args, device, dtype_of(args.dtype, device), facts["copy_gb_s"] * 1e9)
+    rows = []
+    for rotation in args.rotations:
+        check(setting, rotation)
+        rows += [in_turn(setting, rotation, seqlen) for seqlen in args.seqlens]
+    last_line({"card": facts, "in_turn": rows}, args.json)
+
+
+def _gate_on_gloo(
+    group: Group | Ranks, rotation: str, layout: LayoutName, like: AttentionProblem
+) -> str | None:
+    return gate(Choice(rotation, "auto", as_ranks(group), layout), like, torch.device("cpu"))
+
+
+def check(setting: Setting, rotation: str) -> None:
     """Check the rotation on gloo ranks, and the kernel here; raise if either is wrong."""
+    args = setting.args
+    like = AttentionProblem(
+        seqlen=0,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=16,
+        dtype=torch.float64,
+    )
     pool = RankPool(args.simulate_ranks, timeout=600)
-    nodes = {} if args.nodes == 1 else {"num_nodes": args.nodes}
-    heads = (args.heads, args.kv_heads)
+    nodes = args.nodes if args.nodes > 1 else None
+    work = (rotation, args.layout, like)
     try:
-        said = pool.run(_gate_on_gloo, args.simulate_ranks, rotation, args.layout, heads, **nodes)
+        said = pool.run(_gate_on_gloo, args.simulate_ranks, *work, num_nodes=nodes)
     finally:
         pool.close()
-    if said[0] is not None:
-        raise SystemExit(f"{rotation} is wrong, so nothing is timed: {said[0]}")
-    if device.type == "cuda":
-        _check_kernel(args, device, dtype)
+    refuse(rotation, said[0])
+    if setting.device.type == "cuda":
+        _check_kernel(setting)
 
 
-def _check_kernel(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    like = torch.empty(1, 1, args.heads, args.head_dim, dtype=dtype, device=device)
-    name = make_plan(
-        like, like[:, :, : args.kv_heads], Ranks(), args.layout, "auto", args.backend, True, None, 1
-    ).backend
+def _check_kernel(setting: Setting) -> None:
+    args, device, dtype = setting.args, setting.device, setting.dtype
+    name = choose_block(args.backend, dtype, args.head_dim, device).name
     for queries, keys, causal in ((512, 512, True), (512, 1536, False)):
         shapes = ((queries, args.heads), (keys, args.kv_heads), (keys, args.kv_heads))
         q, k, v = (torch.randn(2, n, h, args.head_dim, device=device).to(dtype) for n, h in shapes)
@@ -80,29 +152,21 @@ def _check_kernel(args: argparse.Namespace, device: torch.device, dtype: torch.d
             x, y, z, g = (t.to(kind) for t in (q, k, v, dout))
             out, lse = block.forward(x, y, z, causal, scale)
             answers.append((out, *block.backward(g, x, y, z, out, lse, causal, scale)))
-        for title, *three in zip(("out", "dq", "dk", "dv"), *answers, strict=True):
+        for title, *three in zip(TENSORS, *answers, strict=True):
             assert_within_budget(f"{name} {title}", *three)
 
 
-def in_turn(
-    args: argparse.Namespace,
-    config: LighthouseConfig | None,
-    rotation: str,
-    seqlen: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: list[str],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
+def in_turn(setting: Setting, rotation: str, seqlen: int) -> dict[str, Any]:
     """Measure and print one rotation, which `check` found right; return its numbers."""
-    alone = _job(args, config, "auto", seqlen, device, dtype, Ranks())
-    fastest, single_ms = _fastest(alone, kernels, args.repeats)
-    world = args.simulate_ranks
+    args, world = setting.args, setting.args.simulate_ranks
+    alone = setting.job("auto", seqlen, Ranks())
+    fastest, single_ms = _fastest(alone, setting.kernels, args.repeats)
     ranks = []
     for rank in range(world):
         with world_without_messages(rank, world, args.nodes) as without:
-            job = _job(args, config, rotation, seqlen, device, dtype, without)
-            ranks.append(_one_rank(job, alone, fastest, args.repeats, facts["copy_gb_s"] * 1e6))
+            job = setting.job(rotation, seqlen, without)
+            single = partial(_single, alone, fastest)
+            ranks.append(_one_rank(job, single, args.repeats, setting.copy_rate))
     row: dict[str, Any] = {
         "rotation": job.plan.rotation,
         "seqlen": seqlen,
@@ -115,11 +179,11 @@ def in_turn(
     }
     for name in ranks[0]["ratio"]:
         row[name] = {phase: max(r["ratio"][name][phase] for r in ranks) for phase in PHASES}
-    _print(row, config)
+    _print(row)
     return row
 
 
-def _print(row: dict[str, Any], config: LighthouseConfig | None) -> None:
+def _print(row: dict[str, Any]) -> None:
     print(
         f"{row['rotation']} S={row['subsequence']:,} N={row['seqlen']:,} W={row['world_size']} "
         f"{row['backend']}: slowest rank x W over {row['fastest']} on one device"
@@ -128,7 +192,7 @@ def _print(row: dict[str, Any], config: LighthouseConfig | None) -> None:
         what = "whole layer over its limit" if "layer" in name else "attention"
         ratios = ", ".join(f"{phase} {row[name][phase]:.3f}" for phase in PHASES)
         print(f"  {what}, {'eager' if 'eager' in name else 'graph'}: {ratios}")
-    if config is not None:
+    if "layer" in row:
         print(f"  peak {max(r['peak_gib'] for r in row['ranks']):.2f} GiB on a rank")
     for rank, r in enumerate(row["ranks"]):
         cells = [
@@ -138,33 +202,6 @@ def _print(row: dict[str, Any], config: LighthouseConfig | None) -> None:
         ]
         print(f"  rank {rank}: ms " + ", ".join(cells))
     print(flush=True)
-
-
-def _job(
-    args: argparse.Namespace,
-    config: LighthouseConfig | None,
-    rotation: str,
-    seqlen: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> Job:
-    entries = seqlen if config is None else config.subsequence_length(seqlen)
-    like = torch.empty((args.batch, 1, args.heads, args.head_dim), dtype=dtype, device=device)
-    local = entries // ranks.world_size
-    kv = like[:, :, : args.kv_heads]
-    return Job(
-        config=config,
-        tokens=seqlen,
-        entries=entries,
-        heads=(args.heads, args.kv_heads),
-        head_dim=args.head_dim,
-        batch=args.batch,
-        dtype=dtype,
-        device=device,
-        plan=make_plan(like, kv, ranks, args.layout, rotation, args.backend, True, None, local),
-        kernels=args.kernels,
-    )
 
 
 def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) -> Times:
@@ -178,12 +215,10 @@ def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) 
         for i, runner in enumerate(equals):
             for phase in ("forward", "both"):
                 arms[f"{name} {phase} {i}"] = _run(runner, phase, device, graph="eager" not in name)
-    if device.type == "cuda":
-        found = interleaved(
-            {name: Arm(run, repeats, STEADY_MS, most_calls=1000) for name, run in arms.items()}
-        )
-    else:
-        found = _on_the_host(arms, repeats)
+    steady = STEADY_MS if device.type == "cuda" else 0.0
+    found = interleaved(
+        {name: Arm(run, repeats, steady, 1000) for name, run in arms.items()}, device
+    )
     times: Times = {}
     for name, equals in runners.items():
         forward, both = (
@@ -201,7 +236,7 @@ def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) 
 
 
 def _pooled(found: list[Spread]) -> Spread:
-    """The middle of equal runs, and how far they reach together."""
+    """Return the middle of equal runs, and how far they reach together."""
     middle = median(spread.median for spread in found)
     low, high = min(spread.low for spread in found), max(spread.high for spread in found)
     return Spread(middle, low, high, sum(spread.count for spread in found))
@@ -214,17 +249,6 @@ def _run(runner: Runner, phase: str, device: torch.device, graph: bool) -> Run:
     return captured(run) if graph and device.type == "cuda" else run
 
 
-def _on_the_host(arms: dict[str, Run], repeats: int) -> dict[str, Spread]:
-    samples: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):
-        for name, run in arms.items():
-            begin = time.perf_counter()
-            run()
-            if repeat:
-                samples[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: Spread.of(found) for name, found in samples.items()}
-
-
 def _single(job: Job, backend: str) -> Runner:
     plan = replace(
         job.plan, ranks=Ranks(), layout=make_layout(job.plan.layout.name, 1), backend=backend
@@ -233,21 +257,25 @@ def _single(job: Job, backend: str) -> Runner:
 
 
 def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str, dict[str, float]]]:
-    """The kernel that takes least for forward and backward on the whole, and all their times."""
+    """Find the kernel that takes least for both directions on the whole, and all their times."""
     times = _time({name: [_single(job, name)] for name in kernels}, job.device, min(repeats, 5))
     medians = {name: {p: t[p].median for p in t} for name, t in times.items()}
     return min(medians, key=lambda name: medians[name]["both"]), medians
 
 
-def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bytes_ms: float) -> dict[str, Any]:
+def _one_rank(
+    job: Job, single: Callable[[], Runner], repeats: int, copy_rate: float
+) -> dict[str, Any]:
     device, world = job.device, job.plan.ranks.world_size
     mine = {"rank": lambda: job.attention(job.plan, UNTIMED, job.entries // world)}
     if job.config is not None:
         mine["layer"] = lambda: job.layer(job.plan.ranks, UNTIMED, job.tokens // world)
     # Before others' numbers are drawn, which a rank does not hold.
-    peak = _peak(list(mine.values())[-1](), device) if device.type == "cuda" else 0.0
+    peak, largest = 0.0, list(mine.values())[-1]
+    if device.type == "cuda":
+        peak = peak_gib(partial(largest().run, "both"), device)
     equals = range(GRAPHS if device.type == "cuda" else 1)
-    runners = {"single": [_single(alone, fastest) for _ in equals]}
+    runners = {"single": [single() for _ in equals]}
     runners |= {name: [filled(make()) for _ in equals] for name, make in mine.items()}
     for runner in runners["rank"]:
         runner.run("both")
@@ -258,25 +286,15 @@ def _one_rank(job: Job, alone: Job, fastest: str, repeats: int, bytes_ms: float)
         # Apart: a GPU that waits for launches cools down, and what it runs next is faster.
         eager = {f"{name} eager": runners[name][:1] for name in runners if name != "single"}
         times |= _time(eager, device, min(repeats, 3))
-    single = {phase: times["single"][phase].median / world for phase in PHASES}
+    share = {phase: times["single"][phase].median / world for phase in PHASES}
     rows, width = 2 * job.batch * (job.tokens + job.entries), job.head_dim * job.dtype.itemsize
-    moved = rows * sum(job.heads) * width / world / bytes_ms
-    limits = {p: single[p] + moved * (2 if p == "both" else 1) for p in PHASES}
+    moved = 1e3 * rows * sum(job.heads) * width / world / copy_rate
+    limits = {p: share[p] + moved * (2 if p == "both" else 1) for p in PHASES}
     found: dict[str, Any] = {"ratio": {}, "ms": {}, "spread": {}, "peak_gib": peak}
     for name, by_phase in times.items():
-        both = by_phase["both"]
         found["ms"][name] = {phase: t.median for phase, t in by_phase.items()}
-        found["spread"][name] = 50 * (both.high - both.low) / both.median
+        found["spread"][name] = by_phase["both"].percent
         if name != "single":
-            over = limits if "layer" in name else single
+            over = limits if "layer" in name else share
             found["ratio"][name] = {p: t.median / over[p] for p, t in by_phase.items()}
     return found
-
-
-def _peak(runner: Runner, device: torch.device) -> float:
-    """GiB that a run of forward and backward holds at most, all inputs included."""
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner.run("both")
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**30

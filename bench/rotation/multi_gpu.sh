@@ -3,24 +3,24 @@
 # correctness of every rotation, what rotations cost beside the cost model's prediction (written
 # first) and beside ring-flash-attn, training steps. At most six files come to $OUT.
 #
-#   bash bench/multi_gpu.sh                                   # all GPUs
-#   bash bench/multi_gpu.sh --steps "check_small l4_w8"       # these, in this order
-#   bash bench/multi_gpu.sh --tiny --device cpu --ranks 2     # gloo, tiny sizes: does it run?
+#   bash bench/rotation/multi_gpu.sh                                   # all GPUs
+#   bash bench/rotation/multi_gpu.sh --steps "check_small l4_w8"       # these, in this order
+#   bash bench/rotation/multi_gpu.sh --tiny --device cpu --ranks 2     # gloo, tiny: does it run?
 #   NCCL_MULTI_RANK_GPU_ENABLE=1 LD_PRELOAD=.../libnccl.so.2 \
-#     bash bench/multi_gpu.sh --ranks 4 --share-gpu           # NCCL >= 2.30; function, not speed
+#     bash bench/rotation/multi_gpu.sh --ranks 4 --share-gpu    # NCCL >= 2.30; function, not speed
 #
 # Options: --ranks W (2, 4 or 8; default: the GPUs)  --calibration NAME|FILE (of the cost model)
 # Environment: OUT, SECONDS_LEFT, PYTHON, COMMIT (for a copy that is no checkout).
 # The timelines need matplotlib. Status 1 if a step fails or a result is wrong; steps for which no
 # time is left are named.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 : "${SECONDS_LEFT:=540}" "${COMMIT:=$(git rev-parse --short HEAD 2>/dev/null || true)}"
 OUT="${OUT:-bench/results/multi_gpu-$(date +%Y-%m-%d)}"
 python="${PYTHON:-python3}"
 tiny=0 device=cuda share=0 ranks="" calibration="" steps=""
-command="bash bench/multi_gpu.sh $*"
+command="bash bench/rotation/multi_gpu.sh $*"
 while (( $# )); do
   case "$1" in
     --tiny) tiny=1 ;;
@@ -29,7 +29,7 @@ while (( $# )); do
       (( $# > 1 )) || { echo "$1 needs a value" >&2; exit 2; }
       printf -v "${1#--}" %s "$2"
       shift ;;
-    *) echo "$1: not an option; see the head of bench/multi_gpu.sh" >&2; exit 2 ;;
+    *) echo "$1: not an option; see the head of bench/rotation/multi_gpu.sh" >&2; exit 2 ;;
   esac
   shift
 done
@@ -94,7 +94,7 @@ if [ -z "$steps" ]; then
   fi
 fi
 
-# What bench/overhead.py is called with in the step $1, but for the ranks.
+# What bench.rotation.overhead is called with in the step $1, but for the ranks.
 overhead_arguments() {
   local w="${1#*_w}" nodes=1 across=""
   case "$1" in l4_w* | l3_w* | dense_w*) ;; *) return ;; esac
@@ -115,7 +115,7 @@ mkdir -p "$OUT"
 failed=0
 
 page() {
-  "$python" bench/multi_gpu_page.py --work "$work" --out "$OUT" --commit "$COMMIT" \
+  "$python" -m bench.rotation.multi_gpu_page --work "$work" --out "$OUT" --commit "$COMMIT" \
     --command "$command" "$@"
 }
 
@@ -147,12 +147,12 @@ attempt() {
   page >/dev/null || failed=1
 }
 
-# on_ranks NAME MOST LEAST W PROGRAM ARGUMENTS...
+# on_ranks NAME MOST LEAST W MODULE ARGUMENTS...
 on_ranks() {
   local name="$1" most="$2" least="$3" w="$4"
   shift 4
   attempt "$name" "$most" "$least" "$python" -m torch.distributed.run --standalone \
-    --nproc-per-node "$w" "$@" --device "$device" --json "$work/$name.json"
+    --nproc-per-node "$w" -m "$@" --device "$device" --json "$work/$name.json"
 }
 
 rows=()
@@ -161,7 +161,7 @@ for name in $steps; do
   if [ -n "$arguments" ]; then rows+=(--row "$name" "--world ${name#*_w} $arguments"); fi
 done
 if (( ${#rows[@]} )); then
-  attempt predict 60 5 "$python" bench/predict_rows.py --calibration "$calibration" \
+  attempt predict 60 5 "$python" -m bench.rotation.predict_rows --calibration "$calibration" \
     --element-bytes "$element_bytes" --json "$work/predict.json" "${rows[@]}"
 fi
 
@@ -171,10 +171,10 @@ for name in $steps; do
   w="${name#*_w}"
   case "$name" in
     check_small)
-      on_ranks $name 200 20 $ranks bench/check_ranks.py $shape $check_lengths \
+      on_ranks $name 200 20 $ranks tests.evidence.check_ranks $shape $check_lengths \
         --compiler $compiler ;;
     check_long)
-      on_ranks $name 240 25 $ranks bench/check_ranks.py $shape $check_lengths --long-only \
+      on_ranks $name 240 25 $ranks tests.evidence.check_ranks $shape $check_lengths --long-only \
         --compiler none --long-seqlens $long_lengths --long-topk $topk \
         --long-dense-seqlens $long_dense ;;
     l[34]_w[248] | dense_w[248])
@@ -182,15 +182,15 @@ for name in $steps; do
       if (( draws && w == ranks )) && [[ $name != l3* ]]; then
         png="--png $OUT/timeline_$name.png"
       fi
-      on_ranks $name 150 25 $w bench/overhead.py $(overhead_arguments $name) $png ;;
+      on_ranks $name 150 25 $w bench.rotation.overhead $(overhead_arguments $name) $png ;;
     peer_w[248])
-      on_ranks $name 90 20 $w bench/peer_rings.py $shape --rotations p2p allgather \
+      on_ranks $name 90 20 $w bench.rotation.peer_rings $shape --rotations p2p allgather \
         --seqlens $peer_lengths ;;
     train_256k | train_256k_compiled)
-      on_ranks $name 200 25 $ranks bench/train_ranks.py --recipe $short_run $train_timing \
+      on_ranks $name 200 25 $ranks bench.train_step.ranks --recipe $short_run $train_timing \
         $([[ $name == *_compiled ]] && echo --compile) ;;
     train_1m | train_1m_compiled)
-      on_ranks $name 200 25 $ranks bench/train_ranks.py --recipe $long_run $train_timing \
+      on_ranks $name 200 25 $ranks bench.train_step.ranks --recipe $long_run $train_timing \
         --modes lighthouse $([[ $name == *_compiled ]] && echo --compile) ;;
     *) note "$name" "failed, no step has this name" 0; failed=1 ;;
   esac

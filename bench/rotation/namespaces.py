@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MTU = 65_000
 """Long packets: a card does without the cores that thousands of short ones would take here."""
-
 
 TCP = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
 """Whatever the machine prefers: bbr, which paces by its own guess of the rate, takes up to a fifth
@@ -45,7 +44,7 @@ class Nodes:
 
     @staticmethod
     def address(node: int) -> str:
-        """Of a node, inside our own namespaces only."""
+        """Return the address of a node, inside our own namespaces only."""
         return f"10.77.0.{node + 1}"
 
     def shape(self, megabits: float) -> None:
@@ -56,7 +55,7 @@ class Nodes:
             _run(*shaper.split(), "burst", "128kb", "limit", "64mb")
 
     def sent_bytes(self, node: int) -> int:
-        """Bytes that a node has sent so far, headers included."""
+        """Count bytes that a node has sent so far, headers included."""
         said = _run(*f"ip -n {self.names[node]} -j -s link show eth0".split())
         return int(json.loads(said)[0]["stats64"]["tx"]["bytes"])
 
@@ -117,7 +116,7 @@ class Nodes:
 
 
 def _wait(launched: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
-    """Exit statuses once all have ended; None for those that had not in time.
+    """Return exit statuses once all have ended; None for those that had not in time.
 
     When one has failed, the others get a few seconds more.
     """

@@ -1,12 +1,12 @@
-"""What the cost model says of calls of bench/overhead.py, written down before they run.
+"""What the cost model says of calls of bench.rotation.overhead, written down before they run.
 
-    python bench/predict_rows.py --json out.json \
+    python -m bench.rotation.predict_rows --json out.json \
         --row l4_w8 "--world 8 --nodes 2 --rotations p2p allgather --seqlens 1048576 --topk 4096"
 
-Each --row has a name and the arguments of one call of bench/overhead.py, with --world in place of
-torchrun's --nproc-per-node; arguments that only say how to measure are passed over. For a layer the
-model plays the attention over its S entries, as overhead.py's first table measures it. All ranks
-are on one host, so both axes of a mesh have the inner link. The last line is JSON.
+Each --row has a name and the arguments of one call of bench.rotation.overhead, with --world in
+place of torchrun's --nproc-per-node; arguments that only say how to measure are passed over. For a
+layer the model plays the attention over its S entries, as overhead's first table measures it. All
+ranks are on one host, so both axes of a mesh have the inner link. The last line is JSON.
 """
 
 import argparse
@@ -14,9 +14,15 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from harness import last_line
-
-from lhcp.config import LighthouseConfig
+from bench.common.arguments import (
+    add_heads,
+    add_json,
+    add_layer,
+    add_lengths,
+    config_of,
+    make_parser,
+)
+from bench.common.page import last_line, text_table
 from lhcp.cost.calibration import CALIBRATIONS, Calibration
 from lhcp.cost.clocks import Sizes
 from lhcp.cost.cost_model import PhasePrediction, predict
@@ -25,33 +31,25 @@ Row = dict[str, Any]
 
 
 def sizes_parser() -> argparse.ArgumentParser:
-    """The arguments of bench/overhead.py that decide what is computed, with its defaults."""
+    """Read the arguments of a call of overhead that decide what is computed, with its defaults."""
     parser = argparse.ArgumentParser(prog="--row", add_help=False)
     parser.add_argument("--world", type=int, required=True)
-    parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"])
-    parser.add_argument("--seqlens", type=int, nargs="*", default=[8192])
-    parser.add_argument("--heads", type=int, default=8)
+    add_lengths(parser)
+    add_layer(parser)
+    add_heads(parser)
     parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layout", default="zigzag")
-    parser.add_argument("--topk", type=int)
-    parser.add_argument("--levels", type=int, default=3)
-    parser.add_argument("--factor", type=int, default=4)
-    parser.add_argument("--strata", type=int, default=16)
-    parser.add_argument("--nodes", type=int, default=1)
     return parser
 
 
 def on_one_host(calibration: Calibration) -> Calibration:
-    """The same machine with its inner link on both axes of a mesh."""
+    """Return the same machine with its inner link on both axes of a mesh."""
     return replace(calibration, outer=calibration.inner)
 
 
 def predicted(
     name: str, arguments: list[str], calibration: Calibration, element_bytes: int
 ) -> list[Row]:
-    """A row a rotation and length of one call.
+    """Return a row a rotation and length of one call.
 
     Args:
         calibration: of one host.
@@ -61,14 +59,7 @@ def predicted(
         SystemExit, ValueError: the sizes do not fit.
     """
     args, _ = sizes_parser().parse_known_args(arguments)
-    config = None
-    if args.topk is not None:
-        config = LighthouseConfig(
-            num_levels=args.levels,
-            pool_factor=args.factor,
-            topk=args.topk,
-            num_strata=args.strata,
-        )
+    config = config_of(args)
     rows = []
     for rotation in args.rotations:
         for seqlen in args.seqlens:
@@ -106,7 +97,7 @@ def predicted(
 
 
 def _phase(phase: PhasePrediction) -> dict[str, float]:
-    """Milliseconds by the names of lhcp.measure, and bytes that a rank sends."""
+    """Name milliseconds by the names of lhcp.measure, and bytes that a rank sends."""
     return {
         "T": 1e3 * phase.real,
         "C": 1e3 * phase.compute,
@@ -117,28 +108,28 @@ def _phase(phase: PhasePrediction) -> dict[str, float]:
 
 
 def print_rows(rows: list[Row]) -> None:
-    head = ("S", "T f", "T b", "T f+b", "exposed", "overhead")
-    print(f"{'call':<14}{'rotation':<14}" + "".join(f"{h:>12}" for h in head) + "   ms, predicted")
-    for r in rows:
-        cells = (
-            f"{r['subsequence']:,}",
+    """Print the table of milliseconds, predicted."""
+    header = ("call", "rotation", "S", "T f", "T b", "T f+b", "exposed", "overhead")
+    cells = [
+        (
+            *(r["row"], r["rotation"], f"{r['subsequence']:,}"),
             *(f"{r[phase]['T']:.3f}" for phase in ("forward", "backward", "both")),
             f"{r['both']['exposed']:.3f}",
             f"{100 * r['overhead']:.1f}%",
         )
-        print(f"{r['row']:<14}{r['rotation']:<14}" + "".join(f"{c:>12}" for c in cells))
+        for r in rows
+    ]
+    print("ms, predicted\n" + text_table(header, cells))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--calibration", default="H200", help=f"a file, or one of {', '.join(CALIBRATIONS)}"
     )
     parser.add_argument("--element-bytes", type=int, default=2, help="2: bf16; 4: float32")
     parser.add_argument("--row", nargs=2, action="append", default=[], metavar=("NAME", "ARGS"))
-    parser.add_argument("--json", help="write the JSON document here as well")
+    add_json(parser)
     args = parser.parse_args(arguments)
     known = CALIBRATIONS.get(args.calibration) or Calibration.load(args.calibration)
     host = on_one_host(known)
