@@ -49,7 +49,7 @@ def measure(network: Nodes, args: argparse.Namespace, repeats: int) -> dict[str,
 
 
 def rates(document: dict[str, Any], balance: Sequence[float]) -> list[float]:
-    """Return the megabits a second at which messages alone take `balance` times as long as compute alone."""
+    """Return the Mbit/s at which messages alone take `balance` times as long as compute alone."""
     phases = [record[phase] for record in document["records"] for phase in ("forward", "backward")]
     num_bytes = sum(phase["bytes"] for phase in phases)
     seconds = sum(phase["measured"]["C"] for phase in phases) / 1e3

@@ -1,8 +1,8 @@
 """Is every rotation right on these ranks? Dense attention and the layer, forward and backward.
 
-    torchrun --nproc-per-node 8 bench/check_ranks.py                          # against float64
-    torchrun --nproc-per-node 8 bench/check_ranks.py --long-seqlens 262144 1048576
-    torchrun --nproc-per-node 2 bench/check_ranks.py --device cpu --heads 2 --head-dim 16 ...
+    torchrun --nproc-per-node 8 -m tests.evidence.check_ranks               # against float64
+    torchrun --nproc-per-node 8 -m tests.evidence.check_ranks --long-seqlens 262144 1048576
+    torchrun --nproc-per-node 2 -m tests.evidence.check_ranks --device cpu --heads 2 ...
 
 Rank 0 computes the whole alone. At the small lengths out, dq, dk and dv are held against float64
 by the error budget of lhcp/testing/tolerance.py, at the long ones against rank 0 by relative l2
@@ -15,38 +15,39 @@ import argparse
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from check_problem import TENSORS, Problem, gathered, prepare
-from check_rows import (
+
+from bench.common.arguments import add_ranks, make_parser
+from bench.common.arguments import parse as parse_with_kv_heads
+from bench.common.card import shown_card
+from bench.common.page import last_line
+from bench.common.problem import (
     PEER,
+    TENSORS,
+    AttentionProblem,
     Choice,
+    choices,
+    choices_beside_peer,
+)
+from bench.common.ranks import all_ranks, dtype_of, gathered, run_on_ranks
+from lhcp.comm.mesh import Ranks
+from lhcp.config import LighthouseConfig
+from lhcp.ring.rotation import NAMES
+from lhcp.training.ranks import leave
+from tests.evidence.check_problem import prepare
+from tests.evidence.check_rows import (
     Errors,
     Row,
     against_float64,
     against_one_rank,
-    choices,
     compiled,
     over_peer,
-    peer_missing,
 )
-from harness import card, join, last_line, print_card, run_to_exit
-from torch.distributed.device_mesh import init_device_mesh
-
-from lhcp.comm.mesh import Ranks, as_ranks
-from lhcp.config import LighthouseConfig
-from lhcp.ring.rotation import NAMES
-from lhcp.training.ranks import leave
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rotations", nargs="*", default=["auto", *NAMES])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, else float32")
+    add_ranks(parser)
     parser.add_argument("--backend", default="auto", help="beside flash_attn next to the peer")
     parser.add_argument("--dense-seqlen", type=int, default=4096, help="against float64")
     parser.add_argument("--layer-seqlen", type=int, default=16_384, help="against float64")
@@ -61,18 +62,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compiler", default="inductor", help="of torch.compile; none: skip it")
     parser.add_argument("--goal", type=float, default=1.05, help="error over ring-flash-attn's")
     parser.add_argument("--slack", type=float, default=1.0, help="times the long bounds")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--json", help="write the JSON document here as well")
-    args = parser.parse_args(arguments)
-    args.kv_heads = args.kv_heads or args.heads
-    return args
+    return parse_with_kv_heads(parser, arguments)
 
 
-def problems(args: argparse.Namespace, dtype: torch.dtype) -> tuple[list[Problem], list[Problem]]:
-    """What is held against float64, and what is held against one rank."""
+def problems(
+    args: argparse.Namespace, dtype: torch.dtype
+) -> tuple[list[AttentionProblem], list[AttentionProblem]]:
+    """Return what is held against float64, and what is held against one rank."""
 
-    def problem(seqlen: int, config: LighthouseConfig | None = None) -> Problem:
-        return Problem(
+    def problem(seqlen: int, config: LighthouseConfig | None = None) -> AttentionProblem:
+        return AttentionProblem(
             seqlen=seqlen,
             num_heads=args.heads,
             num_kv_heads=args.kv_heads,
@@ -104,8 +103,7 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
         nodes: all ranks; of two axes where "hierarchical" is to be checked.
     """
     ranks, shown = Ranks(nodes.flat), nodes.rank == 0
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, default if args.dtype == "auto" else args.dtype)
+    dtype = dtype_of(args.dtype, device)
     small, long = problems(args, dtype)
     rows: list[Row] = []
     one: dict[str, Errors] = {}
@@ -114,11 +112,8 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
         own = prepare(problem, ranks, device, args.backend, exact=True)
         chosen: list[Choice] = []
         if not args.long_only:
-            missing = peer_missing(own.inputs, ranks)
-            backends = [args.backend] if missing else [args.backend, "flash_attn"]
-            chosen = choices(nodes, args.kv_heads, backends, args.rotations)
-            if missing is None:
-                chosen.append(Choice(PEER, "auto", ranks))
+            wanted = (args.backend, args.rotations)
+            chosen, missing = choices_beside_peer(nodes, own.inputs[0], args.kv_heads, *wanted)
         found, one[problem.kind] = against_float64(own, chosen, ranks)
         rows += show(found, shown)
         if problem.config is not None and args.compiler != "none":
@@ -152,23 +147,10 @@ def show(rows: list[Row], shown: bool) -> list[Row]:
     return rows
 
 
-def world(args: argparse.Namespace, device: torch.device) -> Ranks:
-    """All ranks; of two axes where they divide over --nodes."""
-    size = dist.get_world_size()
-    if size == 1:
-        return Ranks()
-    if args.nodes < 2 or size % args.nodes:
-        return Ranks(dist.group.WORLD)
-    shape = (args.nodes, size // args.nodes)
-    return as_ranks(init_device_mesh(device.type, shape, mesh_dim_names=("node", "local")))
-
-
 def measure(args: argparse.Namespace, device: torch.device) -> None:
-    """Card, rows, verdict."""
-    nodes = world(args, device)
-    facts = card(device, nodes)
-    if nodes.rank == 0:
-        print_card(facts)
+    """Print card, rows, verdict."""
+    nodes = all_ranks(device, args.nodes, must_divide=False)
+    facts = shown_card(device, nodes)
     document = check(args, nodes, device)
     if nodes.rank == 0:
         if document["peer_missing"]:
@@ -182,11 +164,5 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         leave(1)
 
 
-def main() -> None:
-    args = parse()
-    device = join(args.device)
-    run_to_exit(lambda: measure(args, device))
-
-
 if __name__ == "__main__":
-    main()
+    run_on_ranks(measure, parse())

@@ -1,4 +1,4 @@
-"""The rows of bench/check_ranks.py: each way to attend across ranks, held against one rank.
+"""The rows of check_ranks: each way to attend across ranks, held against one rank.
 
 Three kinds: against float64 by the error budget of lhcp/testing/tolerance.py; at lengths that
 float64 does not reach by distance to one rank; under torch.compile against eager. A row is right
@@ -6,20 +6,17 @@ where all ranks say so. All functions are collectives.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from check_problem import TENSORS, Answers, Own, attempt, distances, gathered
 
-from lhcp.comm.layout import make_layout
+from bench.common.problem import PEER, TENSORS, Answers, Choice
+from bench.common.ranks import gathered
 from lhcp.comm.mesh import Ranks
-from lhcp.integrations.ring_flash_attn import check_ring_flash_attn
 from lhcp.ring.function import make_plan
-from lhcp.ring.rotation import NAMES
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
+from tests.evidence.check_problem import Own, attempt, distances, select
 
-PEER = "ring_flash_attn"
 Row = dict[str, Any]
 Errors = dict[str, float]
 
@@ -27,56 +24,8 @@ _MOST_ROUNDINGS = 32
 """Relative l2 error that one rank may have, in eps of its dtype."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One way to attend across ranks."""
-
-    rotation: str
-    backend: str
-    ranks: Ranks
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """Keyword arguments of the library's functions."""
-        return {"rotation": self.rotation, "backend": self.backend, "group": self.ranks}
-
-
-def choices(
-    nodes: Ranks, num_kv_heads: int, backends: Sequence[str], wanted: Sequence[str]
-) -> list[Choice]:
-    """Every wanted rotation that these ranks and heads allow, with every backend.
-
-    Args:
-        nodes: all ranks, of two axes where "hierarchical" is to be among the choices.
-        wanted: names of rotations, "auto" included.
-    """
-    flat = Ranks(nodes.flat)
-    able = []
-    for rotation in ("auto", *NAMES):
-        if rotation == "hierarchical" and nodes.outer is None:
-            continue
-        if rotation == "alltoall" and num_kv_heads % nodes.world_size:
-            continue
-        if rotation in wanted:
-            able.append((rotation, nodes if rotation == "hierarchical" else flat))
-    return [Choice(name, backend, ranks) for backend in backends for name, ranks in able]
-
-
-def peer_missing(own: Answers, ranks: Ranks) -> str | None:
-    """Why ring-flash-attn cannot be compared with, if it cannot."""
-    q = own[0]
-    if ranks.world_size == 1:
-        return "one rank has no ring"
-    layout = make_layout("zigzag", ranks.world_size)
-    try:
-        check_ring_flash_attn(q.dtype, q.shape[3], q.device, layout, True)
-    except (ImportError, ValueError) as error:
-        return str(error)
-    return None
-
-
 def against_float64(own: Own, chosen: Sequence[Choice], ranks: Ranks) -> tuple[list[Row], Errors]:
-    """A row a choice, and one rank's own errors, relative l2 distances to float64.
+    """Return a row a choice, and one rank's own errors, relative l2 distances to float64.
 
     The first row is one rank itself: were it far from float64, every budget would be wide.
     """
@@ -96,7 +45,7 @@ def against_float64(own: Own, chosen: Sequence[Choice], ranks: Ranks) -> tuple[l
 def against_one_rank(
     own: Own, chosen: Sequence[Choice], ranks: Ranks, one: Errors, slack: float = 1.0
 ) -> list[Row]:
-    """A row a choice: its relative l2 distances to one rank's answers, and what they may be.
+    """Return a row a choice: its relative l2 distances to one rank's answers, and what they may be.
 
     If one rank errs by e from float64 and W ranks by at most twice (e + a rounding), as the budget
     says, they are at most 3 e + 2 roundings apart; a rounding moves an element by eps / 4 at most
@@ -127,7 +76,7 @@ def against_one_rank(
 
 
 def compiled(own: Own, ranks: Ranks, compiler: str) -> Row:
-    """torch.compile(fullgraph=True) of the method and its backward, against the same run eagerly.
+    """Hold the method and its backward, compiled with fullgraph=True, against the eager run.
 
     Args:
         compiler: backend of torch.compile.
@@ -139,7 +88,7 @@ def compiled(own: Own, ranks: Ranks, compiler: str) -> Row:
     if eager is None:
         return row
     graph = torch.compile(own.problem.attend, fullgraph=True, dynamic=False, backend=compiler)
-    ours, error = attempt(lambda: own.problem.answer(own.inputs, graph, **choice.words))
+    ours, error = attempt(lambda: own.problem.answer(own.inputs, graph, **choice.options))
     _settle(row, error, ranks)
     if row["wrong"] or ours is None:
         return row
@@ -153,7 +102,7 @@ def compiled(own: Own, ranks: Ranks, compiler: str) -> Row:
 
 
 def over_peer(rows: Sequence[Row], goal: float) -> list[Row]:
-    """Errors of our rows over those of ring-flash-attn on the same tensors, by tensor.
+    """Return errors of our rows over those of ring-flash-attn on the same tensors, by tensor.
 
     Args:
         rows: of `against_float64`.
@@ -213,8 +162,8 @@ def _row(check: str, own: Own, choice: Choice, ranks: Ranks) -> tuple[Row, Answe
         row["took"], row["backend"] = plan.rotation, plan.backend
         if choice.rotation == PEER:
             row["backend"] = "flash_attn"
-        ours = problem.answer(inputs, **choice.words)
-        entries = problem.entries(inputs, choice.ranks)
+        ours = problem.answer(inputs, **choice.options)
+        entries = select(problem, inputs, choice.ranks)
         if entries is None or own.entries is None:
             return ours, None
         same = all(torch.equal(a, b) for a, b in zip(entries, own.entries, strict=True))
@@ -237,7 +186,7 @@ def _settle(row: Row, said: str | None, ranks: Ranks) -> None:
 
 
 def _over_budget(ours: Answers, same_dtype: Answers, own: Own) -> str | None:
-    """What this rank's part misses the error budget by, if it does."""
+    """Say what this rank's part misses the error budget by, if it does."""
     assert own.exact is not None
     for name, got, low, true in zip(TENSORS, ours, same_dtype, own.exact, strict=True):
         try:

@@ -1,6 +1,6 @@
 """Does the error against float64 grow with the number of ranks? Dense attention and the layer.
 
-    python bench/error_by_ranks.py --out bench/results/error_by_ranks_cpu_DATE    # .md and .json
+    python -m tests.evidence.error_by_ranks --out bench/results/error_by_ranks_cpu_DATE
 
 gloo ranks on a CPU, zigzag, the `cpu` backend. An error is a distance to the reference in float64
 on the same rounded inputs, over the reference's own size, over all seeds together: the l2 norm (the
@@ -11,82 +11,45 @@ the error of one rank.
 
 import argparse
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import torch
-from evidence import Page, equal, together, whole_entries, whole_selection
-from torch import Tensor
 
 import lhcp
-from lhcp import reference
+from bench.common.arguments import add_heads, make_parser
+from bench.common.card import dated_card
+from bench.common.page import Page
+from bench.common.problem import TENSORS, Answers, AttentionProblem
 from lhcp.comm.mesh import Group, Ranks, as_ranks
-from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
+from tests.cases import together
+from tests.evidence.check_problem import exact_answers, select
+from tests.evidence.whole import Entries, equal, whole_selection
 
 BOUNDS = {"allgather": 1.5, "p2p": 2.0, "hierarchical": 2.0, "alltoall": 1.5}
 """Error of W ranks over that of one; a ring merges in steps, the others attend in one or two."""
-TENSORS = ("out", "dq", "dk", "dv")
 NUM_NODES = 2
 Errors = dict[str, tuple[float, float]]
 """By tensor: relative l2 error, relative largest error."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One computation: dense attention, or the layer if there is a config."""
-
-    seqlen: int
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    seed: int
-    config: lhcp.LighthouseConfig | None = None
+CPU = torch.device("cpu")
 
 
-@lru_cache(maxsize=1)
-def inputs(setting: Setting) -> tuple[Tensor, ...]:
-    """q, k, v and the output's gradient of the whole sequence."""
-    return qkv(
-        setting.seqlen,
-        num_heads=setting.heads,
-        head_dim=setting.head_dim,
-        dtype=setting.dtype,
-        seed=setting.seed,
-    )
+def answer(
+    group: Group | Ranks, problem: AttentionProblem, rotation: str
+) -> tuple[Answers, Entries | None]:
+    """Return a rank's out, dq, dk, dv, and its entries in the whole sequence, if it selects."""
+    ranks = as_ranks(group)
+    own = tuple(lhcp.shard(x, ranks) for x in problem.whole(CPU))
+    answers = problem.answer(own, group=ranks, rotation=rotation, backend="cpu")
+    return answers, select(problem, own, ranks)
 
 
-def answer(group: Group | Ranks, setting: Setting, rotation: str) -> Any:
-    """One rank's out, dq, dk, dv, and its entries in the whole sequence, if it selects."""
-    ranks, config = as_ranks(group), setting.config
-    q, k, v, dout = (lhcp.shard(x, ranks) for x in inputs(setting))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    choices = {"group": ranks, "rotation": rotation, "backend": "cpu"}
-    entries = None
-    if config is None:
-        out = lhcp.ring_attention(q, k, v, **choices)
-    else:
-        selection = lhcp.select(q, k, config=config, group=ranks)
-        entries = whole_entries(selection, config, setting.seqlen, ranks)
-        out = lhcp.lighthouse_attention(q, k, v, config=config, selection=selection, **choices)
-    return (out.detach(), *torch.autograd.grad(out, leaves, dout)), entries
-
-
-def exact(setting: Setting, selection: reference.ReferenceSelection | None) -> tuple[Tensor, ...]:
-    """The reference's out, dq, dk, dv in float64."""
-    q, k, v, dout = (x.double() for x in inputs(setting))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    if setting.config is None:
-        out = reference.causal_attention(q, k, v)
-    else:
-        out = reference.lighthouse_attention(q, k, v, config=setting.config, selection=selection)
-    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
-
-
-def errors(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> Errors:
-    """Relative errors of out, dq, dk, dv; infinite where an element is not a number."""
+def errors(ours: Answers, truth: Answers) -> Errors:
+    """Return relative errors of out, dq, dk, dv; infinite where an element is not a number."""
     found = {}
     for name, got, want in zip(TENSORS, ours, truth, strict=True):
         off = (got.double() - want).nan_to_num(nan=math.inf)
@@ -96,22 +59,24 @@ def errors(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> Errors:
 
 
 def measure(
-    pool: RankPool, args: argparse.Namespace, setting: Setting, page: Page
+    pool: RankPool, args: argparse.Namespace, problem: AttentionProblem, page: Page
 ) -> dict[tuple[str, int], Errors]:
-    """Errors by (rotation, W); W = 1 under every rotation's name."""
-    ours, entries = answer(None, setting, "auto")
+    """Return errors by (rotation, W); W = 1 under every rotation's name."""
+    ours, entries = answer(None, problem, "auto")
     selection = None if entries is None else whole_selection([entries])
-    truth = exact(setting, selection)
+    truth, _ = exact_answers(problem, problem.whole(CPU), entries)
     one = errors(ours, truth)
     found = {}
     for rotation in args.rotations:
         found[rotation, 1] = one
         for world in args.ranks:
-            if rotation == "alltoall" and setting.heads % world:
+            if rotation == "alltoall" and problem.num_heads % world:
                 continue
             nodes = NUM_NODES if rotation == "hierarchical" else None
-            parts = pool.run(answer, world, setting, rotation, num_nodes=nodes)
-            whole = tuple(together(x, 1) for x in zip(*(part for part, _ in parts), strict=True))
+            parts = pool.run(answer, world, problem, rotation, num_nodes=nodes)
+            whole = tuple(
+                together(x, "zigzag") for x in zip(*(part for part, _ in parts), strict=True)
+            )
             found[rotation, world] = errors(whole, truth)
             if selection is not None:
                 chosen = whole_selection([entries for _, entries in parts])
@@ -121,7 +86,7 @@ def measure(
 
 
 def pooled(by_seed: list[tuple[float, float]]) -> tuple[float, float]:
-    """Both errors of all seeds together."""
+    """Pool both errors of all seeds."""
     norms, largest = zip(*by_seed, strict=True)
     return math.sqrt(fmean(norm**2 for norm in norms)), max(largest)
 
@@ -129,7 +94,7 @@ def pooled(by_seed: list[tuple[float, float]]) -> tuple[float, float]:
 def tables(
     page: Page, args: argparse.Namespace, title: str, by_seed: list[dict[tuple[str, int], Errors]]
 ) -> list[Any]:
-    """Both tables of one computation in one dtype; the l2 one is held against the bounds."""
+    """Show both tables of one computation in one dtype; the l2 one is held against the bounds."""
     worlds = [1, *args.ranks]
     names = ["rotation", "tensor", *(f"W={world}" for world in worlds), "most over W=1"]
     records = []
@@ -150,16 +115,14 @@ def tables(
                     cells.append(f"{BOUNDS[rotation]}")
                     if not ratio <= BOUNDS[rotation]:
                         page.wrong.append(f"{title}, {rotation}, {tensor}: {ratio:.2f}")
-                page.row((rotation, tensor, *cells))
+                page.row(rotation, tensor, *cells)
                 record = {"computation": title, "rotation": rotation, "tensor": tensor}
                 records.append(record | {"error": what, "by_ranks": errors, "ratio": ratio})
     return records
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8, 16], help="beside one")
     parser.add_argument("--rotations", nargs="*", default=list(BOUNDS), choices=list(BOUNDS))
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
@@ -167,8 +130,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer-seqlen", type=int, default=8192, help="tokens of the layer")
     parser.add_argument("--topk", type=int, default=128)
     parser.add_argument("--strata", type=int, default=32)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
+    add_heads(parser, heads=4, head_dim=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     return parser.parse_args(arguments)
@@ -184,18 +146,25 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
         f"dense, S={args.seqlen:,}": (args.seqlen, None),
         f"layer, N={args.layer_seqlen:,}, S={entries:,}": (args.layer_seqlen, config),
     }
-    page = Page(
-        "Error against float64 by number of ranks",
+    facts = dated_card(
+        CPU,
         ranks=f"gloo, W = 1, {', '.join(map(str, args.ranks))}; hierarchical on {NUM_NODES} nodes",
         sizes=f"B=1, H=Hk={args.heads}, head_dim {args.head_dim}, zigzag, backend cpu, {config}",
     )
+    page = Page("Error against float64 by number of ranks", facts)
     records = []
     for dtype in args.dtypes:
         for kind, (seqlen, config_of_kind) in kinds.items():
-            sizes = (seqlen, args.heads, args.head_dim, getattr(torch, dtype))
+            problem = AttentionProblem(
+                seqlen=seqlen,
+                num_heads=args.heads,
+                num_kv_heads=args.heads,
+                head_dim=args.head_dim,
+                dtype=getattr(torch, dtype),
+                config=config_of_kind,
+            )
             by_seed = [
-                measure(pool, args, Setting(*sizes, seed, config_of_kind), page)
-                for seed in range(args.seeds)
+                measure(pool, args, replace(problem, seed=seed), page) for seed in range(args.seeds)
             ]
             records += tables(page, args, f"{dtype}, {kind}", by_seed)
     page.close(args.out, records)

@@ -1,7 +1,7 @@
 """Does one layer of 1,048,576 tokens run on 32 ranks, and does it equal the method's formula?
 
-    python bench/long_cpu.py --out bench/results/long_cpu_DATE                 # .md and .json
-    python bench/long_cpu.py --seqlen 65536 --topk 256                         # the same, small
+    python -m tests.evidence.long_cpu --out bench/results/long_cpu_DATE        # .md and .json
+    python -m tests.evidence.long_cpu --seqlen 65536 --topk 256                # the same, small
 
 gloo ranks on a CPU: cp 32, zigzag, L=4, p=4, k=4096, forward and backward, by p2p and by
 hierarchical. One process computes the same from all tokens: the selection with lhcp/reference.py
@@ -15,68 +15,43 @@ steps hand on. float64 ranks must be within 1e-10. Ends with status 1, naming wh
 
 import argparse
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from evidence import Page, equal, peak_mb, whole_entries, whole_selection
-from long_formula import Rows, at_positions
 from torch import Tensor
 
 import lhcp
+from bench.common.arguments import add_heads, make_parser
+from bench.common.card import dated_card
+from bench.common.page import Page
+from bench.common.problem import Answers, AttentionProblem
 from lhcp import reference
 from lhcp.comm.mesh import Group, Ranks, as_ranks
-from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
+from tests.evidence import check_problem
+from tests.evidence.long_formula import Rows, at_positions
+from tests.evidence.whole import equal, peak_mb, whole_selection
+
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One layer, whose tokens are drawn stratum by stratum."""
+def answer(
+    group: Group | Ranks, problem: AttentionProblem, rotation: str, positions: Tensor
+) -> dict[str, Any]:
+    """Run one rank's layer: entries, the sampled rows that it holds, and what the run took.
 
-    seqlen: int
-    config: lhcp.LighthouseConfig
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def stratum(self) -> int:
-        """Tokens of one stratum."""
-        return self.seqlen // self.config.num_strata
-
-    def inputs(self, strata: list[int]) -> tuple[Tensor, ...]:
-        """q, k, v, dout of some strata: a rank draws its own and never holds the whole."""
-        drawn = [
-            qkv(
-                self.stratum,
-                num_heads=self.heads,
-                num_kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                dtype=self.dtype,
-                seed=stratum,
-            )
-            for stratum in strata
-        ]
-        return tuple(torch.cat(parts, 1) for parts in zip(*drawn, strict=True))
-
-
-def answer(group: Group | Ranks, setting: Setting, rotation: str, positions: Tensor) -> Any:
-    """One rank's layer: entries, the sampled rows that it holds, and what the run took."""
-    ranks, config = as_ranks(group), setting.config
-    own = lhcp.positions(setting.seqlen, ranks)
-    q, k, v, dout = setting.inputs((own[:: setting.stratum] // setting.stratum).tolist())
-    selection = lhcp.select(q, k, config=config, group=ranks)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    A rank draws its own strata and never holds the whole.
+    """
+    ranks, own = as_ranks(group), lhcp.positions(problem.seqlen, as_ranks(group))
+    size = stratum(problem)
+    inputs = problem.inputs((own[::size] // size).tolist(), num_strata(problem), CPU)
     begin = time.perf_counter()
-    out = lhcp.lighthouse_attention(q, k, v, config=config, group=ranks, rotation=rotation)
-    answers = (out.detach(), *torch.autograd.grad(out, leaves, dout))
+    answers = problem.answer(inputs, group=ranks, rotation=rotation)
     seconds = time.perf_counter() - begin
     held, samples = (own[:, None] == positions).nonzero().unbind(1)
     return {
-        "entries": whole_entries(selection, config, setting.seqlen, ranks),
+        "entries": check_problem.select(problem, inputs, ranks),
         "samples": samples,
         "rows": [x[0, held] for x in answers],
         "finite": all(bool(x.isfinite().all()) for x in answers),
@@ -85,8 +60,21 @@ def answer(group: Group | Ranks, setting: Setting, rotation: str, positions: Ten
     }
 
 
-def sample(selection: reference.ReferenceSelection, setting: Setting, count: int) -> Tensor:
-    """Positions: both ends, starts of strata, tokens that are entries themselves, any others.
+def num_strata(problem: AttentionProblem) -> int:
+    """Return the strata of a layer, which are drawn one by one."""
+    assert problem.config is not None
+    return problem.config.num_strata
+
+
+def stratum(problem: AttentionProblem) -> int:
+    """Return the tokens of one stratum."""
+    return problem.seqlen // num_strata(problem)
+
+
+def sample(
+    selection: reference.ReferenceSelection, problem: AttentionProblem, count: int
+) -> Tensor:
+    """Choose positions: both ends, starts of strata, tokens that are entries, any others.
 
     A chunk is whole strata, and its first tokens get rows from another rank; few of all tokens are
     in the sub-sequence themselves, and only those have terms at every level.
@@ -96,26 +84,27 @@ def sample(selection: reference.ReferenceSelection, setting: Setting, count: int
     def draw(x: Tensor) -> Tensor:
         return x[torch.randperm(x.shape[0], generator=generator)[: count // 4]]
 
-    starts = draw(torch.arange(0, setting.seqlen, setting.stratum))
+    starts = draw(torch.arange(0, problem.seqlen, stratum(problem)))
     entries = draw(selection.indices[selection.levels == 0])
-    ends = torch.tensor([0, 1, setting.seqlen - 1])
-    others = torch.randint(setting.seqlen, (count,), generator=generator)
+    ends = torch.tensor([0, 1, problem.seqlen - 1])
+    others = torch.randint(problem.seqlen, (count,), generator=generator)
     parts = torch.cat([ends, starts, starts + 1, entries, others])
     # Each once, the first `count` of them in this order.
     return torch.tensor(list(dict.fromkeys(parts.tolist()))[:count])
 
 
-def select(setting: Setting, whole: tuple[Tensor, ...]) -> reference.ReferenceSelection:
-    """The reference's selection from float64 scores: free of the order of sums that ranks have."""
+def select(problem: AttentionProblem, whole: Answers) -> reference.ReferenceSelection:
+    """Select by the reference from float64 scores: free of the order of sums that ranks have."""
+    assert problem.config is not None
     q, k, v, _ = (x.double() for x in whole)
-    return reference.select(*reference.token_scores(q, k, v, setting.config), setting.config)
+    return reference.select(*reference.token_scores(q, k, v, problem.config), problem.config)
 
 
 def compare(
     page: Page, rotation: str, parts: list[Any], truth: Rows, plain: Rows, lse: float
 ) -> list[Any]:
-    """A row a tensor: largest error at the samples beside the budget's parts."""
-    records = []
+    """Show a row a tensor: largest error at the samples beside the budget's parts."""
+    records: list[Any] = []
     order = torch.cat([part["samples"] for part in parts])
     if not torch.equal(order.sort().values, torch.arange(truth.out.shape[0])):
         page.wrong.append(f"{rotation}: a sampled position is on no rank, or on two")
@@ -141,23 +130,26 @@ def compare(
             "lse": eps * lse * largest,
         }
         verdict = "WRONG" if problem else "equal"
-        page.row([rotation, name, *(f"{x:.2e}" for x in numbers.values()), verdict])
+        page.row(rotation, name, *(f"{x:.2e}" for x in numbers.values()), verdict)
         records.append({"rotation": rotation, "tensor": name, **numbers, "verdict": verdict})
     return records
 
 
-def measure(page: Page, args: argparse.Namespace, setting: Setting, pool: RankPool) -> list[Any]:
-    """The formula first, then the ranks, by each rotation."""
-    begin = time.perf_counter()
-    whole = setting.inputs(list(range(setting.config.num_strata)))
-    selection = select(setting, whole)
-    positions = sample(selection, setting, args.samples)
-    plain, _ = at_positions(whole, setting.config, selection, positions)
+def measure(
+    page: Page, args: argparse.Namespace, problem: AttentionProblem, pool: RankPool
+) -> list[Any]:
+    """Compute the formula first, then on the ranks, by each rotation."""
+    begin, config = time.perf_counter(), problem.config
+    assert config is not None
+    whole = problem.inputs(range(config.num_strata), config.num_strata, CPU)
+    selection = select(problem, whole)
+    positions = sample(selection, problem, args.samples)
+    plain, _ = at_positions(whole, config, selection, positions)
     whole = tuple(x.double() for x in whole)
-    truth, lse = at_positions(whole, setting.config, selection, positions)
+    truth, lse = at_positions(whole, config, selection, positions)
     del whole
     formula = time.perf_counter() - begin
-    name = str(setting.dtype).removeprefix("torch.")
+    name = str(problem.dtype).removeprefix("torch.")
     page.table(
         f"{name}: {positions.shape[0]} sampled positions",
         "Largest value and error; plain torch, rounding and lse are the parts of the budget.",
@@ -167,7 +159,7 @@ def measure(page: Page, args: argparse.Namespace, setting: Setting, pool: RankPo
     for rotation in args.rotations:
         nodes = args.nodes if rotation == "hierarchical" else None
         begin = time.perf_counter()
-        parts = pool.run(answer, args.ranks, setting, rotation, positions, num_nodes=nodes)
+        parts = pool.run(answer, args.ranks, problem, rotation, positions, num_nodes=nodes)
         seconds = time.perf_counter() - begin
         records += compare(page, rotation, parts, truth, plain, lse)
         same = equal(whole_selection([part["entries"] for part in parts]), selection)
@@ -192,14 +184,12 @@ def measure(page: Page, args: argparse.Namespace, setting: Setting, pool: RankPo
         runs[0],
     )
     for run in runs:
-        page.row(run.values())
+        page.row(*run.values())
     return [*records, *runs]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seqlen", type=int, default=2**20)
     parser.add_argument("--ranks", type=int, default=32)
     parser.add_argument("--nodes", type=int, default=4, help="of the hierarchical rotation")
@@ -208,9 +198,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, default=4)
     parser.add_argument("--topk", type=int, default=4096)
     parser.add_argument("--strata", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=2)
+    add_heads(parser, heads=2, head_dim=16)
     parser.add_argument("--kv-heads", type=int, default=1)
-    parser.add_argument("--head-dim", type=int, default=16)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one rotation")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
@@ -222,16 +211,27 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
     config = lhcp.LighthouseConfig(
         num_levels=args.levels, pool_factor=4, topk=args.topk, num_strata=args.strata
     )
-    heads = (args.heads, args.kv_heads, args.head_dim)
+    heads = f"H={args.heads}, Hk={args.kv_heads}, head_dim {args.head_dim}"
+    facts = dated_card(
+        CPU,
+        ranks=f"{args.ranks}, gloo on one machine; hierarchical as {args.nodes} nodes",
+        sizes=f"B=1, {heads}, zigzag, {config}",
+    )
     page = Page(
         f"One layer of {args.seqlen:,} tokens on {args.ranks} gloo ranks, against the formula",
-        ranks=f"{args.ranks}, gloo on one machine; hierarchical as {args.nodes} nodes",
-        sizes="B=1, H={}, Hk={}, head_dim {}, zigzag, {}".format(*heads, config),
+        facts,
     )
     records = []
     for dtype in args.dtypes:
-        setting = Setting(args.seqlen, config, *heads, getattr(torch, dtype))
-        records += measure(page, args, setting, pool)
+        problem = AttentionProblem(
+            seqlen=args.seqlen,
+            num_heads=args.heads,
+            num_kv_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            dtype=getattr(torch, dtype),
+            config=config,
+        )
+        records += measure(page, args, problem, pool)
     page.close(args.out, records)
 
 

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 
 def at_positions(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
     config: LighthouseConfig,
     selection: reference.ReferenceSelection,
     positions: Tensor,
@@ -81,7 +81,7 @@ class Places:
             self.of.append(nowhere.index_copy(0, self._indices[at], at))
 
     def owed(self, dout: Tensor) -> Tensor:
-        """Gradient of each entry's output: dout [N, D] summed over the positions it serves."""
+        """Return each entry's output gradient: dout [N, D] summed over the positions it serves."""
         grads = dout.new_empty(self._levels.shape[0], dout.shape[1])
         for level, window in enumerate(self.windows):
             # Entry i serves the positions from its last token on, as many as it covers.
@@ -109,14 +109,14 @@ class Attention:
         self.delta = (self.out * do).sum(1)
 
     def query_grad(self, at: Tensor) -> Tensor:
-        """dq of the entries at places `at`: their rows of the attention."""
+        """Return dq of the entries at places `at`: their rows of the attention."""
         future = torch.arange(self.k.shape[0]) > at[:, None]
         weights = self._weights(self.q[at], self.k, self.lse[at][:, None], future)
         grads = weights * (self.do[at] @ self.v.T - self.delta[at][:, None])
         return grads @ self.k * self.scale
 
     def key_value_grads(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """dk, dv of the entries at places `at`: their columns of the attention."""
+        """Return dk, dv of the entries at places `at`: their columns of the attention."""
         past = torch.arange(self.q.shape[0])[:, None] < at
         weights = self._weights(self.q, self.k[at], self.lse[:, None], past)
         grads = weights * (self.do @ self.v[at].T - self.delta[:, None])
@@ -127,7 +127,7 @@ class Attention:
 
 
 def _rows(attention: Attention, places: Places, positions: Tensor) -> list[Tensor]:
-    """out, dq, dk, dv of one head, each [samples, D]."""
+    """Return out, dq, dk, dv of one head, each [samples, D]."""
     out, dq, dk, dv = (attention.q.new_zeros(len(positions), attention.q.shape[1]) for _ in "oqkv")
     for window, of in zip(places.windows, places.of, strict=True):
         # The entry of this level whose last token is the latest one not after the position.

@@ -1,9 +1,7 @@
-"""bench/check_ranks.py on gloo ranks: it passes what is right, and names what is not."""
+"""check_ranks on gloo ranks: it passes what is right, and names what is not."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +9,16 @@ import torch
 from torch import Tensor
 
 import lhcp
+from bench.common.problem import PEER, AttentionProblem
 from lhcp import reference
+from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.block import BLOCKS
 from lhcp.testing.ranks import RankPool
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-from check_problem import Problem, deal, distances, layout_of
-from check_ranks import check, parse
-from check_rows import PEER, over_peer
+from tests.evidence.check_problem import deal, distances
+from tests.evidence.check_ranks import check, parse
+from tests.evidence.check_rows import over_peer
 
 CPU = torch.device("cpu")
 SMALL = (
@@ -147,8 +144,10 @@ def test_rank_0_alone_fails_on_every_rank(ranks: RankPool) -> None:
 def dealt(group: Any) -> tuple[bool, float]:
     """Deal a strided whole; whether this rank has its part, and the distance to twice of it."""
     ranks = Ranks(group)
-    problem = Problem(seqlen=64, num_heads=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)
-    layout = layout_of(ranks)
+    problem = AttentionProblem(
+        seqlen=64, num_heads=2, num_kv_heads=2, head_dim=4, dtype=torch.float32
+    )
+    layout = make_layout("zigzag", ranks.world_size)
     whole = problem.inputs(range(layout.num_chunks), layout.num_chunks, CPU)[0]
     own = problem.inputs(layout.chunks(ranks.rank), layout.num_chunks, CPU)[0]
     strided = whole.transpose(1, 2).contiguous().transpose(1, 2)

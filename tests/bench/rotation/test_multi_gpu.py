@@ -1,7 +1,8 @@
-"""bench/multi_gpu.sh and its page: the order of steps, failures that stop nothing, predictions."""
+"""multi_gpu.sh and its page: the order of steps, failures that stop nothing, predictions."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,30 +11,33 @@ from typing import Any
 
 import pytest
 
+from bench.rotation import overhead
+from bench.rotation.multi_gpu_page import main as write_page
+from bench.rotation.predict_rows import main as predict_rows
+from bench.rotation.predict_rows import on_one_host, predicted, sizes_parser
 from lhcp.cost.calibration import CALIBRATIONS
 from lhcp.cost.clocks import Sizes
 from lhcp.cost.cost_model import predict
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import overhead  # noqa: E402
-from multi_gpu_page import main as write_page  # noqa: E402
-from predict_rows import main as predict_rows  # noqa: E402
-from predict_rows import on_one_host, predicted, sizes_parser  # noqa: E402
+ROOT = Path(__file__).parents[3]
 
 
 def script(out: Path, *arguments: str, seconds: int = 540) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OUT": str(out), "PYTHON": sys.executable}
     environment["SECONDS_LEFT"] = str(seconds)
     return subprocess.run(
-        ["bash", "bench/multi_gpu.sh", *arguments],
+        ["bash", "bench/rotation/multi_gpu.sh", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         timeout=580,
     )
+
+
+def page_of(out: Path) -> str:
+    """The page, its tables without the padding of their columns."""
+    return re.sub(" +", " ", (out / "multi_gpu.md").read_text())
 
 
 def states(out: Path) -> dict[str, str]:
@@ -80,7 +84,7 @@ def test_a_failed_step_stops_nothing(tmp_path: Path) -> None:
     assert list(found) == ["predict", "nonsense", "dense_w8", "check_nothing"]
     assert found["predict"] == "ok" and found["dense_w8"].startswith("not run")
     assert found["nonsense"] == found["check_nothing"] == "failed, no step has this name"
-    page = (tmp_path / "multi_gpu.md").read_text()
+    page = page_of(tmp_path)
     assert "| dense_w8 | 8 | 1,024 | 1,024 | allgather | both |" in page
     assert len(list(tmp_path.iterdir())) <= 8
 
@@ -104,9 +108,9 @@ def test_predictions_are_the_models() -> None:
 
 
 def test_defaults_are_those_of_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if bench/overhead.py gets another default for a size than the prediction has."""
+    """Fails if bench.rotation.overhead gets another default for a size than the prediction has."""
     monkeypatch.setattr(sys, "argv", ["overhead.py"])
-    theirs = vars(overhead.parse())
+    theirs = vars(overhead.arguments())
     ours = vars(sizes_parser().parse_args(["--world", "2"]))
     del ours["world"]
     ours["kv_heads"] = ours["kv_heads"] or ours["heads"]
@@ -145,7 +149,7 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["not ok"] == ["check_small: failed, status 1", "train_1m: not run"]
     assert last["wrong"] == ["out is off"]
-    page = (out / "multi_gpu.md").read_text()
+    page = page_of(out)
     for part in ("- commit: 1234567", "**Wrong:** out is off", "auto (p2p)", "rank 1: out is off"):
         assert part in page
     (line,) = (x for x in page.splitlines() if "| p2p | both |" in x)
