@@ -41,12 +41,14 @@ def add_ranks(parser: ArgumentParser) -> None:
     add_json(parser)
 
 
-def add_layer(parser: ArgumentParser) -> None:
-    """Add the lighthouse layer's sizes; without --topk there is none."""
-    parser.add_argument("--topk", type=int, help="measure a lighthouse layer with this topk")
-    parser.add_argument("--levels", type=int, default=3)
+def add_layer(
+    parser: ArgumentParser, topk: int | None = None, levels: int = 3, strata: int = 16
+) -> None:
+    """Add the lighthouse layer's sizes; where no topk is given, there is none."""
+    parser.add_argument("--topk", type=int, default=topk, help="of a lighthouse layer")
+    parser.add_argument("--levels", type=int, default=levels)
     parser.add_argument("--factor", type=int, default=4)
-    parser.add_argument("--strata", type=int, default=16)
+    parser.add_argument("--strata", type=int, default=strata)
 
 
 def add_lengths(parser: ArgumentParser) -> None:

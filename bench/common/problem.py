@@ -3,6 +3,7 @@
 Shapes: one sequence of N tokens, H query heads, Hk kv heads, D head_dim, on W ranks.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,12 @@ class AttentionProblem:
     dtype: torch.dtype
     config: lhcp.LighthouseConfig | None = None
     seed: int = 0
+
+    @classmethod
+    def of(cls, args: Namespace, dtype: torch.dtype, **more: Any) -> "AttentionProblem":
+        """Take the heads from a command line, and a length that matters only where it is given."""
+        heads = {"num_heads": args.heads, "num_kv_heads": getattr(args, "kv_heads", args.heads)}
+        return cls(**{"seqlen": 0, "dtype": dtype, "head_dim": args.head_dim} | heads | more)
 
     @property
     def attended(self) -> int:
@@ -147,21 +154,15 @@ def choices_beside_peer(
     Returns:
         choices; why ring-flash-attn is not among them, if it is not.
     """
-    missing = peer_missing(q, nodes)
+    missing = "one rank has no ring" if nodes.world_size == 1 else None
+    try:
+        layout = make_layout("zigzag", nodes.world_size)
+        if missing is None:
+            check_ring_flash_attn(q.dtype, q.shape[3], q.device, layout, True)
+    except (ImportError, ValueError) as error:
+        missing = str(error)
     backends = [backend] if missing else [backend, "flash_attn"]
     chosen = choices(nodes, num_kv_heads, backends, wanted)
     if missing is None:
         chosen.append(Choice(PEER, "auto", Ranks(nodes.flat)))
     return chosen, missing
-
-
-def peer_missing(q: Tensor, ranks: Ranks) -> str | None:
-    """Say why ring-flash-attn cannot be compared with, if it cannot."""
-    if ranks.world_size == 1:
-        return "one rank has no ring"
-    layout = make_layout("zigzag", ranks.world_size)
-    try:
-        check_ring_flash_attn(q.dtype, q.shape[3], q.device, layout, True)
-    except (ImportError, ValueError) as error:
-        return str(error)
-    return None

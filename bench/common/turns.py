@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -89,11 +90,5 @@ def captured(run: Run) -> Run:
 
 def rotating(run: Callable[..., Any], inputs: list[tuple[Tensor, ...]]) -> Run:
     """Call `run` with one of the input sets after the other."""
-    turn = 0
-
-    def next_run() -> Any:
-        nonlocal turn
-        turn += 1
-        return run(*inputs[turn % len(inputs)])
-
-    return next_run
+    turns = cycle(inputs)
+    return lambda: run(*next(turns))

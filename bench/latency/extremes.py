@@ -25,12 +25,7 @@ def dilated(bench: Bench, seqlens: list[int]) -> None:
     """Time the dilated scorer, both attentions and their norms."""
     note = "scorer_window 8192 (or a stratum), dilation 4; H=8, d=128, C=16. Linear in N."
     bench.page.table("The dilated scorer", note, ["N", "eager ms", "graph ms", "ns a token"])
-    for seqlen in seqlens:
-        try:
-            ms = _dilated_times(seqlen)
-        except Wrong as error:
-            bench.page.refuse(str(seqlen), error)
-            continue
+    for seqlen, ms in bench.each(seqlens, _dilated_times):
         cost = f"{ms['graph'].median * 1e6 / seqlen:.1f}"
         bench.page.row(seqlen, ms["eager"], ms["graph"], cost)
         bench.record("dilated", {"seqlen": seqlen, **ms})
@@ -78,12 +73,7 @@ def determinism(bench: Bench, seqlens: list[int]) -> None:
     )
     header = ["N", "cudnn", "flash", "flash deterministic", "and filled", "price over cudnn"]
     bench.page.table("Deterministic algorithms", note, header)
-    for seqlen in seqlens:
-        try:
-            ms = _deterministic_times(seqlen)
-        except Wrong as error:
-            bench.page.refuse(str(seqlen), error)
-            continue
+    for seqlen, ms in bench.each(seqlens, _deterministic_times):
         price = f"{ms['deterministic'].median / ms['cudnn'].median:.2f}x"
         bench.page.row(f"{seqlen // 1024}K", *ms.values(), price)
         bench.record("deterministic", {"seqlen": seqlen, **ms})
@@ -126,14 +116,9 @@ def crossover(bench: Bench, seqlens: list[int]) -> None:
     note = "f+b, ms, k = N / 64, the same backend in both."
     bench.page.table("Where dense is faster", note, header)
     points: dict[str, list[tuple[int, float]]] = {"eager": [], "graph": []}
-    for seqlen in seqlens:
-        size = Size(seqlen, backend=bench.backend)
-        try:
-            check(size)
-        except Wrong as error:
-            bench.page.refuse(str(seqlen), error)
-            continue
-        ms = _both_times(size)
+    sizes = [Size(n, backend=bench.backend) for n in seqlens]
+    for size, ms in bench.each(sizes, _both_times, lambda size: str(size.seqlen)):
+        seqlen = size.seqlen
         for way, found in points.items():
             found.append((seqlen, ms[f"dense {way}"].median / ms[f"layer {way}"].median))
         bench.page.row(seqlen, *ms.values())
@@ -144,6 +129,7 @@ def crossover(bench: Bench, seqlens: list[int]) -> None:
 
 
 def _both_times(size: Size) -> dict[str, Spread]:
+    check(size)
     inputs = size.draw(size.seqlen)
     q, k, v = (x.requires_grad_() for x in inputs[:3])
 

@@ -1,20 +1,24 @@
 """Sections of the latency page that hold the layer and its stages against what they must move."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from bench.common.page import Page
 from bench.common.turns import Arm, captured, interleaved
 from bench.latency.check import check
-from bench.latency.size import Size, measure
-from bench.latency.stages import Shape, Wrong, build
+from bench.latency.size import Measured, Size, measure
+from bench.latency.stages import Shape, Timed, Wrong, build
 from bench.latency.stages import measure as measure_stages
 from bench.latency.tables import STAGES, TABLE, stage_row, table_row
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, select
 from lhcp.lighthouse.kernels.last_rows import last_rows
+
+T = TypeVar("T")
+M = TypeVar("M")
 
 SHARE = Geometry(131072, 2, 2, 4, 4, 256, True)
 """One CP=8 rank of 1M tokens: L=4, k=4096 over the ranks, 512 on each; two chunks of zigzag."""
@@ -32,6 +36,19 @@ class Bench:
     """Whether the layer is replayed as CUDA graphs as well."""
     records: dict[str, list[Any]] = field(default_factory=dict)
 
+    def each(
+        self, sizes: Iterable[T], measure: Callable[[T], M], label: Callable[[T], str] = str
+    ) -> Iterator[tuple[T, M]]:
+        """Measure one size after the other; of a wrong one the page has no number."""
+        for size in sizes:
+            try:
+                found = measure(size)
+            except Wrong as error:
+                self.page.refuse(label(size), error)
+                continue
+            yield size, found
+            torch.cuda.empty_cache()
+
     def record(self, section: str, value: Any) -> None:
         """Keep a result for the JSON document."""
         self.records.setdefault(section, []).append(value)
@@ -44,21 +61,18 @@ def table(bench: Bench, seqlens: list[int]) -> None:
         "dense and in the layer. Peak: forward + backward beyond inputs, output and gradients."
     )
     bench.page.table("The layer over the limit", note, TABLE)
-    stages = []
-    for seqlen in seqlens:
-        size = Size(seqlen, backend=bench.backend)
-        try:
-            check(size)
-            timed = measure_stages(build(size.geom, Shape()), bench.copy)
-            torch.cuda.empty_cache()
-            found = measure(size, bench.copy, dense=True, graphs=bench.graphs)
-        except Wrong as error:
-            bench.page.refuse(size.label, error)
-            continue
+
+    def measured(size: Size) -> tuple[Measured, dict[str, Timed]]:
+        check(size)
+        timed = measure_stages(build(size.geom, Shape()), bench.copy)
+        torch.cuda.empty_cache()
+        return measure(size, bench.copy, dense=True, graphs=bench.graphs), timed
+
+    sizes, stages = [Size(n, backend=bench.backend) for n in seqlens], []
+    for _, (found, timed) in bench.each(sizes, measured, lambda size: size.label):
         stages.append((found, timed))
         table_row(bench.page, found)
         bench.record("table", {"measured": found, "stages": timed})
-        torch.cuda.empty_cache()
     note = (
         "Kernels alone, L2 cleared: ms, the rate over a copy's, the share of the layer's forward "
         "or backward. Same bits in five runs, each stage."
@@ -70,19 +84,18 @@ def table(bench: Bench, seqlens: list[int]) -> None:
 
 def gqa(bench: Bench, seqlens: list[int]) -> None:
     """Measure the table's rows for 32 query heads of 8 kv heads, and for head_dim 64."""
-    page = bench.page
-    page.table("GQA 32/8, head_dim 64", "As the table; dense is not measured here.", TABLE)
-    for size in (s for n in seqlens for s in (Size(n, 32, 8), Size(n, 8, 8, 64))):
-        size = replace(size, backend=bench.backend)
-        try:
-            check(size)
-            found = measure(size, bench.copy, dense=False, graphs=bench.graphs)
-        except Wrong as error:
-            page.refuse(size.label, error)
-            continue
-        table_row(page, found)
+    note = "As the table; dense is not measured here."
+    bench.page.table("GQA 32/8, head_dim 64", note, TABLE)
+
+    def measured(size: Size) -> Measured:
+        check(size)
+        return measure(size, bench.copy, dense=False, graphs=bench.graphs)
+
+    kinds = [(n, *kind) for n in seqlens for kind in ((32, 8, 128), (8, 8, 64))]
+    sizes = [Size(*kind, backend=bench.backend) for kind in kinds]
+    for _, found in bench.each(sizes, measured, lambda size: size.label):
+        table_row(bench.page, found)
         bench.record("gqa", found)
-        torch.cuda.empty_cache()
 
 
 def share(bench: Bench) -> None:

@@ -3,7 +3,7 @@
 A stage whose output is wrong has no time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from lhcp.lighthouse import score as torch_score
 from lhcp.lighthouse import select as torch_select
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+
+Tensors = tuple[Tensor, ...]
 
 
 class Shape(NamedTuple):
@@ -41,11 +43,25 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One launcher, the bytes that it must move and its check against the torch path."""
+    """One launcher, the bytes that it must move and what the torch path returns in its place."""
 
     run: Run
     num_bytes: int
-    check: Callable[[], None]
+    want: Callable[[], Iterable[Tensor]]
+    exact: bool = False
+    """Bit for bit, and not up to one unit in the last place."""
+    got: Callable[[], Tensors] | None = None
+    """What is held against the torch path, where `run` writes in place."""
+
+    def check(self, name: str) -> None:
+        """Compare with the torch path.
+
+        Raises:
+            Wrong: they differ.
+        """
+        pairs = zip(tensors((self.got or self.run)()), self.want(), strict=True)
+        for got, want in pairs:
+            (assert_equal if self.exact else assert_near)(name, got, want)
 
 
 class Wrong(AssertionError):
@@ -101,85 +117,79 @@ def build(geom: Geometry, shape: Shape) -> dict[str, Stage]:
     halo = shape.rows(geom.num_chunks * (geom.num_levels - 1), heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
 
-    def check_pool() -> None:
+    # One by one: together they would take several times the memory of what is measured.
+    def torch_pooled() -> Iterator[Tensor]:
+        for x in (q, k, v):
+            yield torch_pool.pool(x, geom)
+        for x in (q, k):
+            yield torch_score.level_scores(torch_score.token_scores(x, kv_heads), geom)
+
+    def torch_gathered() -> Iterator[Tensor]:
         for x, mean in zip((q, k, v), means, strict=True):
-            assert_near("pool", mean, torch_pool.pool(x, geom))
-        for x, score in ((q, sq), (k, sk)):
-            exact = torch_score.token_scores(x, kv_heads)
-            assert_near("score", score, torch_score.level_scores(exact, geom))
+            yield torch_gather.gather_one(x, mean, entries)
 
-    def check_select() -> None:
-        want = torch_select.select(sq, sk, geom)
-        assert_equal("entries", entries, want.entries)
-        assert_equal("places", places, want.places)
-
-    def check_gather() -> None:
-        got = gather.gather(q, k, v, *means, entries, geom)
-        for x, mean, g in zip((q, k, v), means, got, strict=True):
-            assert_equal("gather", g, torch_gather.gather_one(x, mean, entries))
-
-    def check_gather_backward() -> None:
-        got = gather.gather_backward(*grads, places, geom)
-        for dsub, dx in zip(grads, got, strict=True):
-            want = torch_gather.gather_backward_one(dsub, places, geom)
-            assert_near("gather_backward", dx, want)
-
-    def check_scatter() -> None:
-        want = torch_scatter.scatter(o, places, geom)
-        assert_near("scatter", scatter.scatter(o, places, geom), want)
-
-    def check_edges() -> None:
-        want = scatter.scatter(o, places, geom)
-        got = want.clone()
-        torch_scatter.scatter_edges(want, o, places, halo, geom)
-        scatter.scatter_edges(got, o, places, halo, geom)
-        assert_near("scatter_edges", got, want)
-
-    def check_scatter_backward() -> None:
-        want = torch_scatter.scatter_backward(dout, entries, geom)
-        got = scatter_backward.scatter_backward(dout, places, geom)
-        assert_near("scatter_backward", got, want)
-
-    def check_edge_grads() -> None:
-        got = scatter_backward.edge_grads(dout, geom)
-        assert_near("edge_grads", got, torch_scatter.edge_grads(dout, geom))
+    def with_edges(scatter_edges: Callable[..., object]) -> Tensors:
+        whole = torch_scatter.scatter(o, places, geom)
+        scatter_edges(whole, o, places, halo, geom)
+        return (whole,)
 
     edge = geom.num_chunks * (geom.window(geom.num_levels - 1) - 1) * row * heads
     maps = indices * (geom.pyramid_size + sub)
+    scattered = row * heads * (n + sub)
     found = {
         "pool": Stage(
             lambda: pool.pool_and_score(q, k, v, geom),
             triple * (n + pooled) + 2 * indices * pooled,
-            check_pool,
+            torch_pooled,
         ),
         "select": Stage(
-            lambda: select.select(sq, sk, geom), 2 * indices * pooled + maps, check_select
+            lambda: select.select(sq, sk, geom),
+            2 * indices * pooled + maps,
+            lambda: tuple(torch_select.select(sq, sk, geom)),
+            exact=True,
         ),
         "gather": Stage(
-            lambda: gather.gather(q, k, v, *means, entries, geom), 2 * triple * sub, check_gather
+            lambda: gather.gather(q, k, v, *means, entries, geom),
+            2 * triple * sub,
+            torch_gathered,
+            exact=True,
         ),
         "scatter": Stage(
-            lambda: scatter.scatter(o, places, geom), row * heads * (n + sub), check_scatter
+            lambda: scatter.scatter(o, places, geom),
+            scattered,
+            lambda: (torch_scatter.scatter(o, places, geom),),
         ),
         "scatter_backward": Stage(
             lambda: scatter_backward.scatter_backward(dout, places, geom),
-            row * heads * (n + sub),
-            check_scatter_backward,
+            scattered,
+            lambda: (torch_scatter.scatter_backward(dout, entries, geom),),
         ),
         "gather_backward": Stage(
             lambda: gather.gather_backward(*grads, places, geom),
             triple * (n + sub),
-            check_gather_backward,
+            lambda: (torch_gather.gather_backward_one(x, places, geom) for x in grads),
         ),
     }
     if geom.num_chunks > 1:
         found["scatter_edges"] = Stage(
-            lambda: scatter.scatter_edges(out, o, places, halo, geom), 2 * edge, check_edges
+            lambda: scatter.scatter_edges(out, o, places, halo, geom),
+            2 * edge,
+            lambda: with_edges(torch_scatter.scatter_edges),
+            got=lambda: with_edges(scatter.scatter_edges),
         )
         found["edge_grads"] = Stage(
-            lambda: scatter_backward.edge_grads(dout, geom), edge, check_edge_grads
+            lambda: scatter_backward.edge_grads(dout, geom),
+            edge,
+            lambda: (torch_scatter.edge_grads(dout, geom),),
         )
     return found
+
+
+def tensors(results: object) -> Tensors:
+    """Return a launcher's results as a tuple; an empty one if it writes in place."""
+    if isinstance(results, Tensor):
+        return (results,)
+    return results if isinstance(results, tuple) else ()
 
 
 def assert_same_bits(name: str, run: Run) -> None:
@@ -188,12 +198,6 @@ def assert_same_bits(name: str, run: Run) -> None:
     Raises:
         Wrong: it does not.
     """
-
-    def tensors(results: object) -> tuple[Tensor, ...]:
-        if isinstance(results, Tensor):
-            return (results,)
-        return results if isinstance(results, tuple) else ()
-
     kept = tensors(run())
     for _ in range(4):
         if not all(torch.equal(a, b) for a, b in zip(kept, tensors(run()), strict=True)):
@@ -208,7 +212,7 @@ def measure(stages: dict[str, Stage], copy: float) -> dict[str, Timed]:
     """
     found = {}
     for name, stage in stages.items():
-        stage.check()
+        stage.check(name)
         assert_same_bits(name, stage.run)
         ms = Spread.of([1e3 * seconds for seconds in kernel_seconds(stage.run)])
         found[name] = Timed(ms, stage.num_bytes / (ms.median * 1e-3) / copy)

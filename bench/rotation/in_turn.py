@@ -9,6 +9,7 @@ ranks in float64 first, kernels on this device against float64.
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -117,20 +118,11 @@ def _gate_on_gloo(
 def check(setting: Setting, rotation: str) -> None:
     """Check the rotation on gloo ranks, and the kernel here; raise if either is wrong."""
     args = setting.args
-    like = AttentionProblem(
-        seqlen=0,
-        num_heads=args.heads,
-        num_kv_heads=args.kv_heads,
-        head_dim=16,
-        dtype=torch.float64,
-    )
-    pool = RankPool(args.simulate_ranks, timeout=600)
+    like = AttentionProblem.of(args, torch.float64, head_dim=16)
     nodes = args.nodes if args.nodes > 1 else None
-    work = (rotation, args.layout, like)
-    try:
-        said = pool.run(_gate_on_gloo, args.simulate_ranks, *work, num_nodes=nodes)
-    finally:
-        pool.close()
+    work = (args.simulate_ranks, rotation, args.layout, like)
+    with closing(RankPool(args.simulate_ranks, timeout=600)) as pool:
+        said = pool.run(_gate_on_gloo, *work, num_nodes=nodes)
     refuse(rotation, said[0])
     if setting.device.type == "cuda":
         _check_kernel(setting)
@@ -214,7 +206,9 @@ def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) 
     for name, equals in runners.items():
         for i, runner in enumerate(equals):
             for phase in ("forward", "both"):
-                arms[f"{name} {phase} {i}"] = _run(runner, phase, device, graph="eager" not in name)
+                run = partial(runner.run, phase)
+                graph = device.type == "cuda" and "eager" not in name
+                arms[f"{name} {phase} {i}"] = captured(run) if graph else run
     steady = STEADY_MS if device.type == "cuda" else 0.0
     found = interleaved(
         {name: Arm(run, repeats, steady, 1000) for name, run in arms.items()}, device
@@ -240,13 +234,6 @@ def _pooled(found: list[Spread]) -> Spread:
     middle = median(spread.median for spread in found)
     low, high = min(spread.low for spread in found), max(spread.high for spread in found)
     return Spread(middle, low, high, sum(spread.count for spread in found))
-
-
-def _run(runner: Runner, phase: str, device: torch.device, graph: bool) -> Run:
-    def run() -> None:
-        runner.run(phase)
-
-    return captured(run) if graph and device.type == "cuda" else run
 
 
 def _single(job: Job, backend: str) -> Runner:

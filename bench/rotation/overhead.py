@@ -51,8 +51,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     ranks = all_ranks(device, args.nodes)
     shown, dtype = ranks.rank == 0, dtype_of(args.dtype, device)
     facts = shown_card(device, ranks)
-    sizes = {"num_heads": args.heads, "num_kv_heads": args.kv_heads, "head_dim": args.head_dim}
-    like = AttentionProblem(seqlen=0, dtype=dtype, **sizes)
+    like = AttentionProblem.of(args, dtype)
     reports: list[OverheadReport] = []
     document: dict[str, Any] = {"card": facts, "reports": []}
     for rotation in args.rotations:
@@ -61,7 +60,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
             report = measure_overhead(
                 config_of(args),
                 seqlen=seqlen,
-                **sizes,
+                num_heads=args.heads,
+                num_kv_heads=args.kv_heads,
+                head_dim=args.head_dim,
                 batch=args.batch,
                 dtype=dtype,
                 group=ranks,

@@ -118,13 +118,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Print the card, pass the gate, print the table."""
     nodes = all_ranks(device, args.nodes, must_divide=False)
     facts = shown_card(device, nodes)
-    like = AttentionProblem(
-        seqlen=0,
-        num_heads=args.heads,
-        num_kv_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        dtype=dtype_of(args.dtype, device),
-    )
+    like = AttentionProblem.of(args, dtype_of(args.dtype, device))
     q = torch.empty(1, 1, args.heads, args.head_dim, dtype=like.dtype, device=device)
     chosen, missing = choices_beside_peer(nodes, q, args.kv_heads, args.backend, args.rotations)
     for choice in chosen:

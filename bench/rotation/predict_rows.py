@@ -76,34 +76,29 @@ def predicted(
                 node_size=args.world // args.nodes if rotation == "hierarchical" else None,
             )
             found = predict(rotation, sizes, calibration)
-            rows.append(
-                {
-                    "row": name,
-                    "rotation": rotation,
-                    "seqlen": seqlen,
-                    "subsequence": entries,
-                    "world_size": args.world,
-                    "forward": _phase(found.forward),
-                    "backward": _phase(found.backward),
-                    "both": {
-                        key: _phase(found.forward)[key] + _phase(found.backward)[key]
-                        for key in ("T", "C", "M", "exposed", "bytes")
-                    },
-                    "single_ms": 1e3 * found.single,
-                    "overhead": found.overhead,
-                }
-            )
+            row: Row = {
+                "row": name,
+                "rotation": rotation,
+                "seqlen": seqlen,
+                "subsequence": entries,
+                "world_size": args.world,
+            }
+            for direction in ("forward", "backward"):
+                phase = getattr(found, direction)
+                row[direction] = {**milliseconds(phase), "bytes": phase.traffic.num_bytes}
+            pair = (row["forward"], row["backward"])
+            row["both"] = {key: sum(phase[key] for phase in pair) for key in pair[0]}
+            rows.append(row | {"single_ms": 1e3 * found.single, "overhead": found.overhead})
     return rows
 
 
-def _phase(phase: PhasePrediction) -> dict[str, float]:
-    """Name milliseconds by the names of lhcp.measure, and bytes that a rank sends."""
+def milliseconds(phase: PhasePrediction) -> dict[str, float]:
+    """Return a direction's milliseconds by the names of lhcp.measure."""
     return {
         "T": 1e3 * phase.real,
         "C": 1e3 * phase.compute,
         "M": 1e3 * phase.communication,
         "exposed": 1e3 * phase.exposed,
-        "bytes": phase.traffic.num_bytes,
     }
 
 

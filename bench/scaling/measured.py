@@ -13,6 +13,7 @@ from bench.common.page import last_line
 from bench.common.problem import AttentionProblem, Choice
 from bench.common.ranks import all_ranks, dtype_of
 from bench.rotation.calibrate import Grid, calibrate
+from bench.rotation.predict_rows import milliseconds
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.clocks import Sizes
@@ -39,13 +40,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     calibration = calibrate(ranks, device, grid, args.nodes, args.large_message)
     records = []
     for rotation in args.rotations:
-        like = AttentionProblem(
-            seqlen=0,
-            num_heads=args.heads,
-            num_kv_heads=args.heads,
-            head_dim=args.head_dim,
-            dtype=dtype,
-        )
+        like = AttentionProblem.of(args, dtype)
         refuse(rotation, gate(Choice(rotation, "auto", ranks), like, device))
         for seqlen in args.seqlens:
             problem = replace(like, seqlen=seqlen)
@@ -95,12 +90,7 @@ def compare(
         guess, found = getattr(predicted, phase), report.phase(phase)
         record[phase] = {
             "bytes": found.bytes_per_rank,
-            "predicted": {
-                "T": 1e3 * guess.real,
-                "C": 1e3 * guess.compute,
-                "M": 1e3 * guess.communication,
-                "exposed": 1e3 * guess.exposed,
-            },
+            "predicted": milliseconds(guess),
             "measured": {
                 "T": 1e3 * found.real.median,
                 "C": 1e3 * found.compute.median,

@@ -71,14 +71,7 @@ def problems(
     """Return what is held against float64, and what is held against one rank."""
 
     def problem(seqlen: int, config: LighthouseConfig | None = None) -> AttentionProblem:
-        return AttentionProblem(
-            seqlen=seqlen,
-            num_heads=args.heads,
-            num_kv_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            dtype=dtype,
-            config=config,
-        )
+        return AttentionProblem.of(args, dtype, seqlen=seqlen, config=config)
 
     short = LighthouseConfig(
         num_levels=3, pool_factor=4, topk=args.layer_topk, num_strata=args.strata

@@ -11,6 +11,7 @@ the error of one rank.
 
 import argparse
 import math
+from contextlib import closing
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 import lhcp
-from bench.common.arguments import add_heads, make_parser
+from bench.common.arguments import add_heads, add_layer, config_of, make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
 from bench.common.problem import TENSORS, Answers, AttentionProblem
@@ -128,8 +129,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--seqlen", type=int, default=2048, help="of dense attention")
     parser.add_argument("--layer-seqlen", type=int, default=8192, help="tokens of the layer")
-    parser.add_argument("--topk", type=int, default=128)
-    parser.add_argument("--strata", type=int, default=32)
+    add_layer(parser, topk=128, strata=32)
     add_heads(parser, heads=4, head_dim=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", help="write <out>.md and <out>.json")
@@ -138,9 +138,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def report(args: argparse.Namespace, pool: RankPool) -> None:
     """Measure and print everything; ends the program with status 1 if a row does not hold."""
-    config = lhcp.LighthouseConfig(
-        num_levels=3, pool_factor=4, topk=args.topk, num_strata=args.strata
-    )
+    config = config_of(args)
+    assert config is not None
     entries = config.subsequence_length(args.layer_seqlen)
     kinds = {
         f"dense, S={args.seqlen:,}": (args.seqlen, None),
@@ -155,14 +154,8 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
     records = []
     for dtype in args.dtypes:
         for kind, (seqlen, config_of_kind) in kinds.items():
-            problem = AttentionProblem(
-                seqlen=seqlen,
-                num_heads=args.heads,
-                num_kv_heads=args.heads,
-                head_dim=args.head_dim,
-                dtype=getattr(torch, dtype),
-                config=config_of_kind,
-            )
+            sizes = {"seqlen": seqlen, "config": config_of_kind}
+            problem = AttentionProblem.of(args, getattr(torch, dtype), **sizes)
             by_seed = [
                 measure(pool, args, replace(problem, seed=seed), page) for seed in range(args.seeds)
             ]
@@ -172,11 +165,8 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
 
 def main() -> None:
     args = parse()
-    pool = RankPool(max(args.ranks), timeout=600)
-    try:
+    with closing(RankPool(max(args.ranks), timeout=600)) as pool:
         report(args, pool)
-    finally:
-        pool.close()
 
 
 if __name__ == "__main__":

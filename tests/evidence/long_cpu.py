@@ -15,13 +15,14 @@ steps hand on. float64 ranks must be within 1e-10. Ends with status 1, naming wh
 
 import argparse
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lhcp
-from bench.common.arguments import add_heads, make_parser
+from bench.common.arguments import add_heads, add_layer, config_of, make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
 from bench.common.problem import Answers, AttentionProblem
@@ -195,9 +196,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=4, help="of the hierarchical rotation")
     parser.add_argument("--rotations", nargs="*", default=["p2p", "hierarchical"])
     parser.add_argument("--dtypes", nargs="*", default=["float32"], choices=("float32", "float64"))
-    parser.add_argument("--levels", type=int, default=4)
-    parser.add_argument("--topk", type=int, default=4096)
-    parser.add_argument("--strata", type=int, default=64)
+    add_layer(parser, topk=4096, levels=4, strata=64)
     add_heads(parser, heads=2, head_dim=16)
     parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64)
@@ -208,9 +207,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def report(args: argparse.Namespace, pool: RankPool) -> None:
     """Measure and print everything; ends the program with status 1 if something differs."""
-    config = lhcp.LighthouseConfig(
-        num_levels=args.levels, pool_factor=4, topk=args.topk, num_strata=args.strata
-    )
+    config = config_of(args)
     heads = f"H={args.heads}, Hk={args.kv_heads}, head_dim {args.head_dim}"
     facts = dated_card(
         CPU,
@@ -223,25 +220,16 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
     )
     records = []
     for dtype in args.dtypes:
-        problem = AttentionProblem(
-            seqlen=args.seqlen,
-            num_heads=args.heads,
-            num_kv_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            dtype=getattr(torch, dtype),
-            config=config,
-        )
+        sizes = {"seqlen": args.seqlen, "config": config}
+        problem = AttentionProblem.of(args, getattr(torch, dtype), **sizes)
         records += measure(page, args, problem, pool)
     page.close(args.out, records)
 
 
 def main() -> None:
     args = parse()
-    pool = RankPool(args.ranks, timeout=args.timeout)
-    try:
+    with closing(RankPool(args.ranks, timeout=args.timeout)) as pool:
         report(args, pool)
-    finally:
-        pool.close()
 
 
 if __name__ == "__main__":
