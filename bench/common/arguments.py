@@ -1,6 +1,8 @@
 """Arguments that several commands have, with one spelling and one default."""
 
 import argparse
+import shlex
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
@@ -12,8 +14,18 @@ from lhcp.ring.rotation import NAMES
 def make_parser(description: str | None) -> ArgumentParser:
     """Return a parser whose help is the module's docstring, line breaks kept."""
     return ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=shlex.join(program()),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def program() -> list[str]:
+    """Return what starts this process, without its arguments; a module by its name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return ["python", sys.argv[0]]
+    return ["python", "-m", spec.name.removesuffix(".__main__")]
 
 
 def add_heads(parser: ArgumentParser, heads: int = 8, head_dim: int = 128) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from bench.common.clock import seconds_of
+from bench.common.clock import Run, seconds_of
 from bench.common.ranks import slowest
 from lhcp.comm.collectives import Works, exchange
 from lhcp.comm.mesh import Ranks
@@ -44,7 +44,7 @@ def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callab
 
 
 def latency_and_rate(
-    make: Callable[[int], Callable[[], None]], large: int, ranks: Ranks, device: torch.device
+    make: Callable[[int], Run], large: int, ranks: Ranks, device: torch.device
 ) -> tuple[float, float]:
     """Seconds without bytes, and bytes a second, of what make(bytes) returns; a collective."""
 

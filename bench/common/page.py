@@ -11,6 +11,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from bench.common.arguments import program
+
 Rows = Sequence[Sequence[object]]
 
 
@@ -58,11 +60,8 @@ def today() -> str:
 
 
 def command() -> str:
-    """Return the command that started this process; a module's by its name."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        return shlex.join(["python", *sys.argv])
-    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    """Return the command that started this process."""
+    return shlex.join([*program(), *sys.argv[1:]])
 
 
 class Page:
