@@ -12,12 +12,12 @@ from lhcp.comm.mesh import Ranks
 
 
 def long_message(device: torch.device) -> int:
-    """Bytes of a message that gives the bandwidth: 64 MiB on a GPU, 4 MiB on a CPU."""
+    """Return the bytes of a message that gives the bandwidth: 64 MiB on a GPU, 4 MiB on a CPU."""
     return 2**26 if device.type == "cuda" else 2**22
 
 
 def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[str, float]:
-    """Latency and bandwidth of messages round the ring of ranks, all ranks at once.
+    """Measure latency and bandwidth of messages round the ring of ranks, all ranks at once.
 
     Args:
         large: bytes of the long message; None: `long_message`.
@@ -46,7 +46,7 @@ def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callab
 def latency_and_rate(
     make: Callable[[int], Run], large: int, ranks: Ranks, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds without bytes, and bytes a second, of what make(bytes) returns; a collective."""
+    """Measure seconds without bytes, and bytes a second, of what make(bytes) returns."""
 
     def seconds(num_bytes: int, repeats: int) -> float:
         run = make(num_bytes)

@@ -24,13 +24,13 @@ def markdown(header: Sequence[str], rows: Rows) -> str:
 
 
 def text_table(header: Sequence[str], rows: Rows) -> str:
-    """Return a table for a terminal: the first column to the left, the others to the right."""
+    """Return a table for a terminal: two columns of names, then numbers to the right."""
     return tabulate(
         [list(map(str, row)) for row in rows],
         header,
         tablefmt="plain",
         disable_numparse=True,
-        colalign=("left", *("right",) * (len(header) - 1)),
+        colalign=("left", "left", *("right",) * (len(header) - 2)),
     )
 
 
@@ -118,7 +118,7 @@ class Page:
 
     @property
     def markdown(self) -> str:
-        """The page as it is written."""
+        """Return the page as it is written."""
         parts = (part if isinstance(part, str) else markdown(*part) for part in self._parts)
         return "\n".join(parts) + "\n"
 

@@ -28,7 +28,7 @@ class Spread(Timing):
 
     @property
     def percent(self) -> float:
-        """Half the distance of the quartiles, of the median."""
+        """Return half the distance of the quartiles, in percent of the median."""
         return 50 * (self.high - self.low) / self.median
 
     def __str__(self) -> str:

@@ -60,13 +60,13 @@ class Size:
         return name
 
     def limit_ms(self, attention: float, directions: int, copy: float) -> float:
-        """The stock kernel at S, and in each direction what must move: q, k, v read once, the
+        """Add to the stock kernel at S what must move in each direction: q, k, v read once, the
         gathered triples written, attention's output read and o written, at a copy's rate."""
         moved = directions * self.token_bytes * (self.seqlen + self.subsequence)
         return attention + moved / copy * 1e3
 
     def draw(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and an output gradient; rows differ in size, so that selection has work."""
+        """Draw q, k, v and an output gradient; rows differ in size, so that selection has work."""
 
         def rows(heads: int) -> Tensor:
             shape = (1, length, heads, self.head_dim)
@@ -77,11 +77,11 @@ class Size:
         return rows(heads), rows(kv_heads), rows(kv_heads), rows(heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> object:
-        """The stock kernel, forward."""
+        """Run the stock kernel, forward."""
         return self.block.forward(q, k, v, True, self.scale)
 
     def attend_both(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> object:
-        """The stock kernel, forward and backward, without autograd around it."""
+        """Run the stock kernel, forward and backward, without autograd around it."""
         out, lse = self.block.forward(q, k, v, True, self.scale)
         return self.block.backward(dout, q, k, v, out, lse, True, self.scale)
 
@@ -116,7 +116,7 @@ class Measured:
 
 
 def layer_runs(size: Size, inputs: tuple[Tensor, ...], graphs: bool, **choices: Any) -> Runs:
-    """The layer's forward and forward + backward, called eagerly and replayed as CUDA graphs."""
+    """Return the layer's forward and forward + backward, eager and replayed as CUDA graphs."""
     q, k, v, dout = inputs
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     runs: Runs = {
@@ -127,12 +127,12 @@ def layer_runs(size: Size, inputs: tuple[Tensor, ...], graphs: bool, **choices: 
 
 
 def dense_rounds(seqlen: int) -> int:
-    """Dense attention is quadratic: few repeats where one takes seconds."""
+    """Return the repeats of dense attention, which is quadratic: few where one takes seconds."""
     return 11 if seqlen <= 2**16 else max(2, 2**20 // seqlen)
 
 
 def limit_sets(size: Size, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The layer's own sub-sequence, in as many copies as do not fit into the cache together.
+    """Gather the layer's own sub-sequence, in as many copies as do not fit into the cache together.
 
     Not random rows: the power that a product draws, and with it the clock, depends on the data.
     """

@@ -24,7 +24,7 @@ TABLE = [
 
 
 def table_row(page: Page, found: Measured) -> None:
-    """One row of the issue's table; "-" for what was not measured."""
+    """Add one row of the issue's table; "-" for what was not measured."""
     cells: list[object] = [f"{found.size.label} ({found.size.subsequence})"]
     for way in ("f", "f+b"):
         arms = [f"layer {way}", f"layer {way} graph"]
@@ -51,7 +51,7 @@ STAGES = ["pool", "select", "gather", "scatter", "scatter_backward", "gather_bac
 
 
 def stage_row(page: Page, found: Measured, stages: dict[str, Timed]) -> None:
-    """Each stage: ms, % of a copy's rate, % of the direction it belongs to."""
+    """Add a row of each stage: ms, % of a copy's rate, % of the direction it belongs to."""
     times = found.times
     whole = {way: times.get(f"layer {way} graph", times[f"layer {way}"]) for way in ("f", "f+b")}
     forward, both = whole["f"].median, whole["f+b"].median

@@ -66,7 +66,7 @@ class Setting:
 
     @property
     def kernels(self) -> list[str]:
-        """Block attentions that can do such inputs here; plain torch only where it is alone."""
+        """Return blocks that can do such inputs here; plain torch only where it is alone."""
         able = [
             name
             for name, block in BLOCKS.items()

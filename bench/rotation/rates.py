@@ -19,7 +19,7 @@ from lhcp.comm.mesh import Ranks
 def byte_compute(
     run: Callable[[], Any], rate: float, ranks: Ranks, repeats: int = 96, long: float = 0.05
 ) -> float:
-    """Seconds that a byte, sent or received, adds to compute on CPU ranks; a collective.
+    """Measure seconds that a byte, sent or received, adds to compute on CPU ranks; a collective.
 
     Measured beside compute, and not as the CPU time of ranks that only move bytes: the kernel's own
     part runs on whatever core is there, at the cost of nobody if that one is idle.
@@ -35,7 +35,7 @@ def byte_compute(
     messages = round_the_ring(num_bytes, ranks, device)
 
     def seconds(post: Callable[[], Works]) -> tuple[float, float]:
-        """Of the compute, and until the messages are there as well: of the slowest rank."""
+        """Time the compute, and until the messages are there as well, on the slowest rank."""
         dist.barrier(group=ranks.flat)
         begin = time.perf_counter()
         works = post()
@@ -59,7 +59,7 @@ def byte_compute(
 def collective_factors(
     ranks: Ranks, device: torch.device, rate: float, large: int
 ) -> tuple[float, float, float]:
-    """Gathers and all-to-alls, four at once as rotations post them, over neighbour messages.
+    """Measure gathers and all-to-alls, four at once as rotations post them, over messages.
 
     Args:
         rate: bytes a second of neighbour messages; large: bytes of one rank's part.

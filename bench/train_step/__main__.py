@@ -76,7 +76,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Card, gate, table, profiles; the whole document."""
+    """Print card and table, pass the gate, profile; return the whole document."""
     device, config = torch.device(args.device), model_config(args)
     choose_block(args.backend, torch.bfloat16, config.head_dim, device)
     matmul = round(matmul_rate(device) / 1e12, 1)

@@ -144,7 +144,7 @@ def deal(whole: Tensor | None, like: Tensor, dtype: torch.dtype, ranks: Ranks) -
 
 
 def distances(ours: Answers, theirs: Answers, ranks: Ranks) -> dict[str, float]:
-    """|ours - theirs| / |theirs| by tensor, l2 norms over all ranks; a collective."""
+    """Return |ours - theirs| / |theirs| by tensor, l2 norms over all ranks; a collective."""
     sums = torch.zeros(2, len(ours), dtype=torch.float64, device=ours[0].device)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         # In pieces: a float64 copy of a long tensor is four times its size.

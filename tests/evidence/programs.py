@@ -13,7 +13,7 @@ def on_rank_one(group: Any) -> bool:
 
 
 def end_of(program: Any, pool: RankPool, command: str, out: Path) -> tuple[Any, dict[str, Any]]:
-    """What the program hands to sys.exit, None if it just ends, and its JSON."""
+    """Return what the program hands to sys.exit, None if it just ends, and its JSON."""
     code: Any = None
     try:
         program.report(program.parse([*command.split(), "--out", str(out)]), pool)

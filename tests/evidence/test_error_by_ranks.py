@@ -17,13 +17,13 @@ ERRORS += " --layer-seqlen 512 --topk 16 --strata 8 --head-dim 16"
 
 
 def wrong_errors(group: Any, *args: Any) -> Any:
-    """dk of rank 1 a hundredth too large."""
+    """Make dk of rank 1 a hundredth too large."""
     (out, dq, dk, dv), entries = right_errors(group, *args)
     return (out, dq, dk * 1.01 if on_rank_one(group) else dk, dv), entries
 
 
 def nan_errors(group: Any, *args: Any) -> Any:
-    """One row of rank 1 that nothing wrote."""
+    """Leave one row of rank 1 that nothing wrote."""
     (out, *grads), entries = right_errors(group, *args)
     if on_rank_one(group):
         out[0, 0] = torch.nan
@@ -31,7 +31,7 @@ def nan_errors(group: Any, *args: Any) -> Any:
 
 
 def other_entries(group: Any, *args: Any) -> Any:
-    """Rank 1's entries in another order."""
+    """Return rank 1's entries in another order."""
     parts, entries = right_errors(group, *args)
     if entries is not None and on_rank_one(group):
         entries = (entries[0], entries[1].roll(1))

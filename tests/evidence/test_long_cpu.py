@@ -73,7 +73,7 @@ def test_samples_reach_what_can_go_wrong() -> None:
 
 
 def wrong_long(group: Any, *args: Any) -> Any:
-    """dk of rank 1 a hundredth too large."""
+    """Make dk of rank 1 a hundredth too large."""
     found = right_long(group, *args)
     if on_rank_one(group):
         found["rows"][2] *= 1.01
@@ -81,7 +81,7 @@ def wrong_long(group: Any, *args: Any) -> Any:
 
 
 def other_entries_long(group: Any, *args: Any) -> Any:
-    """Rank 1's entries in another order."""
+    """Return rank 1's entries in another order."""
     found = right_long(group, *args)
     if on_rank_one(group):
         found["entries"] = (found["entries"][0], found["entries"][1].roll(1))
