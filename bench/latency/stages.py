@@ -31,10 +31,11 @@ class Shape(NamedTuple):
     head_dim: int = 128
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
 
     def rows(self, length: int, heads: int) -> Tensor:
         shape = (self.batch, length, heads, self.head_dim)
-        return torch.randn(shape, dtype=self.dtype, device="cuda")
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def qkv(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         kv = self.num_kv_heads

@@ -1,28 +1,12 @@
-"""The benchmark programs from the command line, at sizes that say nothing about speed."""
+"""The rotation's cost from the command line: on ranks, and ranks in turn."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-SMALL = ("--heads", "2", "--head-dim", "16", "--repeats", "2")
+from tests.bench.commands import SMALL, TORCHRUN, last_json
 
 pytestmark = pytest.mark.slow
-
-
-def last_json(*command: str) -> dict[str, Any]:
-    """Run a program from the repository's root and read its last line."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return document
 
 
 def test_overhead_on_ranks(tmp_path: Path) -> None:
@@ -58,14 +42,3 @@ def test_ranks_in_turn(rotation: str) -> None:
     (row,) = document["in_turn"]
     assert len(row["ranks"]) == 4 and row["rotation"] == rotation
     assert row["rank"]["both"] > 0.7
-
-
-def test_curves(tmp_path: Path) -> None:
-    """Fails if a curve is missing, or lighthouse is predicted to cost more than dense at 1M."""
-    out = tmp_path / "curves"
-    document = last_json("-m", "bench.scaling", "--out", str(out))
-    longest = [r for r in document["rows"] if r["seqlen"] == 2**20]
-    times = {(r["mode"], r["cp"]): r["ms"] for r in longest}
-    assert times["lighthouse", 8] < times["dense", 8] / 10
-    assert times["lighthouse", 32] < times["dense", 32] / 10
-    assert out.with_suffix(".png").stat().st_size > 10_000
