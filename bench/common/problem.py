@@ -154,15 +154,20 @@ def choices_beside_peer(
     Returns:
         choices; why ring-flash-attn is not among them, if it is not.
     """
-    missing = "one rank has no ring" if nodes.world_size == 1 else None
-    try:
-        layout = make_layout("zigzag", nodes.world_size)
-        if missing is None:
-            check_ring_flash_attn(q.dtype, q.shape[3], q.device, layout, True)
-    except (ImportError, ValueError) as error:
-        missing = str(error)
+    missing = _peer_missing(q, nodes.world_size)
     backends = [backend] if missing else [backend, "flash_attn"]
     chosen = choices(nodes, num_kv_heads, backends, wanted)
     if missing is None:
         chosen.append(Choice(PEER, "auto", Ranks(nodes.flat)))
     return chosen, missing
+
+
+def _peer_missing(q: Tensor, world_size: int) -> str | None:
+    if world_size == 1:
+        return "one rank has no ring"
+    try:
+        layout = make_layout("zigzag", world_size)
+        check_ring_flash_attn(q.dtype, q.shape[3], q.device, layout, True)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    return None

@@ -11,8 +11,8 @@
 #
 # Options: --ranks W (2, 4 or 8; default: the GPUs)  --calibration NAME|FILE (of the cost model)
 # Environment: OUT, SECONDS_LEFT, PYTHON, COMMIT (for a copy that is no checkout).
-# The timelines need matplotlib. Status 1 if a step fails or a result is wrong; steps for which no
-# time is left are named.
+# Needs the extra [bench]; without its matplotlib there are no timelines. Status 1 if a step fails or
+# a result is wrong; steps for which no time is left are named.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
