@@ -21,7 +21,7 @@ else
 fi
 
 # The distribution's name, because "import lhcp" works from this folder without an installation.
-ready='import importlib.metadata as m; [m.version(n) for n in ("lhcp", "torch", "tyro", "rich", "matplotlib", "pytest", "hypothesis", "ruff", "mypy")]'
+ready='import importlib.metadata as m; [m.version(n) for n in ("lhcp", "torch", "tyro", "rich", "matplotlib", "pytest", "hypothesis", "ruff", "mypy", "tabulate", "types-tabulate")]'
 if ! "$python" -c "$ready" 2>/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     echo "set-up: a GPU is there, torch is chosen by pip"
@@ -29,7 +29,7 @@ if ! "$python" -c "$ready" 2>/dev/null; then
     echo "set-up: no GPU seen, installing torch==2.13.0"
     "$python" -m pip install --quiet torch==2.13.0
   fi
-  echo "set-up: installing lhcp with its training and test tools"
+  echo "set-up: installing lhcp with its training, benchmark and test tools"
   "$python" -m pip install --quiet -e ".[train,dev]"
 fi
 echo "set-up: ready, $("$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)')"

@@ -185,8 +185,7 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
             those that can).
         ImportError: the backend's package is missing or not understood.
     """
-    asked = _request(dtype, head_dim, device)
-    able = [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
+    asked, able = _request(dtype, head_dim, device), able_backends(dtype, head_dim, device)
     if name == "auto":
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
@@ -200,6 +199,12 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
         names = ", ".join(b.name for b in able)
         raise ValueError(f"backend={name!r}: {reason}; backends that can: {names}")
     return block
+
+
+def able_backends(dtype: torch.dtype, head_dim: int, device: torch.device) -> list[Block]:
+    """Return the backends that are there and can do such inputs, in the order of the table."""
+    asked = _request(dtype, head_dim, device)
+    return [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
 
 
 def _preferred(blocks: Sequence[Block]) -> Block:

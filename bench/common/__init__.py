@@ -1,0 +1,1 @@
+"""What the benchmarks share: ranks, the card, clocks, links, the gate, pages."""

@@ -1,0 +1,86 @@
+"""The card of a benchmark: hardware, versions, commit and ceilings, printed before any number."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.clock import copy_bandwidth
+from bench.common.links import link
+from bench.common.page import command, today
+from lhcp.comm.mesh import Ranks
+
+
+def card(device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """Return hardware, versions, commit and ceilings; a collective of all ranks."""
+    cuda = device.type == "cuda"
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "cores": os.cpu_count(),
+        "world_size": ranks.world_size,
+        "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "copy_gb_s": round(copy_bandwidth(device) / 1e9, 1),
+    }
+    if cuda:
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["triton"] = installed("triton")
+    if ranks.world_size > 1:
+        facts["link"] = link(ranks, device)
+    return facts
+
+
+def dated_card(device: torch.device, **more: Any) -> dict[str, Any]:
+    """Return the head of a page: date, command, what `more` tells, and this process's card."""
+    facts = card(device, Ranks())
+    # The card speaks of this process; the ranks that it starts are told by `more`.
+    del facts["world_size"], facts["nodes"]
+    return {"date": today(), "command": command(), **more, **facts}
+
+
+def shown_card(device: torch.device, ranks: Ranks, **more: Any) -> dict[str, Any]:
+    """Return the card with `more` facts, printed by rank 0; a collective of all ranks."""
+    facts = card(device, ranks) | more
+    if ranks.rank == 0:
+        print("-" * 100)
+        for name, value in facts.items():
+            print(f"{name:<12} {value}")
+        print("-" * 100, flush=True)
+    return facts
+
+
+def installed(package: str) -> str:
+    """Return the version of a package that may not be there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def cpu_name() -> str:
+    """Return the processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
+
+
+def commit() -> str:
+    """Return the checkout's commit, with "+" if files differ from it; "" outside a checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

@@ -1,0 +1,63 @@
+"""Links between ranks: latency and bandwidth of messages, posted as rotations post them."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from bench.common.clock import Run, seconds_of
+from bench.common.ranks import slowest
+from lhcp.comm.collectives import Works, exchange
+from lhcp.comm.mesh import Ranks
+
+
+def long_message(device: torch.device) -> int:
+    """Return the bytes of a message that gives the bandwidth: 64 MiB on a GPU, 4 MiB on a CPU."""
+    return 2**26 if device.type == "cuda" else 2**22
+
+
+def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[str, float]:
+    """Measure latency and bandwidth of messages round the ring of ranks, all ranks at once.
+
+    Args:
+        large: bytes of the long message; None: `long_message`.
+
+    Returns:
+        latency_us, gb_s: of the slowest rank; a message takes latency + bytes / bandwidth.
+    """
+    large = large or long_message(device)
+
+    def run(num_bytes: int) -> Callable[[], None]:
+        post = round_the_ring(num_bytes, ranks, device)
+        return lambda: post().wait()
+
+    latency, rate = latency_and_rate(run, large, ranks, device)
+    return {"latency_us": 1e6 * latency, "gb_s": rate / 1e9}
+
+
+def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callable[[], Works]:
+    """Return what posts messages to the next rank and from the previous, as rotations do."""
+    assert ranks.flat is not None
+    group, rank, world = ranks.flat, ranks.rank, ranks.world_size
+    out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda: exchange([(out, (rank + 1) % world)], [(into, (rank - 1) % world)], group)
+
+
+def latency_and_rate(
+    make: Callable[[int], Run], large: int, ranks: Ranks, device: torch.device
+) -> tuple[float, float]:
+    """Measure seconds without bytes, and bytes a second, of what make(bytes) returns."""
+
+    def seconds(num_bytes: int, repeats: int) -> float:
+        run = make(num_bytes)
+        run()
+        dist.barrier(group=ranks.flat)
+        return slowest(seconds_of(run, device, repeats), ranks)
+
+    # A short one that waits for a core takes a scheduler's tick, 4 ms, where others take a tenth of
+    # it. Many cost nothing and leave the median less to chance; ticks that stay are the latency.
+    small = 1024
+    short, long = seconds(small, 99), seconds(large, 7)
+    # Where a long message takes no longer than a short one, all of its time is its bytes'.
+    rate = (large - small) / (long - short) if long > short else large / long
+    return max(short - small / rate, 0.0), rate

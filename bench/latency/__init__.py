@@ -1,0 +1,1 @@
+"""The layer on one GPU against its limit."""

@@ -1,0 +1,1 @@
+"""What the rotation costs: measured, without messages, predicted, and beside other rings."""

@@ -1,0 +1,294 @@
+"""All ranks in turn on one device, without messages: what the rotation's compute alone costs.
+
+Each rank runs its own schedule in a world of ranks that send nothing, beside the fastest kernel
+on the whole, in turns. What others would have sent is random numbers that were there before, so
+that kernels meet real data (zeros draw less power and run faster) and nothing is copied. On a GPU
+every run is timed as a CUDA graph, and launched eagerly as well. Rotations are checked on gloo
+ranks in float64 first, kernels on this device against float64.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.common.arguments import config_of
+from bench.common.card import shown_card
+from bench.common.clock import Run, peak_gib
+from bench.common.gate import gate, refuse
+from bench.common.page import last_line
+from bench.common.problem import TENSORS, AttentionProblem, Choice
+from bench.common.ranks import dtype_of
+from bench.common.turns import Arm, Spread, captured, interleaved
+from lhcp.comm.layout import LayoutName
+from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.config import LighthouseConfig
+from lhcp.layer.plan import Choices, able_backends, choose_backend, make_plan
+from lhcp.measure.report import PHASES
+from lhcp.measure.runs import Job, Runner, filled
+from lhcp.measure.twins import RandomReceiveBuffers
+from lhcp.ring.block import BLOCKS
+from lhcp.ring.block.base import BackwardInputs
+from lhcp.ring.kv import KV
+from lhcp.ring.shape import CAUSAL, FULL
+from lhcp.testing.ranks import RankPool
+from lhcp.testing.tolerance import assert_within_budget
+from lhcp.testing.world import world_without_messages
+from lhcp.timing import Spans
+
+STEADY_MS = 1000.0
+"""How long an arm runs before the next has its turn. Attention runs at the GPU's power limit, whose
+clock follows the load slowly: in turns of 0.2 s an arm still runs at its neighbour's clock, and the
+same code differs by 1%."""
+
+GRAPHS = 3
+"""Of each run, with inputs of their own. Of equal graphs the slowest takes 0.5% longer than the
+fastest, again and again: the slowest of several ranks would be picked by that."""
+
+NAMED = Spans()
+"""Not through operators, which make their own ranks: these would not put random numbers where
+others' would be."""
+
+Times = dict[str, dict[str, Spread]]
+"""Run -> phase -> milliseconds."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one call of the command asks for on this device."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    copy_rate: float
+    """Bytes a second of a copy."""
+
+    @property
+    def config(self) -> LighthouseConfig | None:
+        return config_of(self.args)
+
+    @property
+    def kernels(self) -> list[str]:
+        """Return blocks that can do such inputs here; plain torch only where it is alone."""
+        able = [b.name for b in able_backends(self.dtype, self.args.head_dim, self.device)]
+        return [name for name in able if name != "math"] or able
+
+    def job(self, rotation: str, seqlen: int, ranks: Ranks) -> Job:
+        """Resolve one rank's work."""
+        args, config = self.args, self.config
+        entries = seqlen if config is None else config.subsequence_length(seqlen)
+        shape = (args.batch, 1, args.heads, args.head_dim)
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        choices = Choices(args.layout, rotation, args.backend)
+        local = entries // ranks.world_size
+        return Job(
+            config=config,
+            tokens=seqlen,
+            entries=entries,
+            heads=(args.heads, args.kv_heads),
+            head_dim=args.head_dim,
+            batch=args.batch,
+            dtype=self.dtype,
+            device=self.device,
+            plan=make_plan(like, like[:, :, : args.kv_heads], ranks, choices, tokens=local),
+            kernels=args.kernels,
+        )
+
+
+def simulate(args: argparse.Namespace) -> None:
+    """Measure every rotation and length that the command line of overhead.py names."""
+    use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+    facts = shown_card(device, Ranks(), **{"ranks in turn": args.simulate_ranks})
+    setting = Setting(args, device, dtype_of(args.dtype, device), facts["copy_gb_s"] * 1e9)
+    rows = []
+    for rotation in args.rotations:
+        check(setting, rotation)
+        rows += [in_turn(setting, rotation, seqlen) for seqlen in args.seqlens]
+    last_line({"card": facts, "in_turn": rows}, args.json)
+
+
+def _gate_on_gloo(
+    group: Group | Ranks, rotation: str, layout: LayoutName, like: AttentionProblem
+) -> str | None:
+    return gate(Choice(rotation, "auto", as_ranks(group), layout), like, torch.device("cpu"))
+
+
+def check(setting: Setting, rotation: str) -> None:
+    """Check the rotation on gloo ranks, and the kernel here; raise if either is wrong."""
+    args = setting.args
+    like = AttentionProblem.of(args, torch.float64, head_dim=16)
+    nodes = args.nodes if args.nodes > 1 else None
+    work = (args.simulate_ranks, rotation, args.layout, like)
+    with closing(RankPool(args.simulate_ranks, timeout=600)) as pool:
+        said = pool.run(_gate_on_gloo, *work, num_nodes=nodes)
+    refuse(rotation, said[0])
+    if setting.device.type == "cuda":
+        _check_kernel(setting)
+
+
+def _check_kernel(setting: Setting) -> None:
+    args, device, dtype = setting.args, setting.device, setting.dtype
+    name = choose_backend(args.backend, dtype, args.head_dim, device).name
+    for queries, keys, mask in ((512, 512, CAUSAL), (512, 1536, FULL)):
+        shapes = ((queries, args.heads), (keys, args.kv_heads), (keys, args.kv_heads))
+        q, k, v = (torch.randn(2, n, h, args.head_dim, device=device).to(dtype) for n, h in shapes)
+        dout, scale = torch.randn_like(q), args.head_dim**-0.5
+        answers = []
+        for block, kind in (
+            (BLOCKS[name], dtype),
+            (BLOCKS["math"], dtype),
+            (BLOCKS["math"], torch.float64),
+        ):
+            x, grad = q.to(kind), dout.to(kind)
+            kv = KV(k.to(kind), v.to(kind))
+            out, lse = block.forward(x, kv, mask, scale)
+            inputs = BackwardInputs(grad, x, kv, out, lse)
+            answers.append((out, *block.backward(inputs, mask, scale)))
+        for title, *three in zip(TENSORS, *answers, strict=True):
+            assert_within_budget(f"{name} {title}", *three)
+
+
+def in_turn(setting: Setting, rotation: str, seqlen: int) -> dict[str, Any]:
+    """Measure and print one rotation, which `check` found right; return its numbers."""
+    args, world = setting.args, setting.args.simulate_ranks
+    alone = setting.job("auto", seqlen, Ranks())
+    fastest, single_ms = _fastest(alone, setting.kernels, args.repeats)
+    ranks = []
+    for rank in range(world):
+        buffers = RandomReceiveBuffers()
+        with world_without_messages(rank, world, args.nodes) as without:
+            job = setting.job(rotation, seqlen, replace(without, allocate=buffers))
+            single = partial(_single, alone, fastest)
+            ranks.append(_one_rank(job, single, args.repeats, setting.copy_rate))
+    row: dict[str, Any] = {
+        "rotation": job.plan.rotation,
+        "seqlen": seqlen,
+        "subsequence": alone.entries,
+        "world_size": world,
+        "backend": job.plan.backend,
+        "fastest": fastest,
+        "single_ms": single_ms,
+        "ranks": ranks,
+    }
+    for name in ranks[0]["ratio"]:
+        row[name] = {phase: max(r["ratio"][name][phase] for r in ranks) for phase in PHASES}
+    _print(row)
+    return row
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"{row['rotation']} S={row['subsequence']:,} N={row['seqlen']:,} W={row['world_size']} "
+        f"{row['backend']}: slowest rank x W over {row['fastest']} on one device"
+    )
+    for name in row["ranks"][0]["ratio"]:
+        what = "whole layer over its limit" if "layer" in name else "attention"
+        ratios = ", ".join(f"{phase} {row[name][phase]:.3f}" for phase in PHASES)
+        print(f"  {what}, {'eager' if 'eager' in name else 'graph'}: {ratios}")
+    if "layer" in row:
+        print(f"  peak {max(r['peak_gib'] for r in row['ranks']):.2f} GiB on a rank")
+    for rank, r in enumerate(row["ranks"]):
+        cells = [
+            f"{name} f {r['ms'][name]['forward']:.3f} f+b {r['ms'][name]['both']:.3f} "
+            f"±{r['spread'][name]:.1f}%"
+            for name in r["ms"]
+        ]
+        print(f"  rank {rank}: ms " + ", ".join(cells))
+    print(flush=True)
+
+
+def _time(runners: dict[str, list[Runner]], device: torch.device, repeats: int) -> Times:
+    """Time forwards and forwards with backwards, all in turns; a backward is the difference.
+
+    Args:
+        runners: several of one name are as many samples of it.
+    """
+    arms: dict[str, Run] = {}
+    for name, equals in runners.items():
+        for i, runner in enumerate(equals):
+            for phase in ("forward", "both"):
+                run = partial(runner.run, phase)
+                graph = device.type == "cuda" and "eager" not in name
+                arms[f"{name} {phase} {i}"] = captured(run) if graph else run
+    steady = STEADY_MS if device.type == "cuda" else 0.0
+    found = interleaved(
+        {name: Arm(run, repeats, steady, 1000) for name, run in arms.items()}, device
+    )
+    times: Times = {}
+    for name, equals in runners.items():
+        forward, both = (
+            _pooled([found[f"{name} {phase} {i}"] for i in range(len(equals))])
+            for phase in ("forward", "both")
+        )
+        backward = Spread(
+            both.median - forward.median,
+            both.low - forward.high,
+            both.high - forward.low,
+            both.count,
+        )
+        times[name] = {"forward": forward, "backward": backward, "both": both}
+    return times
+
+
+def _pooled(found: list[Spread]) -> Spread:
+    """Return the middle of equal runs, and how far they reach together."""
+    middle = median(spread.median for spread in found)
+    low, high = min(spread.low for spread in found), max(spread.high for spread in found)
+    return Spread(middle, low, high, sum(spread.count for spread in found))
+
+
+def _single(job: Job, backend: str) -> Runner:
+    plan = replace(job.plan.on_one_rank(*job.heads), backend=backend)
+    return job.attention(plan, NAMED, job.entries)
+
+
+def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str, dict[str, float]]]:
+    """Find the kernel that takes least for both directions on the whole, and all their times."""
+    times = _time({name: [_single(job, name)] for name in kernels}, job.device, min(repeats, 5))
+    medians = {name: {p: t[p].median for p in t} for name, t in times.items()}
+    return min(medians, key=lambda name: medians[name]["both"]), medians
+
+
+def _one_rank(
+    job: Job, single: Callable[[], Runner], repeats: int, copy_rate: float
+) -> dict[str, Any]:
+    device, world = job.device, job.plan.ranks.world_size
+    buffers = job.plan.ranks.allocate
+    assert isinstance(buffers, RandomReceiveBuffers)
+    mine = {"rank": lambda: job.attention(job.plan, NAMED, job.entries // world)}
+    if job.config is not None:
+        mine["layer"] = lambda: job.layer(job.plan.ranks, NAMED, job.tokens // world)
+    # Before others' numbers are drawn, which a rank does not hold.
+    peak, largest = 0.0, list(mine.values())[-1]
+    if device.type == "cuda":
+        peak = peak_gib(partial(largest().run, "both"), device)
+    equals = range(GRAPHS if device.type == "cuda" else 1)
+    runners = {"single": [single() for _ in equals]}
+    runners |= {name: [filled(make(), buffers) for _ in equals] for name, make in mine.items()}
+    for runner in runners["rank"]:
+        runner.run("both")
+        if not runner.finite():
+            raise SystemExit("a message delivered nothing, so these times mean nothing")
+    times = _time(runners, device, repeats)
+    if device.type == "cuda":
+        # Apart: a GPU that waits for launches cools down, and what it runs next is faster.
+        eager = {f"{name} eager": runners[name][:1] for name in runners if name != "single"}
+        times |= _time(eager, device, min(repeats, 3))
+    share = {phase: times["single"][phase].median / world for phase in PHASES}
+    rows, width = 2 * job.batch * (job.tokens + job.entries), job.head_dim * job.dtype.itemsize
+    moved = 1e3 * rows * sum(job.heads) * width / world / copy_rate
+    limits = {p: share[p] + moved * (2 if p == "both" else 1) for p in PHASES}
+    found: dict[str, Any] = {"ratio": {}, "ms": {}, "spread": {}, "peak_gib": peak}
+    for name, by_phase in times.items():
+        found["ms"][name] = {phase: t.median for phase, t in by_phase.items()}
+        found["spread"][name] = by_phase["both"].percent
+        if name != "single":
+            over = limits if "layer" in name else share
+            found["ratio"][name] = {p: t.median / over[p] for p, t in by_phase.items()}
+    return found

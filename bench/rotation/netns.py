@@ -1,0 +1,168 @@
+"""A slow network between nodes, on one machine: the model against what messages really cost.
+
+    python -m bench.rotation.netns --out bench/results/netns_DATE                 # .md and .json
+
+Two nodes of one rank, whose links are shaped to rates that make the rotation communication-bound,
+balanced and compute-bound; at each the cost model is calibrated and predicts before it is measured,
+and the exposed time measured must be 0.8 to 1.25 of that predicted. Nodes are network namespaces:
+namespaces.py says what they need. Ends with status 1, naming what does not hold. Training over such
+nodes is tests/evidence/netns_train.py.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.arguments import add_heads, make_parser
+from bench.common.card import dated_card
+from bench.common.page import Page
+from bench.rotation.namespaces import Nodes, NotAllowed, nodes
+
+RATIO = (0.8, 1.25)
+"""What measured over predicted exposed time must keep to."""
+SMALL = 0.03
+"""Exposed time that is predicted below this share of T is compared by its difference."""
+DIFFERENCE = 0.05
+"""The largest such difference, as a share of T."""
+REGIMES = ("communication-bound", "balanced", "compute-bound")
+
+
+def measure(network: Nodes, args: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Predict and measure on two nodes; the document of bench.scaling."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (
+            *("-m", "bench.scaling", "--measure", "--device", "cpu"),
+            *("--nodes", str(len(network.names)), "--rotations", *args.rotations),
+            *("--seqlens", str(args.seqlen), "--heads", str(args.heads)),
+            *("--head-dim", str(args.head_dim), "--repeats", str(repeats)),
+            *("--large-message", str(args.large_message), "--out", f"{folder}/found"),
+        )
+        network.torchrun(1, arguments, args.timeout)
+        document: dict[str, Any] = json.loads(Path(f"{folder}/found.json").read_text())
+    return document
+
+
+def rates(document: dict[str, Any], balance: Sequence[float]) -> list[float]:
+    """Return the Mbit/s at which messages alone take `balance` times as long as compute alone."""
+    phases = [record[phase] for record in document["records"] for phase in ("forward", "backward")]
+    num_bytes = sum(phase["bytes"] for phase in phases)
+    seconds = sum(phase["measured"]["C"] for phase in phases) / 1e3
+    return [8 * num_bytes / (b * seconds) / 1e6 for b in balance]
+
+
+def verdicts(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Judge measured over predicted exposed time, by rotation and direction."""
+    found = []
+    for record in document["records"]:
+        for phase in ("forward", "backward"):
+            guess, real = record[phase]["predicted"], record[phase]["measured"]
+            small = guess["exposed"] < SMALL * guess["T"]
+            ratio = real["exposed"] / guess["exposed"] if guess["exposed"] > 0 else None
+            off = (real["exposed"] - guess["exposed"]) / real["T"]
+            ok = abs(off) <= DIFFERENCE if small else RATIO[0] <= (ratio or 0.0) <= RATIO[1]
+            found.append(
+                {
+                    "rotation": record["rotation"],
+                    "phase": phase,
+                    "ratio": ratio,
+                    "difference_over_T": off,
+                    "small": small,
+                    "ok": ok,
+                }
+            )
+    return found
+
+
+def show(page: Page, name: str, megabits: float | None, document: dict[str, Any]) -> dict[str, Any]:
+    """Show a table of one rate; its rows are held against the bounds if the link is shaped."""
+    rate = "not shaped" if megabits is None else f"{megabits:,.0f} Mbit/s"
+    link = document["calibration"]["outer"]
+    page.table(
+        f"{name}: {rate}",
+        f"Link as calibrated: {8e-6 * link['bandwidth']:,.0f} Mbit/s, "
+        f"{1e3 * link['latency']:.2f} ms. Milliseconds, predicted / measured.",
+        (
+            *("rotation", "direction", "T", "C", "M", "exposed"),
+            *("measured / model", "difference, of T", "verdict"),
+        ),
+    )
+    by_row = [
+        (record, phase) for record in document["records"] for phase in ("forward", "backward")
+    ]
+    said = verdicts(document)
+    for (record, phase), verdict in zip(by_row, said, strict=True):
+        guess, real = record[phase]["predicted"], record[phase]["measured"]
+        ratio = "-" if verdict["ratio"] is None else f"{verdict['ratio']:.2f}"
+        what = "ok, small" if verdict["small"] else "ok"
+        if megabits is None:
+            what = "-"
+        elif not verdict["ok"]:
+            what = "OFF"
+            page.wrong.append(f"{name}, {record['rotation']} {phase}: {ratio}")
+        page.row(
+            *(record["rotation"], phase),
+            *(f"{guess[x]:.1f} / {real[x]:.1f}" for x in ("T", "C", "M", "exposed")),
+            *(ratio, f"{verdict['difference_over_T']:.1%}", what),
+        )
+    return {"name": name, "mbit_s": megabits, "verdicts": said, "document": document}
+
+
+def compare(page: Page, args: argparse.Namespace) -> list[Any]:
+    """Measure unshaped links, for what compute takes, then links of three rates."""
+    with nodes(2) as network:
+        free = measure(network, args, min(args.repeats))
+        records = [show(page, "for the rates", None, free)]
+        shaped = zip(REGIMES, rates(free, args.balance), args.repeats, strict=True)
+        for name, megabits, repeats in shaped:
+            network.shape(megabits)
+            records.append(show(page, name, megabits, measure(network, args, repeats)))
+    page.line("")
+    page.line(
+        f"ok: the exposed time measured is {RATIO[0]} to {RATIO[1]} of the one predicted; small: "
+        f"it is predicted below {SMALL:.0%} of T, and is at most {DIFFERENCE:.0%} of T off."
+    )
+    return records
+
+
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"])
+    parser.add_argument("--seqlen", type=int, default=32768)
+    add_heads(parser, heads=2, head_dim=16)
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        nargs=3,
+        default=[5, 10, 25],
+        help="at each rate: the less is exposed, the more it takes to see it",
+    )
+    parser.add_argument(
+        "--balance", type=float, nargs=3, default=[3.0, 1.0, 0.3], help="M / C of the three rates"
+    )
+    parser.add_argument("--large-message", type=int, default=2**22)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds of one measurement")
+    parser.add_argument("--out", help="write <out>.md and <out>.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    sizes = f"S={args.seqlen:,}, B=1, H=Hk={args.heads}, head_dim {args.head_dim}, float32"
+    ranks = "2, gloo; 2 network namespaces of one machine, shaped by tc tbf"
+    facts = dated_card(torch.device("cpu"), ranks=ranks, sizes=sizes)
+    page = Page("Exposed time against the model, on two nodes at three rates", facts)
+    try:
+        records = compare(page, args)
+    except NotAllowed as error:
+        sys.exit(f"network namespaces are not possible here: {error}")
+    page.close(args.out, records)
+
+
+if __name__ == "__main__":
+    main()

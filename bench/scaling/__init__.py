@@ -1,0 +1,1 @@
+"""What the cost model says of many ranks, and how far it is from what is measured."""

@@ -1,0 +1,115 @@
+"""The cost model's word beside what these ranks measure, after calibrating it on them."""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from bench.common.card import shown_card
+from bench.common.gate import gate, refuse
+from bench.common.page import last_line
+from bench.common.problem import AttentionProblem, Choice
+from bench.common.ranks import all_ranks, dtype_of
+from bench.rotation.calibrate import Grid, calibrate
+from bench.rotation.predict_rows import milliseconds
+from lhcp.comm.layout import make_layout
+from lhcp.comm.mesh import Ranks
+from lhcp.cost.calibration import Calibration
+from lhcp.cost.choose import predict
+from lhcp.measure import measure_overhead
+from lhcp.ring.shape import AttentionShape
+
+Row = dict[str, Any]
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> None:
+    """Calibrate, predict, then measure, on these ranks; rank 0 prints both."""
+    ranks, dtype = all_ranks(device), dtype_of("auto", device)
+    facts = shown_card(device, ranks)
+    chunks = [n // ranks.world_size // 2 for n in args.seqlens]
+    lengths = sorted({c for chunk in chunks for c in (chunk, 2 * chunk)})
+    grid = Grid(
+        heads=args.heads,
+        head_dim=args.head_dim,
+        dtype=dtype,
+        seqlens=sorted({*lengths, *args.seqlens}),
+        queries=lengths,
+        keys=sorted({c for n in args.seqlens for c in (*lengths, n // 2)}),
+    )
+    calibration = calibrate(ranks, device, grid, args.nodes, args.large_message)
+    records = []
+    for rotation in args.rotations:
+        like = AttentionProblem.of(args, dtype)
+        refuse(rotation, gate(Choice(rotation, "auto", ranks), like, device))
+        for seqlen in args.seqlens:
+            problem = replace(like, seqlen=seqlen)
+            records.append(compare(args, ranks, device, rotation, problem, calibration))
+            if ranks.rank == 0:
+                print_comparison(records[-1])
+    if ranks.rank == 0:
+        document = {"card": facts, "calibration": json.loads(calibration.text), "records": records}
+        last_line(document, None if args.out is None else args.out + ".json")
+
+
+def compare(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    device: torch.device,
+    rotation: str,
+    problem: AttentionProblem,
+    calibration: Calibration,
+) -> Row:
+    """Predict, then measure; milliseconds of T, C, M and exposed by direction."""
+    shape = AttentionShape(
+        seqlen=problem.seqlen,
+        layout=make_layout("zigzag", ranks.world_size),
+        num_heads=args.heads,
+        num_kv_heads=args.heads,
+        head_dim=args.head_dim,
+        element_bytes=problem.dtype.itemsize,
+        node_size=None if args.nodes == 1 else ranks.world_size // args.nodes,
+    )
+    predicted = predict(rotation, shape, calibration)
+    report = measure_overhead(
+        None,
+        seqlen=problem.seqlen,
+        num_heads=args.heads,
+        head_dim=args.head_dim,
+        dtype=problem.dtype,
+        group=ranks,
+        rotation=rotation,
+        device=device,
+        repeats=args.repeats,
+        warmup=1,
+        single_seconds=args.single_seconds,
+    )
+    record: Row = {"rotation": rotation, "seqlen": problem.seqlen}
+    record["link"] = asdict(calibration.outer)
+    for phase in ("forward", "backward"):
+        guess, found = getattr(predicted, phase), report.phase(phase)
+        record[phase] = {
+            "bytes": found.bytes_per_rank,
+            "predicted": milliseconds(guess),
+            "measured": {
+                "T": 1e3 * found.real.median,
+                "C": 1e3 * found.compute.median,
+                "M": 1e3 * found.communication.median,
+                "exposed": 1e3 * found.exposed,
+            },
+        }
+    return record
+
+
+def print_comparison(record: Row) -> None:
+    """Print one record, a line a direction."""
+    print(f"{record['rotation']} S={record['seqlen']:,}   ms: predicted / measured (ratio)")
+    for phase in ("forward", "backward"):
+        guess, found = record[phase]["predicted"], record[phase]["measured"]
+        cells = [
+            f"{name} {guess[name]:.2f} / {found[name]:.2f} "
+            f"({found[name] / guess[name] if guess[name] > 0 else float('nan'):.2f})"
+            for name in guess
+        ]
+        print(f"  {phase:<9} " + "   ".join(cells), flush=True)

@@ -1,0 +1,26 @@
+"""How the benchmarks tell a link's latency from its bandwidth."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.common import links
+from lhcp.comm.mesh import Ranks
+
+
+@pytest.mark.parametrize("short, long, rate", [(1e-3, 3e-3, 5e8), (2e-3, 1e-3, 1e9)])
+def test_a_noisy_link_is_not_endlessly_fast(
+    monkeypatch: pytest.MonkeyPatch, short: float, long: float, rate: float
+) -> None:
+    """Fails if a long message that took no longer than a short one had bytes that cost nothing."""
+    large = 10**6
+    monkeypatch.setattr(links, "seconds_of", lambda run, device, repeats: run())
+    monkeypatch.setattr(links.dist, "barrier", lambda group: None)
+
+    def make(num_bytes: int) -> Callable[[], float]:
+        return lambda: long if num_bytes == large else short
+
+    found = links.latency_and_rate(make, large, Ranks(), torch.device("cpu"))
+    assert found[1] == pytest.approx(rate, rel=2e-3)
+    assert 0 <= found[0] <= short
