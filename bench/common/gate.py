@@ -30,6 +30,8 @@ def gate(choice: Choice, like: AttentionProblem, device: torch.device) -> str | 
         choice = replace(choice, rotation="auto")
     try:
         if device.type == "cuda":
+            if dense.dtype == torch.float64:
+                choice = replace(choice, backend="math")
             _compare(dense, choice, device)
         else:
             config, seqlen = small_config(num_strata=2 * world_size)
