@@ -37,12 +37,22 @@ def unpack_words(argument: str) -> list[str]:
 
 
 def pack_integers(record: Any) -> list[int]:
-    """Return a flat dataclass of integers and bools as one argument of an operator."""
+    """Return a flat record of integers and bools as one argument of an operator.
+
+    Args:
+        record: a NamedTuple, which is quick, or a dataclass.
+    """
+    if isinstance(record, tuple):
+        return [int(value) for value in record]
     return [int(getattr(record, field.name)) for field in dataclasses.fields(record)]
 
 
 def unpack_integers(kind: type[R], argument: Sequence[int]) -> R:
     """Return the record of this kind that `pack_integers` packed; equal ones are one object."""
+    if issubclass(kind, tuple):
+        fields: Any = kind
+        quick: R = fields(*argument)
+        return quick
     record: R = _unpacked(kind, tuple(argument))  # type: ignore[arg-type]
     return record
 

@@ -185,8 +185,9 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
             those that can).
         ImportError: the backend's package is missing or not understood.
     """
-    asked, able = _request(dtype, head_dim, device), able_backends(dtype, head_dim, device)
+    asked = _request(dtype, head_dim, device)
     if name == "auto":
+        able = able_backends(dtype, head_dim, device)
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
             _announce(name, device.type, str(dtype), head_dim)
@@ -196,7 +197,7 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
     if block.missing is not None:
         raise ImportError(f"backend={name!r}: {block.missing}")
     if (reason := block.refuses(asked)) is not None:
-        names = ", ".join(b.name for b in able)
+        names = ", ".join(b.name for b in able_backends(dtype, head_dim, device))
         raise ValueError(f"backend={name!r}: {reason}; backends that can: {names}")
     return block
 
@@ -224,12 +225,16 @@ def _request(dtype: torch.dtype, head_dim: int, device: torch.device) -> Request
 
 def _capability(kind: str, index: int | None) -> tuple[int, int] | None:
     """Return the compute capability of a CUDA device that is there, else None."""
-    if kind != "cuda" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_capability(index)
+    return _capability_of(index) if kind == "cuda" else None
 
 
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _capability_of(index: int | None) -> tuple[int, int] | None:
+    # Asked for once: looking for a GPU takes the host as long as a launch.
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 @cache

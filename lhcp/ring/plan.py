@@ -10,7 +10,8 @@ from lhcp.operators import pack_integers, unpack_integers
 from lhcp.ring.shape import DEFAULT_TUNING, AttentionShape, Mask, Tuning
 
 PackedPlan = tuple[str, list[int], float]
-"""A plan as arguments of an operator: names; the mask and the tuning; the scale."""
+"""A plan as arguments of an operator: names; the mask, and the tuning if it is not the default one;
+the scale."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,18 @@ class RingPlan:
         """Return the plan as arguments of an operator; `unpack` is the way back."""
         shape = self.shape
         words = pack_cut(self.ranks, self.layout, self.rotation, self.backend)
-        return words, [int(shape.mask.causal), *pack_integers(shape.tuning)], self.scale
+        integers = [int(shape.mask.causal)]
+        if shape.tuning != DEFAULT_TUNING:
+            integers += pack_integers(shape.tuning)
+        return words, integers, self.scale
 
     @classmethod
     def unpack(cls, q: Tensor, k: Tensor, packed: PackedPlan) -> "RingPlan":
         """Return the plan that was packed, for q [B, n, H, D] and k [B, n, Hk, D]."""
         words, integers, scale = packed
         ranks, layout, (rotation, backend) = unpack_cut(words)
-        mask, tuning = Mask(bool(integers[0])), unpack_integers(Tuning, integers[1:])
+        mask = Mask(bool(integers[0]))
+        tuning = unpack_integers(Tuning, integers[1:]) if integers[1:] else DEFAULT_TUNING
         shape = shape_of(q, k, layout, mask, ranks, q.shape[1], tuning)
         return cls(ranks, shape, rotation, backend, scale)
 
@@ -72,13 +77,14 @@ def shape_of(
     Args:
         tokens: of this rank that attention runs on.
     """
+    batch, _, num_heads, head_dim = q.shape
     return AttentionShape(
         seqlen=tokens * layout.world_size,
         layout=layout,
-        num_heads=q.shape[2],
+        num_heads=num_heads,
         num_kv_heads=k.shape[2],
-        head_dim=q.shape[3],
-        batch=q.shape[0],
+        head_dim=head_dim,
+        batch=batch,
         element_bytes=q.element_size(),
         mask=mask,
         node_size=ranks.node_size,

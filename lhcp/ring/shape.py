@@ -23,8 +23,7 @@ CAUSAL = Mask(True)
 FULL = Mask(False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(NamedTuple):
     """From which sizes on an attention is cut up; the results differ in rounding alone."""
 
     min_round_pairs: int = 2**31

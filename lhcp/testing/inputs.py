@@ -77,9 +77,13 @@ def poisoned_empty() -> Iterator[None]:
         @functools.wraps(original)
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
             x: Tensor = original(*args, **kwargs)
+            # A leaf that will have a gradient cannot be written in place.
+            into = x.detach()
             if x.is_floating_point() or x.is_complex():
-                return x.fill_(torch.nan)
-            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max // 3)
+                into.fill_(torch.nan)
+            else:
+                into.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max // 3)
+            return x
 
         return allocate
 
