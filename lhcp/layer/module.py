@@ -52,8 +52,12 @@ class LighthouseAttention(nn.Module):
         super().__init__()
         self.config = config
         self.ranks = as_ranks(group)
-        spans = UNTIMED if timers is None else timers
-        self.choices = Choices(layout, rotation, backend, kernels, scale, spans)
+        self.layout: LayoutName = layout
+        self.rotation = rotation
+        self.backend = backend
+        self.kernels = kernels
+        self.scale = scale
+        self.timers = UNTIMED if timers is None else timers
         self._agreed: set[str] = set()
         self._mode: Mode = "dense" if config is None else "lighthouse"
 
@@ -69,6 +73,13 @@ class LighthouseAttention(nn.Module):
         if mode == "lighthouse" and self.config is None:
             raise ValueError("mode='lighthouse' needs a config; this layer was made with None")
         self._mode = mode
+
+    @property
+    def choices(self) -> Choices:
+        """What the layer was asked for, as its attributes say now."""
+        return Choices(
+            self.layout, self.rotation, self.backend, self.kernels, self.scale, self.timers
+        )
 
     def forward(
         self,
