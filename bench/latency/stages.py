@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stage:
+class TimedStage:
     """One launcher, the bytes that it must move and what the torch path returns in its place."""
 
     run: Run
@@ -102,7 +102,7 @@ def assert_equal(name: str, got: Tensor, want: Tensor) -> None:
         raise Wrong(f"{name} is not the torch path's, bit for bit")
 
 
-def build(geom: Geometry, shape: Shape) -> dict[str, Stage]:
+def build(geom: Geometry, shape: Shape) -> dict[str, TimedStage]:
     """Build the stages of one size on random inputs."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     n, sub, pooled = geom.num_tokens, geom.subsequence, geom.pooled_size
@@ -137,47 +137,47 @@ def build(geom: Geometry, shape: Shape) -> dict[str, Stage]:
     maps = indices * (geom.pyramid_size + sub)
     scattered = row * heads * (n + sub)
     found = {
-        "pool": Stage(
+        "pool": TimedStage(
             lambda: pool.pool_and_score(tokens, geom),
             triple * (n + pooled) + 2 * indices * pooled,
             torch_pooled,
         ),
-        "select": Stage(
+        "select": TimedStage(
             lambda: select.select(sq, sk, geom),
             2 * indices * pooled + maps,
             lambda: tuple(torch_select.select(sq, sk, geom)),
             exact=True,
         ),
-        "gather": Stage(
+        "gather": TimedStage(
             lambda: gather.gather(tokens, means, entries, geom),
             2 * triple * sub,
             torch_gathered,
             exact=True,
         ),
-        "scatter": Stage(
+        "scatter": TimedStage(
             lambda: scatter.scatter(o, rows, geom),
             scattered,
             lambda: (torch_scatter.scatter(o, rows, geom),),
         ),
-        "scatter_backward": Stage(
+        "scatter_backward": TimedStage(
             lambda: scatter_backward.scatter_backward(dout, rows, geom),
             scattered,
             lambda: (torch_scatter.scatter_backward(dout, entries, geom),),
         ),
-        "gather_backward": Stage(
+        "gather_backward": TimedStage(
             lambda: gather.gather_backward(grads, rows, geom),
             triple * (n + sub),
             lambda: (torch_gather.gather_backward_one(x, rows, geom) for x in grads),
         ),
     }
     if geom.num_chunks > 1:
-        found["scatter_edges"] = Stage(
+        found["scatter_edges"] = TimedStage(
             lambda: scatter.scatter_edges(out, o, rows, halo, geom),
             2 * edge,
             lambda: with_edges(torch_scatter.scatter_edges),
             got=lambda: with_edges(scatter.scatter_edges),
         )
-        found["edge_grads"] = Stage(
+        found["edge_grads"] = TimedStage(
             lambda: scatter_backward.edge_grads(dout, geom),
             edge,
             lambda: (torch_scatter.edge_grads(dout, geom),),
@@ -206,7 +206,7 @@ def assert_same_bits(name: str, run: Run) -> None:
             raise Wrong(f"{name} differs from run to run")
 
 
-def measure(stages: dict[str, Stage], copy: float) -> dict[str, Timed]:
+def measure(stages: dict[str, TimedStage], copy: float) -> dict[str, Timed]:
     """Check and time every stage, forward ones first.
 
     Raises:

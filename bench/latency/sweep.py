@@ -14,7 +14,7 @@ import torch
 from bench.common.arguments import make_parser
 from bench.common.clock import copy_bandwidth
 from bench.latency.size import Size
-from bench.latency.stages import Shape, Stage, Wrong, build, measure
+from bench.latency.stages import Shape, TimedStage, Wrong, build, measure
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
 Variants = tuple[ModuleType, tuple[str, ...], Sequence[tuple[int, ...]]]
@@ -47,7 +47,7 @@ SWEEPS: dict[str, Variants] = {
 }
 
 
-def sweep(name: str, stage: Stage, copy: float) -> None:
+def sweep(name: str, stage: TimedStage, copy: float) -> None:
     """Time every variant of one stage."""
     module, constants, variants = SWEEPS[name]
     for values in variants:

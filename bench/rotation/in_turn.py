@@ -59,7 +59,7 @@ Times = dict[str, dict[str, Spread]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class InTurnSetting:
     """What one call of the command asks for on this device."""
 
     args: argparse.Namespace
@@ -105,7 +105,7 @@ def simulate(args: argparse.Namespace) -> None:
     use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     facts = shown_card(device, Ranks(), **{"ranks in turn": args.simulate_ranks})
-    setting = Setting(args, device, dtype_of(args.dtype, device), facts["copy_gb_s"] * 1e9)
+    setting = InTurnSetting(args, device, dtype_of(args.dtype, device), facts["copy_gb_s"] * 1e9)
     rows = []
     for rotation in args.rotations:
         check(setting, rotation)
@@ -119,7 +119,7 @@ def _gate_on_gloo(
     return gate(Choice(rotation, "auto", as_ranks(group), layout), like, torch.device("cpu"))
 
 
-def check(setting: Setting, rotation: str) -> None:
+def check(setting: InTurnSetting, rotation: str) -> None:
     """Check the rotation on gloo ranks, and the kernel here; raise if either is wrong."""
     args = setting.args
     like = AttentionProblem.of(args, torch.float64, head_dim=16)
@@ -132,7 +132,7 @@ def check(setting: Setting, rotation: str) -> None:
         _check_kernel(setting)
 
 
-def _check_kernel(setting: Setting) -> None:
+def _check_kernel(setting: InTurnSetting) -> None:
     args, device, dtype = setting.args, setting.device, setting.dtype
     name = choose_backend(args.backend, dtype, args.head_dim, device).name
     for queries, keys, mask in ((512, 512, CAUSAL), (512, 1536, FULL)):
@@ -154,7 +154,7 @@ def _check_kernel(setting: Setting) -> None:
             assert_within_budget(f"{name} {title}", *three)
 
 
-def in_turn(setting: Setting, rotation: str, seqlen: int) -> dict[str, Any]:
+def in_turn(setting: InTurnSetting, rotation: str, seqlen: int) -> dict[str, Any]:
     """Measure and print one rotation, which `check` found right; return its numbers."""
     args, world = setting.args, setting.args.simulate_ranks
     alone = setting.job("auto", seqlen, Ranks())

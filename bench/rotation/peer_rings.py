@@ -26,7 +26,7 @@ from bench.common.ranks import all_ranks, barrier, dtype_of, run_on_ranks, slowe
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.plan import choose_backend
 from lhcp.measure.report import PHASES, Timing
-from lhcp.measure.runs import Recorder, Runner, take
+from lhcp.measure.runs import Recorder, Runner, take_sample
 from lhcp.ring.rotation import NAMES
 
 Row = dict[str, Any]
@@ -74,7 +74,7 @@ def in_turn(
         for phase in PHASES:
             for run, found in zip(runs, times, strict=True):
                 barrier(ranks, device)
-                seconds = slowest(take(run, phase, spans, calls).seconds, ranks)
+                seconds = slowest(take_sample(run, phase, spans, calls).seconds, ranks)
                 if repeat >= args.warmup:
                     found[phase].append(seconds)
     return [{phase: Timing.of(s) for phase, s in found.items()} for found in times]

@@ -96,7 +96,7 @@ def paper_hours(point: Point) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionSeconds:
     """Seconds of one attention over a length."""
 
     forward: float
@@ -106,11 +106,11 @@ class Attention:
         """Return seconds in a step; recomputing runs the forward twice."""
         return self.forward * (1 + recompute) + self.backward
 
-    def scaled(self, factor: float) -> "Attention":
-        return Attention(self.forward * factor, self.backward * factor)
+    def scaled(self, factor: float) -> "AttentionSeconds":
+        return AttentionSeconds(self.forward * factor, self.backward * factor)
 
 
-def limit_step(row: Row, whole: Attention, row_seconds: float) -> float:
+def limit_step(row: Row, whole: AttentionSeconds, row_seconds: float) -> float:
     """Return seconds of a step whose lighthouse layers are at their limit.
 
     The limit of a layer is its attention over the sub-sequence plus, a direction, q, k, v read
@@ -124,7 +124,7 @@ def limit_step(row: Row, whole: Attention, row_seconds: float) -> float:
     """
     recompute = row["checkpointed"]
     traffic = 4 * (row["seqlen"] + row["subsequence"]) * row_seconds
-    limit = Attention(**row["attention_short"]).total(recompute) + traffic * (2 + recompute)
+    limit = AttentionSeconds(**row["attention_short"]).total(recompute) + traffic * (2 + recompute)
     return float(
         row["dense"]["seconds"] + row["lighthouse_layers"] * (limit - whole.total(recompute))
     )
@@ -150,7 +150,7 @@ def complete(rows: list[Row], config: ModelConfig, copy_rate: float) -> None:
             # Where dense was not run, its attention grows as N^2 from the longest that was.
             longest = max(known, key=lambda one: one["seqlen"])
             factor = 1.0 if row in known else (row["seqlen"] / longest["seqlen"]) ** 2
-            whole = Attention(**(row if row in known else longest)["attention_whole"])
+            whole = AttentionSeconds(**(row if row in known else longest)["attention_whole"])
             row_seconds = 2 * config.num_heads * config.head_dim / copy_rate
             limit = limit_step(row, whole.scaled(factor), row_seconds)
             point = Point(row["seqlen"], row["dense"]["seconds"], row["lighthouse"]["seconds"])

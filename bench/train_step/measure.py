@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from bench.common.clock import sustained_seconds
-from bench.train_step.arithmetic import Attention, Row, config_for
+from bench.train_step.arithmetic import AttentionSeconds, Row, config_for
 from bench.train_step.profile import Profile, profile
 from bench.train_step.trainer import StepTime, Trainer, random_bytes
 from lhcp.ring.block import BLOCKS
@@ -20,7 +20,7 @@ from lhcp.training.model import Mode, ModelConfig
 
 def attention_seconds(
     seqlen: int, config: ModelConfig, backend: str, device: torch.device
-) -> Attention:
+) -> AttentionSeconds:
     """Time the attention kernel alone over `seqlen` tokens."""
     shape = (1, seqlen, config.num_heads, config.head_dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -29,7 +29,7 @@ def attention_seconds(
     out, lse = (x.contiguous() for x in block.forward(q, kv, CAUSAL, scale))
     inputs = BackwardInputs(dout, q, kv, out, lse)
     backward = sustained_seconds(lambda: block.backward(inputs, CAUSAL, scale), device, 0.3)
-    return Attention(forward, backward)
+    return AttentionSeconds(forward, backward)
 
 
 def summary(timings: list[StepTime], seqlen: int) -> Row:

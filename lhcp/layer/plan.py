@@ -23,7 +23,7 @@ from lhcp.ring import rotation as rotations
 from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block, Request
-from lhcp.ring.plan import RingPlan, shape_of
+from lhcp.ring.plan import RingPlan, attention_shape
 from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
 from lhcp.timing import UNTIMED, Spans
 
@@ -83,7 +83,7 @@ def make_plan(
         ValueError, ImportError: see `lhcp.ring_attention`.
     """
     layout = make_layout(choices.layout, ranks.world_size)
-    shape = shape_of(q, k, layout, mask, ranks, q.shape[1] if tokens is None else tokens)
+    shape = attention_shape(q, k, layout, mask, ranks, q.shape[1] if tokens is None else tokens)
     name = _rotation(shape, choices.rotation, q.device)
     check_rotation(name, ranks, k.shape[2])
     if (package := PACKAGE_RINGS.get(name)) is not None:

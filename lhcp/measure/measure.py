@@ -15,7 +15,7 @@ from lhcp.cost.calibration import Calibration
 from lhcp.layer.lighthouse import local_geometry
 from lhcp.layer.plan import Choices, make_plan
 from lhcp.measure.report import PHASES, OverheadReport
-from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take
+from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take_sample
 from lhcp.measure.summary import Samples, summarize
 from lhcp.measure.twins import RandomReceiveBuffers, silent
 
@@ -159,7 +159,7 @@ def _measure(job: Job, spans: Recorder, runs: dict[str, Runner], effort: Effort)
             for name, runner in (runs | alone).items():
                 if name in runs:
                     _barrier(ranks, job.device)
-                sample = take(runner, phase, spans, calls)
+                sample = take_sample(runner, phase, spans, calls)
                 if repeat >= warmup:
                     samples.setdefault((name, phase), []).append(sample)
     gathered: list[Any] = [(samples, single_seqlen)] * ranks.world_size
@@ -192,7 +192,7 @@ def _calls(job: Job, runner: Runner, spans: Recorder) -> int:
     wanted = 1
     for _ in range(2):  # the first run compiles and allocates
         _barrier(ranks, job.device)
-        seconds = take(runner, "both", spans, 1).seconds
+        seconds = take_sample(runner, "both", spans, 1).seconds
     if job.device.type == "cuda":
         wanted = min(100, math.ceil(_SAMPLE_SECONDS / seconds))
     everybody = [wanted] * ranks.world_size

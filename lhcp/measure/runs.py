@@ -113,7 +113,7 @@ def filled(runner: Runner, buffers: RandomReceiveBuffers) -> Runner:
     return Runner(anew(runner.forward), anew(runner.backward), runner.finite)
 
 
-def take(runner: Runner, phase: str, spans: Recorder, calls: int) -> Sample:
+def take_sample(runner: Runner, phase: str, spans: Recorder, calls: int) -> Sample:
     """Time `calls` runs in a row."""
     spans.begin()
     for _ in range(calls):
@@ -235,7 +235,7 @@ def single(job: Job, limit: float) -> tuple[Runner, int]:
     best = next((n for n in lengths if n <= 1024), lengths[-1])
     while True:
         chosen = runner(best)
-        seconds = min(take(chosen, "both", spans, 1).seconds for _ in range(2))
+        seconds = min(take_sample(chosen, "both", spans, 1).seconds for _ in range(2))
         longer = lengths[lengths.index(best) - 1] if best < job.entries else None
         if longer is None or 4 * seconds > limit or not _fits(job, longer):
             return chosen, best

@@ -59,11 +59,11 @@ class RingPlan:
         ranks, layout, (rotation, backend) = unpack_cut(words)
         mask = Mask(bool(integers[0]))
         tuning = unpack_integers(Tuning, integers[1:]) if integers[1:] else DEFAULT_TUNING
-        shape = shape_of(q, k, layout, mask, ranks, q.shape[1], tuning)
+        shape = attention_shape(q, k, layout, mask, ranks, q.shape[1], tuning)
         return cls(ranks, shape, rotation, backend, scale)
 
 
-def shape_of(
+def attention_shape(
     q: Tensor,
     k: Tensor,
     layout: Layout,

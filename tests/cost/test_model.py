@@ -5,16 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lhcp.comm.layout import Layout, LayoutName, make_layout
+from lhcp.cost import choose as choosing
 from lhcp.cost.calibration import BlockSize, Calibration, Link, interpolate
-from lhcp.cost.choose import choose, predict
-from lhcp.cost.clocks import Message, Setting, finish, step_seconds
+from lhcp.cost.choose import choose, play, predict
+from lhcp.cost.clocks import Clocks, Message, Setting, finish, step_seconds
 from lhcp.cost.tables import CALIBRATIONS, CPU, H200
 from lhcp.cost.traffic import attention_flops, most_traffic
-from lhcp.ring.rotation import NAMES
+from lhcp.ring.kv import KV
+from lhcp.ring.rotation import NAMES, ROTATIONS
+from lhcp.ring.rotation.base import RotationContext
 from lhcp.ring.schedule import allgather_steps, p2p_steps
-from lhcp.ring.shape import CAUSAL, FULL, AttentionShape, Tuning
+from lhcp.ring.shape import CAUSAL, FULL, AttentionShape, Mask, Tuning
+from lhcp.testing.world import world_without_messages
+from lhcp.timing import UNTIMED
 
 ZIGZAG = Layout("zigzag", 8)
 BASE = AttentionShape(
@@ -87,6 +93,47 @@ def test_schedules_cover_the_triangle(rotation: str, world: int) -> None:
             assert step_seconds(step, Setting(shape, H200, "forward")) >= 0
     whole = attention_flops(BlockSize(shape.seqlen, shape.seqlen, CAUSAL, 8, 128), "forward")
     assert flops == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(round_length=2, num_head_groups=4)], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_the_model_plays_the_schedule_that_runs(
+    rotation: str, layout: LayoutName, mask: Mask, tuning: Tuning
+) -> None:
+    """Fails if a rotation's steps or their bytes are not those that the model plays."""
+    world, nodes = 8, 2
+    shape = AttentionShape(
+        seqlen=64,
+        layout=make_layout(layout, world),
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=4,
+        mask=mask,
+        node_size=world // nodes if rotation == "hierarchical" else None,
+        tuning=tuning,
+    )
+    kv = KV(*torch.zeros(2, 1, shape.tokens, 4, 4, dtype=torch.bfloat16))
+    for direction in ("forward", "backward"):
+        setting = Setting(shape, HAND, direction)  # type: ignore[arg-type]
+        made = []
+        for rank in range(world):
+            with world_without_messages(rank, world, nodes if shape.num_nodes > 1 else 1) as ranks:
+                context = RotationContext(ranks, shape, direction == "backward", UNTIMED)
+                made.append(ROTATIONS[rotation](context, kv))
+        seconds = [[step_seconds(step, setting) for step in one.steps] for one in made]
+        slowest = [max(of_step) for of_step in zip(*seconds, strict=True)]
+        assert play(rotation, setting).steps == slowest
+        (step_bytes,) = {one.step_bytes for one in made}
+        heads = [step.heads[1] - step.heads[0] for step in made[0].steps]
+        largest = max(
+            call.kv[1] * shape.chunk_bytes * heads[i] // 4
+            for one in made
+            for i, step in enumerate(one.steps)
+            for call in step.calls
+        )
+        assert largest <= step_bytes
 
 
 def test_messages_hide_behind_long_steps() -> None:
@@ -197,6 +244,20 @@ def test_choice_follows_the_machine() -> None:
             assert times[rotation] == min(times.values())
             assert all(r in reason for r in times) and calibration.name in reason
     assert choose(replace(BASE, node_size=None), CPU, ("alltoall",))[0] == "alltoall"
+
+
+def test_choosing_plays_each_candidate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if choosing costs more than a play a candidate and direction: ranks do it at once."""
+    played = []
+
+    def counted(rotation: str, setting: Setting, **options: bool) -> Clocks:
+        played.append((rotation, setting.direction, options))
+        return play(rotation, setting, **options)
+
+    monkeypatch.setattr(choosing, "play", counted)
+    choose(BASE, H200)
+    names = ("allgather", "p2p", "hierarchical")
+    assert played == [(name, d, {}) for name in names for d in ("forward", "backward")]
 
 
 def test_calibration_file(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ Message = tuple[str, int, torch.dtype, int]
 send the distance to its receiver round the group, else the group's size."""
 
 
-class Recorder(TorchDispatchMode):
+class MessageRecorder(TorchDispatchMode):
     """Record every message that this rank posts.
 
     A dispatch mode does not look into operators: give what is called an `lhcp.Timers`, with which
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
         self.ops: list[str] = []
         """What c10d was called for, receives too."""
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "MessageRecorder":
         original = self._all_to_all = dist.all_to_all_single
 
         def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> Any:
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Asked:
     """One attention with its backward."""
 
     rotation: str
@@ -103,7 +103,7 @@ class Call:
         return None if shape is None else shape[0]
 
 
-def record(group: Any, call: Call) -> tuple[list[Message], list[Message]]:
+def record(group: Any, call: Asked) -> tuple[list[Message], list[Message]]:
     """Messages of this rank's forward and of its backward."""
     q, k, v, do = (lhcp.shard(x, group, layout=call.layout) for x in call.problem.inputs())
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -113,12 +113,12 @@ def record(group: Any, call: Call) -> tuple[list[Message], list[Message]]:
         "rotation": call.rotation,
         "timers": lhcp.Timers(),
     }
-    with Recorder() as forward:
+    with MessageRecorder() as forward:
         if call.lighthouse:
             o = lhcp.lighthouse_attention(q, k, v, config=call.problem.config, **where)
         else:
             o = lhcp.ring_attention(q, k, v, **where)
-    with Recorder() as backward:
+    with MessageRecorder() as backward:
         torch.autograd.grad(o, (q, k, v), do)
     return forward.messages, backward.messages
 
@@ -136,7 +136,7 @@ def parts(layout: LayoutName, world: int, rank: int, keys: range) -> Counter[int
     return found
 
 
-def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]:
+def expected(call: Asked, rank: int) -> tuple[Counter[Message], Counter[Message]]:
     """What a rank should send, from sizes alone."""
     p, world = call.problem, call.world_size
     slots = 2 if call.layout == "zigzag" else 1
@@ -196,7 +196,7 @@ def expected(call: Call, rank: int) -> tuple[Counter[Message], Counter[Message]]
 
 
 CALLS = [
-    Call(
+    Asked(
         rotation=rotation,
         layout=layout,
         world_size=world_size,
@@ -212,13 +212,13 @@ CALLS = [
 ]
 
 
-def name(call: Call) -> str:
+def name(call: Asked) -> str:
     mode = "lighthouse" if call.lighthouse else "dense"
     return f"W{call.world_size}-{call.layout}-{call.rotation}-{mode}"
 
 
 @pytest.mark.parametrize("call", CALLS, ids=name)
-def test_every_message_is_accounted_for(ranks: RankPool, call: Call) -> None:
+def test_every_message_is_accounted_for(ranks: RankPool, call: Asked) -> None:
     """Fails if kv travels repeated or twice, parts that no one needs travel, or ranks differ."""
     recorded = ranks.run(record, call.world_size, call, num_nodes=call.nodes)
     for rank, (forward, backward) in enumerate(recorded):
@@ -231,7 +231,9 @@ def test_every_message_is_accounted_for(ranks: RankPool, call: Call) -> None:
 
 def test_float64_travels_as_float64(ranks: RankPool) -> None:
     """Fails if sums over ranks of exact inputs are rounded to float32 on the way."""
-    call = Call(rotation="p2p", layout="zigzag", world_size=2, lighthouse=True, dtype=torch.float64)
+    call = Asked(
+        rotation="p2p", layout="zigzag", world_size=2, lighthouse=True, dtype=torch.float64
+    )
     for rank, (forward, backward) in enumerate(ranks.run(record, 2, call)):
         assert (Counter(forward), Counter(backward)) == expected(call, rank)
 
@@ -239,7 +241,7 @@ def test_float64_travels_as_float64(ranks: RankPool) -> None:
 def quiet(group: Any, layout: LayoutName) -> list[Message]:
     """Messages of everything that should send nothing."""
     problem = Problem()
-    with Recorder() as recorder:
+    with MessageRecorder() as recorder:
         q, k, _, _ = (lhcp.shard(x, group, layout=layout) for x in problem.inputs())
         lhcp.positions(problem.seqlen, group, layout=layout)
         lhcp.select(q, k, config=problem.config, group=group, layout=layout)
@@ -255,7 +257,7 @@ def test_selection_and_sharding_send_nothing(ranks: RankPool, layout: LayoutName
 def test_one_rank_sends_nothing(ranks: RankPool) -> None:
     """Fails if a group of one rank talks to itself."""
     for rotation in set(ROTATIONS) - set(TWO_AXES):
-        call = Call(
+        call = Asked(
             rotation=rotation, layout="zigzag", world_size=1, lighthouse=True, dtype=torch.float32
         )
         assert ranks.run(record, 1, call) == [([], [])]
@@ -273,7 +275,7 @@ def exchange_rows(group: Any) -> tuple[list[str], list[Message], list[list[int]]
         output = torch.empty(world * (rank % 3), 2)
         rows = torch.tensor(given, dtype=torch.float32).unsqueeze(1).expand(-1, 2).contiguous()
         exchanges.append(Rows(output, [rank % 3] * world, rows, [p % 3 for p in range(world)]))
-    with Recorder() as recorder:
+    with MessageRecorder() as recorder:
         works = all_to_alls(exchanges, group)
     works.wait()
     return recorder.ops, recorder.messages, [e.output[:, 1].int().tolist() for e in exchanges]
@@ -293,9 +295,9 @@ def test_all_to_alls_are_a_message_a_part(ranks: RankPool) -> None:
 def gathers(group: Any) -> tuple[list[Message], list[Message]]:
     """Messages of `unshard` and of its backward."""
     part = torch.ones(2, 6, 3, requires_grad=True)
-    with Recorder() as forward:
+    with MessageRecorder() as forward:
         whole = lhcp.unshard(part, group)
-    with Recorder() as backward:
+    with MessageRecorder() as backward:
         whole.sum().backward()
     return forward.messages, backward.messages
 

@@ -31,7 +31,7 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from tests.evidence import check_problem
-from tests.evidence.long_formula import Rows, at_positions
+from tests.evidence.long_formula import SampledRows, at_positions
 from tests.evidence.whole import equal, peak_mb, whole_selection
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def select(problem: AttentionProblem, whole: Answers) -> reference.ReferenceSele
 
 
 def compare(
-    page: Page, rotation: str, parts: list[Any], truth: Rows, plain: Rows, lse: float
+    page: Page, rotation: str, parts: list[Any], truth: SampledRows, plain: SampledRows, lse: float
 ) -> list[Any]:
     """Show a row a tensor: largest error at the samples beside the budget's parts."""
     records: list[Any] = []
@@ -110,7 +110,7 @@ def compare(
     if not torch.equal(order.sort().values, torch.arange(truth.out.shape[0])):
         page.wrong.append(f"{rotation}: a sampled position is on no rank, or on two")
         return records
-    for i, name in enumerate(Rows._fields):
+    for i, name in enumerate(SampledRows._fields):
         ours = torch.cat([part["rows"][i] for part in parts])[order.argsort()]
         exact, same = truth[i], plain[i]
         eps, largest = torch.finfo(ours.dtype).eps, exact.abs().max().item()

@@ -14,7 +14,7 @@ from lhcp import reference
 from lhcp.config import LighthouseConfig
 
 
-class Rows(NamedTuple):
+class SampledRows(NamedTuple):
     """Output and gradients at the positions."""
 
     out: Tensor
@@ -30,7 +30,7 @@ def at_positions(
     selection: reference.ReferenceSelection,
     positions: Tensor,
     block: int = 512,
-) -> tuple[Rows, float]:
+) -> tuple[SampledRows, float]:
     """Compute the layer and its gradients at `positions`.
 
     Args:
@@ -54,12 +54,12 @@ def at_positions(
         kv_head = head * num_kv_heads // num_heads
         places = Places(selection, kv_head, q.shape[1], config)
         qs, ks, vs = (x[:, h] for x, h in zip(gathered, (head, kv_head, kv_head), strict=True))
-        attention = Attention(qs, ks, vs, places.owed(dout[0, :, head]), block)
+        attention = HeadAttention(qs, ks, vs, places.owed(dout[0, :, head]), block)
         rows.append(_rows(attention, places, positions))
         largest = max(largest, attention.lse.abs().max().item())
     out, dq, dk, dv = (torch.stack(x, 1) for x in zip(*rows, strict=True))
     dk, dv = (x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (dk, dv))
-    return Rows(out, dq, dk, dv), largest
+    return SampledRows(out, dq, dk, dv), largest
 
 
 class Places:
@@ -91,7 +91,7 @@ class Places:
         return grads
 
 
-class Attention:
+class HeadAttention:
     """Causal attention over one head's sub-sequence: q, k, v and the output's gradient [S, D]."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, block: int) -> None:
@@ -126,7 +126,7 @@ class Attention:
         return (q @ k.T * self.scale - lse).exp_().masked_fill_(masked, 0)
 
 
-def _rows(attention: Attention, places: Places, positions: Tensor) -> list[Tensor]:
+def _rows(attention: HeadAttention, places: Places, positions: Tensor) -> list[Tensor]:
     """Return out, dq, dk, dv of one head, each [samples, D]."""
     out, dq, dk, dv = (attention.q.new_zeros(len(positions), attention.q.shape[1]) for _ in "oqkv")
     for window, of in zip(places.windows, places.of, strict=True):

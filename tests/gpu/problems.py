@@ -16,7 +16,7 @@ NAMES = ("o", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
-class Problem:
+class LayerProblem:
     """One layer on one GPU; q, k, v and the output's gradient of a named seed."""
 
     num_heads: int = 2

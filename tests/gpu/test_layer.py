@@ -7,7 +7,7 @@ import torch
 
 import lhcp
 from lhcp.ring.block import BLOCKS
-from tests.gpu.problems import NAMES, Problem, distance
+from tests.gpu.problems import NAMES, LayerProblem, distance
 
 DIMS = {
     "cudnn": (64, 96, 128),
@@ -25,17 +25,17 @@ DIMS = {
 def test_within_the_error_budget(backend, head_dim, groups):
     if (why := BLOCKS[backend].missing) is not None:
         pytest.skip(why)
-    problem = Problem(num_heads=2 * groups, num_kv_heads=2, head_dim=head_dim, batch=2)
+    problem = LayerProblem(num_heads=2 * groups, num_kv_heads=2, head_dim=head_dim, batch=2)
     problem.check(backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes(dtype):
-    Problem(dtype=dtype, num_heads=2, num_kv_heads=1).check()
+    LayerProblem(dtype=dtype, num_heads=2, num_kv_heads=1).check()
 
 
 def test_same_scores_select_the_same_on_any_path():
-    problem = Problem(num_heads=4, num_kv_heads=2, batch=2)
+    problem = LayerProblem(num_heads=4, num_kv_heads=2, batch=2)
     q, k, _, _ = problem.draw()
     ours, torchs = (problem.select(q, k, kernels) for kernels in ("triton", "torch"))
     assert torch.equal(ours.entries, torchs.entries)
@@ -45,7 +45,7 @@ def test_same_scores_select_the_same_on_any_path():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_scores_that_are_not_finite(bad):
     """They rank first; selection stays in range and the same on both paths."""
-    problem = Problem(num_heads=4, num_kv_heads=2)
+    problem = LayerProblem(num_heads=4, num_kv_heads=2)
     q, k, v, dout = problem.draw()
     score_q, score_k = q.detach().clone(), k.detach().clone()
     score_q[:, 5::97, 1, 3] = bad
@@ -60,7 +60,7 @@ def test_scores_that_are_not_finite(bad):
 
 
 def test_equal_scores_go_to_the_lower_index():
-    problem = Problem()
+    problem = LayerProblem()
     q, k, v, dout = problem.draw()
     equal = {"score_q": torch.ones_like(q), "score_k": torch.ones_like(k)}
     ours, torchs = (problem.select(q, k, kernels, **equal) for kernels in ("triton", "torch"))
@@ -71,7 +71,7 @@ def test_equal_scores_go_to_the_lower_index():
 def test_more_entries_than_a_grid_axis_holds():
     """S > 65,535, k at its largest, against the torch path on the same selection."""
     config = lhcp.LighthouseConfig(topk=8192)
-    problem = Problem(1, 1, 64, config=config, seqlen=131072)
+    problem = LayerProblem(1, 1, 64, config=config, seqlen=131072)
     assert problem.geom.subsequence > 65535
     q, k, v, dout = problem.draw()
     selection = problem.select(q, k)
@@ -87,7 +87,7 @@ def test_more_elements_than_int32_counts():
     from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
     config = lhcp.LighthouseConfig(topk=2048)
-    problem = Problem(num_heads=34, num_kv_heads=1, head_dim=128, config=config, seqlen=2**19)
+    problem = LayerProblem(num_heads=34, num_kv_heads=1, head_dim=128, config=config, seqlen=2**19)
     geom = problem.geom
     q = torch.randn(1, 2**19, 34, 128, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, 1, 2**19, 1, 128, dtype=torch.bfloat16, device="cuda").unbind(0)
@@ -120,6 +120,6 @@ def test_more_elements_than_int32_counts():
     ],
 )
 def test_a_backend_that_cannot_names_those_that_can(backend, change, able):
-    problem = dataclasses.replace(Problem(), **change)
+    problem = dataclasses.replace(LayerProblem(), **change)
     with pytest.raises(ValueError, match=f"backends that can: .*{able}"):
         problem.answer(*problem.draw(), backend=backend)

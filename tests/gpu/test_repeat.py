@@ -6,9 +6,9 @@ import torch
 import lhcp
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
-from tests.gpu.problems import NAMES, Problem, distance
+from tests.gpu.problems import NAMES, LayerProblem, distance
 
-LONG = Problem(8, 4, 128, config=lhcp.LighthouseConfig(topk=512), seqlen=32768)
+LONG = LayerProblem(8, 4, 128, config=lhcp.LighthouseConfig(topk=512), seqlen=32768)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_deterministic_mode_refuses_cudnn(deterministic):
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash"])
 def test_a_cuda_graph_of_forward_and_backward_takes_new_inputs(backend):
-    problem = Problem(num_heads=4, num_kv_heads=2, head_dim=128)
+    problem = LayerProblem(num_heads=4, num_kv_heads=2, head_dim=128)
     static = problem.draw(seed=1)
 
     def run() -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A geometry and the shape of its tensors."""
 
     num_levels: int
@@ -76,16 +76,16 @@ class Case:
 
 
 CASES = {
-    "p4": Case(3, 4, 2, 2, batch=2, num_heads=2, num_kv_heads=1),
-    "two_chunks": Case(3, 4, 2, 2, num_chunks=2, num_heads=2, num_kv_heads=1, head_dim=128),
-    "p2_deep": Case(
+    "p4": KernelCase(3, 4, 2, 2, batch=2, num_heads=2, num_kv_heads=1),
+    "two_chunks": KernelCase(3, 4, 2, 2, num_chunks=2, num_heads=2, num_kv_heads=1, head_dim=128),
+    "p2_deep": KernelCase(
         4, 2, 4, 5, num_chunks=2, num_heads=1, num_kv_heads=1, head_dim=96, has_first=False
     ),
-    "p8": Case(2, 8, 2, 3, num_strata=1, num_kv_heads=1, head_dim=128, dtype=torch.float16),
-    "all_taken": Case(3, 2, 6, 6, head_dim=64, num_heads=3, num_kv_heads=1),
-    "fp32": Case(3, 4, 2, 2, num_chunks=2, head_dim=40, dtype=torch.float32),
-    "wide": Case(2, 2, 2, 6, head_dim=256, num_heads=1, num_kv_heads=1),
-    "p3": Case(3, 3, 2, 3, num_chunks=2, num_heads=4, num_kv_heads=2, head_dim=16),
+    "p8": KernelCase(2, 8, 2, 3, num_strata=1, num_kv_heads=1, head_dim=128, dtype=torch.float16),
+    "all_taken": KernelCase(3, 2, 6, 6, head_dim=64, num_heads=3, num_kv_heads=1),
+    "fp32": KernelCase(3, 4, 2, 2, num_chunks=2, head_dim=40, dtype=torch.float32),
+    "wide": KernelCase(2, 2, 2, 6, head_dim=256, num_heads=1, num_kv_heads=1),
+    "p3": KernelCase(3, 3, 2, 3, num_chunks=2, num_heads=4, num_kv_heads=2, head_dim=16),
 }
 
 STRIDED = ["two_chunks", "fp32", "wide"]

@@ -7,7 +7,7 @@ import torch
 
 from lhcp.lighthouse import select as torch_path
 from lhcp.lighthouse.kernels import select as kernels
-from tests.kernels.cases import CASES, Case
+from tests.kernels.cases import CASES, KernelCase
 
 KINDS = ["random", "equal", "ties", "signed", "special"]
 FEW_KINDS = [
@@ -15,7 +15,7 @@ FEW_KINDS = [
 ]
 
 
-def check(case: Case, kind: str, **options: int) -> None:
+def check(case: KernelCase, kind: str, **options: int) -> None:
     sq, sk = case.scores(kind)
     entries, row_of_entry = kernels.select(sq, sk, case.geom, **options)
     want = torch_path.select(sq, sk, case.geom)
@@ -36,13 +36,13 @@ def test_equals_torch_path_at_other_sizes(name):
 
 @pytest.mark.parametrize("kind", FEW_KINDS)
 def test_more_candidates_than_a_block(kind):
-    check(Case(3, 4, 6, 37, num_kv_heads=1, num_strata=1), kind, max_block=16)
-    case = Case(4, 2, 10, 18, num_kv_heads=1, num_strata=1, has_first=False)
+    check(KernelCase(3, 4, 6, 37, num_kv_heads=1, num_strata=1), kind, max_block=16)
+    case = KernelCase(4, 2, 10, 18, num_kv_heads=1, num_strata=1, has_first=False)
     check(case, kind, max_block=16)
 
 
 def test_first_entry_is_forced_only_in_the_first_stratum():
-    case = Case(3, 4, 2, 4, num_kv_heads=1)
+    case = KernelCase(3, 4, 2, 4, num_kv_heads=1)
     scores = torch.arange(1.0, case.geom.pooled_size + 1).expand(1, 1, -1)
     scores = scores.to(case.scores()[0].device)
     with_first, _ = kernels.select(scores, scores, case.geom)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lhcp.measure import OverheadReport, PhaseReport, Timing, measure_overhead
-from lhcp.measure.runs import Recorder, Runner, take
+from lhcp.measure.runs import Recorder, Runner, take_sample
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankError, RankPool
 
@@ -130,7 +130,7 @@ def test_recorder_places_spans() -> None:
         with spans.span("ring_forward", "compute", 0, torch.device("cpu")):
             torch.randn(1000).sum()
 
-    sample = take(Runner(step, step), "both", spans, 3)
+    sample = take_sample(Runner(step, step), "both", spans, 3)
     assert len(sample.spans) == 6 and len(sample.first_call) == 2
     stops = [0.0, *(stop for *_, stop in sample.spans)]
     starts = [start for *_, start, _ in sample.spans]

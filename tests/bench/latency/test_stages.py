@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.latency.stages import Shape, Stage, Wrong, assert_same_bits, build
+from bench.latency.stages import Shape, TimedStage, Wrong, assert_same_bits, build
 from lhcp.lighthouse.geometry import Geometry
 
 GEOM = Geometry(256, 2, 2, 3, 4, 4, True)
@@ -13,13 +13,13 @@ NAMES = ("pool", "select", "gather", "scatter", "scatter_backward", "gather_back
 
 
 @pytest.fixture(scope="module")
-def stages() -> dict[str, Stage]:
+def stages() -> dict[str, TimedStage]:
     torch.manual_seed(0)
     return build(GEOM, Shape(num_heads=2, num_kv_heads=1, head_dim=16, device="cpu"))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "scatter_edges", "edge_grads"])
-def test_a_stage_is_the_torch_path(stages: dict[str, Stage], name: str) -> None:
+def test_a_stage_is_the_torch_path(stages: dict[str, TimedStage], name: str) -> None:
     """Fails if a right stage is refused, or a wrong one gets a time."""
     stage = stages[name]
     stage.check(name)
