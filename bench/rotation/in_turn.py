@@ -161,9 +161,8 @@ def in_turn(setting: InTurnSetting, rotation: str, seqlen: int) -> dict[str, Any
     fastest, single_ms = _fastest(alone, setting.kernels, args.repeats)
     ranks = []
     for rank in range(world):
-        buffers = RandomReceiveBuffers()
         with world_without_messages(rank, world, args.nodes) as without:
-            job = setting.job(rotation, seqlen, replace(without, allocate=buffers))
+            job = setting.job(rotation, seqlen, without)
             single = partial(_single, alone, fastest)
             ranks.append(_one_rank(job, single, args.repeats, setting.copy_rate))
     row: dict[str, Any] = {
@@ -255,22 +254,29 @@ def _fastest(job: Job, kernels: list[str], repeats: int) -> tuple[str, dict[str,
     return min(medians, key=lambda name: medians[name]["both"]), medians
 
 
+def _numbered(make: Callable[[Ranks], Runner], ranks: Ranks) -> Runner:
+    """Make a runner for which others' numbers are there, its own ones."""
+    buffers = RandomReceiveBuffers()
+    return filled(make(replace(ranks, allocate=buffers)), buffers)
+
+
 def _one_rank(
     job: Job, single: Callable[[], Runner], repeats: int, copy_rate: float
 ) -> dict[str, Any]:
-    device, world = job.device, job.plan.ranks.world_size
-    buffers = job.plan.ranks.allocate
-    assert isinstance(buffers, RandomReceiveBuffers)
-    mine = {"rank": lambda: job.attention(job.plan, NAMED, job.entries // world)}
+    device, ranks = job.device, job.plan.ranks
+    world = ranks.world_size
+    mine: dict[str, Callable[[Ranks], Runner]] = {
+        "rank": lambda of: job.attention(replace(job.plan, ranks=of), NAMED, job.entries // world)
+    }
     if job.config is not None:
-        mine["layer"] = lambda: job.layer(job.plan.ranks, NAMED, job.tokens // world)
-    # Before others' numbers are drawn, which a rank does not hold.
+        mine["layer"] = lambda of: job.layer(of, NAMED, job.tokens // world)
+    # Without others' numbers, which a rank does not hold.
     peak, largest = 0.0, list(mine.values())[-1]
     if device.type == "cuda":
-        peak = peak_gib(partial(largest().run, "both"), device)
+        peak = peak_gib(partial(largest(ranks).run, "both"), device)
     equals = range(GRAPHS if device.type == "cuda" else 1)
     runners = {"single": [single() for _ in equals]}
-    runners |= {name: [filled(make(), buffers) for _ in equals] for name, make in mine.items()}
+    runners |= {name: [_numbered(make, ranks) for _ in equals] for name, make in mine.items()}
     for runner in runners["rank"]:
         runner.run("both")
         if not runner.finite():
