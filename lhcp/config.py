@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Scorer = Literal["norm", "dilated"]
-SCORERS: tuple[Scorer, ...] = ("norm", "dilated")
+SCORER_NAMES: tuple[Scorer, ...] = ("norm", "dilated")
 
 
 def nearest_multiples(value: int, unit: int) -> str:
@@ -73,8 +73,8 @@ class LighthouseConfig:
                 "of a stratum's picks go by query score, half by key score), for example "
                 f"{nearest_multiples(self.topk, unit)}"
             )
-        if self.scorer not in SCORERS:
-            raise ValueError(f"scorer={self.scorer!r}: must be one of {', '.join(SCORERS)}")
+        if self.scorer not in SCORER_NAMES:
+            raise ValueError(f"scorer={self.scorer!r}: must be one of {', '.join(SCORER_NAMES)}")
         if self.dilation < 1:
             raise ValueError(f"dilation={self.dilation}: must be at least 1, for example 4")
         if self.scorer_window < 1 or self.scorer_window % self.dilation:

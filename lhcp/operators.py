@@ -10,7 +10,7 @@ and integers as a list.
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -37,27 +37,17 @@ def unpack_words(argument: str) -> list[str]:
 
 
 def pack_integers(record: Any) -> list[int]:
-    """Return a flat record of integers and bools as one argument of an operator.
-
-    Args:
-        record: a NamedTuple, which is quick, or a dataclass.
-    """
-    if isinstance(record, tuple):
-        return [int(value) for value in record]
+    """Return a flat dataclass of integers and bools as one argument of an operator."""
     return [int(getattr(record, field.name)) for field in dataclasses.fields(record)]
 
 
 def unpack_integers(kind: type[R], argument: Sequence[int]) -> R:
     """Return the record of this kind that `pack_integers` packed; equal ones are one object."""
-    if issubclass(kind, tuple):
-        fields: Any = kind
-        quick: R = fields(*argument)
-        return quick
     record: R = _unpacked(kind, tuple(argument))  # type: ignore[arg-type]
     return record
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _unpacked(kind: Any, values: tuple[int, ...]) -> Any:
     fields = dataclasses.fields(kind)
     named = {f.name: value for f, value in zip(fields, values, strict=True)}

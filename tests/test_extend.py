@@ -84,7 +84,7 @@ def _loud_values(tokens: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def scorer(monkeypatch: pytest.MonkeyPatch) -> LighthouseConfig:
     """A new scorer: its name for configs, a record in the table."""
-    monkeypatch.setattr(config, "SCORERS", (*config.SCORERS, "values"))
+    monkeypatch.setattr(config, "SCORER_NAMES", (*config.SCORER_NAMES, "values"))
     monkeypatch.setitem(SCORERS, "values", Scorer(_loud_values, True, False))
     return replace(small_config()[0], scorer="values")  # type: ignore[arg-type]
 

@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 import torch
 
+from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.lighthouse import local_geometry
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.scatter import scatter
 from lhcp.operators import pack_integers, pack_words, unpack_integers, unpack_words
-from lhcp.ring.shape import DEFAULT_TUNING, Tuning
+from lhcp.ring.plan import RingPlan
+from lhcp.ring.shape import FULL, AttentionShape, Tuning
 from lhcp.testing.inputs import qkv, small_config
 
 
@@ -26,11 +28,16 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     sub = operators.gather_subsequence([q, k, v], means, entries, sizes, "torch")
     o = torch.randn_like(sub[0])
     assert scatter(o, rows, geom).shape == q.shape
-    plan = (
-        pack_words(["", "", "", "zigzag", "p2p", "cpu"]),
-        [1, *pack_integers(DEFAULT_TUNING)],
-        0.25,
+    shape = AttentionShape(
+        seqlen=sub[0].shape[1],
+        layout=make_layout("zigzag", 1),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=q.shape[3],
+        batch=2,
+        element_bytes=dtype.itemsize,
     )
+    plan = RingPlan(Ranks(), shape, "p2p", "cpu", 0.25).pack()
     out, lse = torch.ops.lhcp.ring_forward(*sub, *plan)
     where = pack_words(["", "", "", "zigzag", "torch"])
     return {
@@ -76,8 +83,26 @@ def test_arguments_are_on_one_line() -> None:
 
 def test_records_come_back_whole() -> None:
     """Fails if a field is lost on the way into an operator, or a flag comes out as a number."""
-    tuning = Tuning(round_length=3, held_bytes=7, num_head_groups=2)
-    assert unpack_integers(Tuning, pack_integers(tuning)) == tuning
+    shape = AttentionShape(
+        seqlen=1,
+        layout=make_layout("contiguous", 1),
+        num_heads=2,
+        num_kv_heads=3,
+        head_dim=4,
+        batch=5,
+        element_bytes=6,
+        wire_bytes=7,
+        mask=FULL,
+        node_size=8,
+        tuning=Tuning(*range(9, 9 + len(Tuning._fields))),
+    )
+    defaults = AttentionShape(
+        seqlen=0, layout=shape.layout, num_heads=0, num_kv_heads=0, head_dim=0
+    )
+    for name in vars(shape):
+        assert name == "layout" or getattr(shape, name) != getattr(defaults, name), name
+    plan = RingPlan(Ranks(), shape, "p2p", "math", 0.5)
+    assert RingPlan.unpack(plan.pack()) == plan
     geom = local_geometry(*small_config(), Ranks(), "zigzag")
     back = unpack_integers(Geometry, pack_integers(geom))
     assert back == geom and back.has_first is True

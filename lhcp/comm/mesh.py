@@ -33,7 +33,8 @@ class Ranks:
     inner: dist.ProcessGroup | None = None
     """The ranks of this node; only from a mesh of two axes."""
     allocate: Allocate = field(default=new_memory, compare=False, repr=False)
-    """Where messages arrive. Measurements whose groups send nothing put random numbers there."""
+    """Where messages arrive. Measurements whose groups send nothing put random numbers there; what
+    is given spans of its own then, since such ranks do not go through operators."""
 
     def receive_buffer(self, like: Tensor, *shape: int) -> Tensor:
         """Return memory for a message that arrives, of the dtype and device of `like`."""
@@ -56,7 +57,7 @@ class Ranks:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """The groups' names, from which `from_names` makes an equal object; "" for None."""
+        """The groups' names, from which `from_names` makes equal ranks; "" for None."""
         flat, outer, inner = (
             "" if g is None else str(g.group_name) for g in (self.flat, self.outer, self.inner)
         )
@@ -71,6 +72,8 @@ class Ranks:
 
 def pack_cut(ranks: Ranks, layout: Layout, *more: str) -> str:
     """Return ranks, layout and more names as one argument of an operator."""
+    # Ranks are made anew inside the operator, with memory of its own.
+    assert ranks.allocate is new_memory, "ranks with other receive buffers enter no operator"
     return pack_words([*ranks.names, layout.name, *more])
 
 

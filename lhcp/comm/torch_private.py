@@ -136,8 +136,9 @@ def new_fake_group(members: Sequence[int]) -> dist.ProcessGroup:
     """
     _fake_module()
     world = _need(dist.distributed_c10d, "_world", "torch.distributed.distributed_c10d._world")
-    counted = world.group_count
-    world.group_count = (1 << 32) + len(world.pg_names)
+    counted = _need(world, "group_count", "torch.distributed.distributed_c10d._world.group_count")
+    names = _need(world, "pg_names", "torch.distributed.distributed_c10d._world.pg_names")
+    world.group_count = (1 << 32) + len(names)
     try:
         made: Any = dist.new_group(list(members), backend=FAKE, use_local_synchronization=True)
     finally:

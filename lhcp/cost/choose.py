@@ -65,7 +65,13 @@ class Prediction:
 def play(
     rotation: str, setting: Setting, *, compute: bool = True, communicate: bool = True
 ) -> Clocks:
-    """Play one direction through, with or without what computing and sending take."""
+    """Play one direction through, with or without what computing and sending take.
+
+    Raises:
+        ValueError: the model does not know the rotation.
+    """
+    if rotation not in SCHEDULES:
+        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(SCHEDULES)}")
     clocks = Clocks(setting, compute=compute, communicate=communicate)
     if setting.shape.world_size == 1:
         clocks.work([single_seconds(*setting)])

@@ -6,7 +6,7 @@ decide nothing; `lhcp.cost.choose` asks them for times.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 from lhcp.cost.clocks import Clocks, single_seconds
 from lhcp.ring.parts import gather_segments, parts_received, parts_sent
@@ -18,44 +18,51 @@ def _p2p(clocks: Clocks) -> None:
     shape = clocks.shape
     world, rounds, held = shape.world_size, shape.rounds, shape.holds_all_parts
     steps = [p2p_steps(shape, rank, clocks.backward) for rank in range(world)]
-    kv, sums = shape.kv_bytes, shape.kv_sum_bytes
-    seen = _bytes_seen(shape)
+    grads, sums = shape.grad_bytes, shape.kv_sum_bytes
+    seen = _chunks_seen(shape)
 
-    def exchange(i: int, home: bool) -> list[float]:
-        """Fetch the keys of a round, or send their gradients home."""
+    def fetch(i: int) -> list[float]:
+        """Fetch the keys of a round."""
         done = list(clocks.now)
         for d in rounds[i]:
-            # Gradients of a rank's keys come from the rank d after it: what that one has seen.
-            arriving = seen[d][d:] + seen[d][:d] if home else seen[d]
-            done = list(map(max, done, clocks.exchange(-d if home else d, arriving)))
+            keys = [float(count * shape.chunk_bytes) for count in seen[d]]
+            done = list(map(max, done, clocks.exchange(d, keys)))
         return done
 
-    coming = exchange(0, home=False)
+    def send_back(i: int) -> list[float]:
+        """Return a round's gradients to the owners of the keys."""
+        done = list(clocks.now)
+        for d in rounds[i]:
+            # They come from the rank d after the owner: of what that one has seen.
+            parts = [float(count * shape.part_bytes) for count in seen[d][d:] + seen[d][:d]]
+            done = list(map(max, done, clocks.exchange(-d, parts)))
+        return done
+
+    coming = fetch(0)
     leaving: list[float] | None = None
     clocks.step([of_rank[0] for of_rank in steps])
     for i in range(len(rounds)):
         clocks.wait(coming)
         if i + 1 < len(rounds):
-            coming = exchange(i + 1, home=False)
+            coming = fetch(i + 1)
         clocks.step([of_rank[i + 1] for of_rank in steps])
         if clocks.backward:
             if leaving is not None:
                 clocks.wait(leaving)
                 if not held:
-                    clocks.local(len(rounds[i - 1]) * kv + 2 * sums)
-            leaving = exchange(i, home=True)
+                    clocks.local(len(rounds[i - 1]) * grads + 2 * sums)
+            leaving = send_back(i)
     if leaving is not None:
         clocks.wait(leaving)
-        clocks.local(((world - 1) if held else len(rounds[-1])) * kv + sums + kv)
+        clocks.local(((world - 1) if held else len(rounds[-1])) * grads + sums + grads)
 
 
-@cache
-def _bytes_seen(shape: AttentionShape) -> dict[int, list[float]]:
-    """Return, by distance, the bytes of the keys that each rank attends to there."""
-    layout, mask, chunk = shape.layout, shape.mask, float(shape.chunk_bytes)
-    ranks = range(shape.world_size)
+@lru_cache(maxsize=64)
+def _chunks_seen(shape: AttentionShape) -> dict[int, list[int]]:
+    """Return, by distance, the chunks of keys that each rank attends to there."""
+    layout, mask, ranks = shape.layout, shape.mask, range(shape.world_size)
     return {
-        d: [len(round_chunks(rank, layout, mask, range(d, d + 1))) * chunk for rank in ranks]
+        d: [len(round_chunks(rank, layout, mask, range(d, d + 1))) for rank in ranks]
         for d in ranks[1:]
     }
 
@@ -65,11 +72,11 @@ def _allgather(clocks: Clocks) -> None:
     groups, world = shape.head_groups, shape.world_size
     steps = [allgather_steps(shape, rank) for rank in range(world)]
     kv = shape.kv_bytes // len(groups)
-    chunk = shape.chunk_bytes / len(groups)
+    grads, part = shape.grad_bytes // len(groups), shape.part_bytes / len(groups)
     everyone = range(world)
-    plan = gather_segments(shape.layout, shape.mask, everyone, everyone)
-    received = max(parts_received(plan, world)) * chunk
-    sent = max(parts_sent(plan, world)) * chunk
+    segments = gather_segments(shape.layout, shape.mask, everyone, everyone)
+    received = max(parts_received(segments, world)) * part
+    sent = max(parts_sent(segments, world)) * part
 
     def gather() -> list[float]:
         clocks.local(2 * kv)
@@ -84,7 +91,7 @@ def _allgather(clocks: Clocks) -> None:
     def arrive() -> None:
         if leaving is not None:
             clocks.wait(leaving)
-            clocks.local(received + 2 * kv)
+            clocks.local(received + 2 * grads)
 
     for group in range(len(groups)):
         clocks.wait(arriving)
@@ -119,7 +126,7 @@ def _hierarchical(clocks: Clocks) -> None:
     if first:
         clocks.step([of_rank[0] for of_rank in steps])
     parts: list[float] | None = None
-    homeward: list[float] | None = None
+    returning: list[float] | None = None
     received = 0.0
 
     def pass_on(j: int) -> list[float] | None:
@@ -130,8 +137,8 @@ def _hierarchical(clocks: Clocks) -> None:
         clocks.local(received + sums)
         if j == 0:
             return None
-        if homeward is not None:
-            clocks.wait(homeward)
+        if returning is not None:
+            clocks.wait(returning)
             clocks.local(3 * sums)
         return clocks.exchange(-j * size, [sums] * world)
 
@@ -143,21 +150,21 @@ def _hierarchical(clocks: Clocks) -> None:
         arriving = ring() if node + 2 < nodes else None
         clocks.step([of_rank[first + node] for of_rank in steps])
         if clocks.backward:
-            homeward = pass_on(node - 1)
+            returning = pass_on(node - 1)
             keys = [inside[(i - node) % nodes] for i in range(nodes)]
-            plans = [
+            segments = [
                 gather_segments(shape.layout, shape.mask, *pair)
                 for pair in zip(inside, keys, strict=True)
             ]
-            most = [max(parts_sent(plan, size)) * shape.chunk_bytes for plan in plans]
-            received = max(max(parts_received(plan, size)) for plan in plans) * shape.chunk_bytes
+            most = [max(parts_sent(one, size)) * shape.part_bytes for one in segments]
+            received = max(max(parts_received(one, size)) for one in segments) * shape.part_bytes
             parts = clocks.all_to_all(most, inside)
     if clocks.backward:
         last = pass_on(nodes - 1)
         if last is not None:
             clocks.wait(last)
             clocks.local(3 * sums)
-        clocks.local(sums + kv)
+        clocks.local(sums + shape.grad_bytes)
 
 
 def _alltoall(clocks: Clocks) -> None:

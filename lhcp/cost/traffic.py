@@ -1,9 +1,9 @@
 """What rotations send and hold: bytes and messages, counted exactly, from a shape alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lhcp.cost.calibration import BlockSize, Direction
-from lhcp.cost.schedules import SCHEDULES
 from lhcp.ring.parts import gather_segments, parts_sent, ring_sources
 from lhcp.ring.schedule import round_chunks
 from lhcp.ring.shape import AttentionShape
@@ -26,32 +26,37 @@ def traffic(rotation: str, shape: AttentionShape, direction: Direction, rank: in
     Raises:
         ValueError: the model does not know the rotation.
     """
-    world, layout, mask = shape.world_size, shape.layout, shape.mask
-    slots, kv = layout.chunks_per_rank, shape.kv_bytes
-    back = direction == "backward"
-    if rotation not in SCHEDULES:
-        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(SCHEDULES)}")
-    if world == 1:
+    if rotation not in TRAFFIC:
+        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(TRAFFIC)}")
+    if shape.world_size == 1:
         return Traffic(0, 0)
-    if rotation == "p2p":
-        others = range(1, world)
-        keys = sum(map(len, ring_sources(rank, layout, mask, (others,))))
-        parts = len(round_chunks(rank, layout, mask, others)) if back else 0
-        return Traffic((keys + parts) * shape.chunk_bytes, 2 * (keys + parts))
-    if rotation == "allgather":
-        everyone = range(world)
-        plan = gather_segments(layout, mask, everyone, everyone)
-        parts = parts_sent(plan, world)[rank] if back else 0
-        messages = 2 * len(shape.head_groups) * (slots * (world - 1) + parts)
-        return Traffic((world - 1) * kv + parts * shape.chunk_bytes, messages)
-    if rotation == "hierarchical":
-        return _hierarchical_traffic(shape, back, rank)
-    q, lse = shape.q_bytes, shape.q_elements // shape.head_dim * shape.sum_bytes
-    sent = 2 * q + kv + (0 if back else lse)
-    return Traffic(sent * (world - 1) // world, 2 if back else 3)
+    return TRAFFIC[rotation](shape, direction == "backward", rank)
 
 
-def _hierarchical_traffic(shape: AttentionShape, back: bool, rank: int) -> Traffic:
+def _p2p(shape: AttentionShape, back: bool, rank: int) -> Traffic:
+    layout, mask, others = shape.layout, shape.mask, range(1, shape.world_size)
+    keys = sum(map(len, ring_sources(rank, layout, mask, (others,))))
+    parts = len(round_chunks(rank, layout, mask, others)) if back else 0
+    num_bytes = keys * shape.chunk_bytes + parts * shape.part_bytes
+    return Traffic(num_bytes, 2 * (keys + parts))
+
+
+def _allgather(shape: AttentionShape, back: bool, rank: int) -> Traffic:
+    everyone, others = range(shape.world_size), shape.world_size - 1
+    segments = gather_segments(shape.layout, shape.mask, everyone, everyone)
+    parts = parts_sent(segments, shape.world_size)[rank] if back else 0
+    keys = shape.layout.chunks_per_rank * others
+    num_bytes = others * shape.kv_bytes + parts * shape.part_bytes
+    return Traffic(num_bytes, 2 * len(shape.head_groups) * (keys + parts))
+
+
+def _alltoall(shape: AttentionShape, back: bool, rank: int) -> Traffic:
+    lse = shape.q_elements // shape.head_dim * shape.sum_bytes
+    sent = 2 * shape.q_bytes + (shape.grad_bytes if back else shape.kv_bytes + lse)
+    return Traffic(sent * (shape.world_size - 1) // shape.world_size, 2 if back else 3)
+
+
+def _hierarchical(shape: AttentionShape, back: bool, rank: int) -> Traffic:
     kv, sums = shape.kv_bytes, shape.kv_sum_bytes
     nodes, inner = shape.num_nodes, shape.world_size // shape.num_nodes
     num_bytes = (nodes - 1) * kv + nodes * (inner - 1) * kv
@@ -62,11 +67,20 @@ def _hierarchical_traffic(shape: AttentionShape, back: bool, rank: int) -> Traff
         own, index = divmod(rank, inner)
         for node in range(nodes):
             pair = (range(n * inner, (n + 1) * inner) for n in (own, node))
-            plan = gather_segments(shape.layout, shape.mask, *pair)
-            parts = parts_sent(plan, inner)[index]
-            num_bytes += parts * shape.chunk_bytes
+            segments = gather_segments(shape.layout, shape.mask, *pair)
+            parts = parts_sent(segments, inner)[index]
+            num_bytes += parts * shape.part_bytes
             messages += 2 * parts
     return Traffic(num_bytes, messages)
+
+
+TRAFFIC: dict[str, Callable[[AttentionShape, bool, int], Traffic]] = {
+    "p2p": _p2p,
+    "allgather": _allgather,
+    "hierarchical": _hierarchical,
+    "alltoall": _alltoall,
+}
+"""(shape, whether it is the backward, rank) -> what the rank sends, with several ranks."""
 
 
 def most_traffic(rotation: str, shape: AttentionShape, direction: Direction) -> Traffic:
@@ -80,7 +94,7 @@ def rotation_memory(rotation: str, shape: AttentionShape) -> int:
     Raises:
         ValueError: the model does not know the rotation.
     """
-    kv, sums = shape.kv_bytes, shape.kv_sum_bytes
+    kv, grads, sums = shape.kv_bytes, shape.grad_bytes, shape.kv_sum_bytes
     world, num_groups, nodes = shape.world_size, len(shape.head_groups), shape.num_nodes
     inner = world // nodes
     lengths = [len(distances) for distances in shape.rounds]
@@ -95,10 +109,10 @@ def rotation_memory(rotation: str, shape: AttentionShape) -> int:
     in_nodes = 2 * min(steps(shape.node_bytes), nodes)
     held = {
         # And what others sent, and the sums.
-        "p2p": in_rounds + others * kv + 2 * sums,
+        "p2p": in_rounds + others * shape.grad_bytes + 2 * sums,
         # And what others sent of a group of heads, and the diagonal's own.
-        "allgather": world * kv * (in_groups + 1) // num_groups + kv,
-        "hierarchical": 3 * kv + (in_nodes + 1) * inner * kv + 3 * sums,
+        "allgather": world * (kv * in_groups + grads) // num_groups + grads,
+        "hierarchical": 3 * kv + inner * (in_nodes * kv + grads) + 3 * sums,
         "alltoall": 2 * (shape.q_bytes + kv),
     }
     if rotation not in held:

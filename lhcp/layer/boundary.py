@@ -38,7 +38,7 @@ class BoundaryExchange:
             return
         slots = layout.chunks_per_rank
         self._sent = rows.movedim(1, 0).contiguous()
-        self._received = torch.empty_like(self._sent)
+        self._received = ranks.receive_buffer(self._sent, *self._sent.shape)
         rank, world = ranks.rank, ranks.world_size
         after, before = (rank + 1) % world, (rank - 1) % world
         # Slot 0 ascends with the rank and slot 1 descends, so they send opposite ways.

@@ -14,7 +14,7 @@ from lhcp.timing import UNTIMED, Spans
 
 
 class RingOptions(TypedDict, total=False):
-    """The keyword arguments of `ring_attention` that do not change what it returns."""
+    """The keyword arguments of `ring_attention` that do not change the type of its result."""
 
     group: Group | Ranks
     layout: LayoutName

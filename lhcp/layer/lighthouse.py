@@ -32,9 +32,6 @@ class Given:
     score_k: Tensor | None = None
 
 
-NOTHING_GIVEN = Given()
-
-
 def local_geometry(
     config: LighthouseConfig, num_tokens: int, ranks: Ranks, layout: LayoutName
 ) -> Geometry:

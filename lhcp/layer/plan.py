@@ -1,7 +1,8 @@
 """Every choice that is left to lhcp: the one file that knows what "auto" is.
 
-Choices depend on static sizes, the device and the installed packages alone, so that ranks with
-equal inputs never differ; an explicit name is never replaced.
+Choices depend on static sizes, dtype, the device and its compute capability, the installed packages
+and torch's deterministic switch alone, so that ranks with equal inputs never differ; an explicit
+name is never replaced.
 """
 
 import logging
@@ -23,7 +24,7 @@ from lhcp.ring import rotation as rotations
 from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block, Request
-from lhcp.ring.plan import RingPlan, attention_shape
+from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
 from lhcp.timing import UNTIMED, Spans
 
@@ -50,8 +51,8 @@ class Choices:
 
     layout: LayoutName = "zigzag"
     rotation: str | Calibration = "auto"
-    """A name of `lhcp.ring.rotation.NAMES` or of `PACKAGE_RINGS`, "auto", or a table by which the
-    fastest is taken."""
+    """A name of `lhcp.ring.rotation` or of `PACKAGE_RINGS`, "auto", or a table by which the fastest
+    is taken."""
     backend: str = "auto"
     """A name of `lhcp.ring.block.BLOCKS`, or "auto"."""
     kernels: str = "auto"
@@ -83,9 +84,20 @@ def make_plan(
         ValueError, ImportError: see `lhcp.ring_attention`.
     """
     layout = make_layout(choices.layout, ranks.world_size)
-    shape = attention_shape(q, k, layout, mask, ranks, q.shape[1] if tokens is None else tokens)
+    batch, own, num_heads, head_dim = q.shape
+    shape = AttentionShape(
+        seqlen=(own if tokens is None else tokens) * ranks.world_size,
+        layout=layout,
+        num_heads=num_heads,
+        num_kv_heads=k.shape[2],
+        head_dim=head_dim,
+        batch=batch,
+        element_bytes=q.element_size(),
+        mask=mask,
+        node_size=ranks.node_size,
+    )
     name = _rotation(shape, choices.rotation, q.device)
-    check_rotation(name, ranks, k.shape[2])
+    check_rotation(name, ranks, shape.num_kv_heads)
     if (package := PACKAGE_RINGS.get(name)) is not None:
         package.check(_request(q.dtype, q.shape[3], q.device), layout, mask)
     block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device)
@@ -108,7 +120,7 @@ def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
     Raises:
         ValueError: it does not, or cannot.
     """
-    names = (*rotations.ROTATIONS, "alltoall", *PACKAGE_RINGS)
+    names = (*rotations.names(), *PACKAGE_RINGS)
     if name not in names:
         raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(names)}")
     if (reason := rotations.refuses(name, ranks, num_kv_heads)) is not None:
@@ -120,44 +132,25 @@ def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.
         return rotation
     if shape.world_size == 1:
         return "p2p"
-    sizes = (shape.seqlen, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.batch)
-    world = (shape.world_size, shape.node_size)
     table = None if isinstance(rotation, str) else rotation.text
-    kind = (shape.layout.name, shape.mask.causal, shape.element_bytes)
-    return fastest_rotation(sizes, world, kind, device.type, table)
+    return fastest_rotation(
+        shape.layout.name, shape.world_size, tuple(shape.pack()), device.type, table
+    )
 
 
 def fastest_rotation(
-    sizes: tuple[int, int, int, int, int],
-    world: tuple[int, int | None],
-    kind: tuple[LayoutName, bool, int],
-    device: str,
-    table: str | None,
+    layout: LayoutName, world_size: int, shape: tuple[int, ...], device: str, table: str | None
 ) -> str:
     """Return the rotation that is predicted to be the fastest, and log it once.
 
     Plain arguments, since torch.compile calls it while it traces and keeps the answer.
 
     Args:
-        sizes: tokens or entries of all ranks; heads of queries and of keys; head_dim; batch.
-        world: ranks, and ranks of a node (None for a mesh of one axis).
-        kind: layout; whether the mask is causal; bytes of an element.
-        device: the type of device.
+        shape: the packed shape. device: the type of device.
         table: a `Calibration` as text; None for the built-in one of the device.
     """
-    seqlen, num_heads, num_kv_heads, head_dim, batch = sizes
-    shape = AttentionShape(
-        seqlen=seqlen,
-        layout=make_layout(kind[0], world[0]),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        batch=batch,
-        element_bytes=kind[2],
-        mask=Mask(kind[1]),
-        node_size=world[1],
-    )
-    return _fastest(shape, built_in(device) if table is None else _from_text(table))
+    calibration = built_in(device) if table is None else _from_text(table)
+    return _fastest(AttentionShape.unpack(make_layout(layout, world_size), shape), calibration)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.

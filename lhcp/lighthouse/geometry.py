@@ -4,7 +4,7 @@ Terms, used everywhere: a *level* is one floor of the pyramid (0 the tokens, L-1
 *entry* (level, i) covers the *window* of tokens [i p^level, (i+1) p^level); a *stratum* is one of C
 equal parts of the whole sequence, which selects on its own; a *chunk* is a contiguous run of tokens
 held by a rank (two with zigzag). The local *pyramid* lists all entries of a rank, level 0 first;
-an entry's id is its place in that list. The *sub-sequence* is the gathered, ordered selection.
+an entry's id is its index in that list. The *sub-sequence* is the gathered, ordered selection.
 """
 
 from dataclasses import dataclass

@@ -47,7 +47,8 @@ class Scorer:
     needs_values: bool
     """Whether it reads v."""
     comes_with_pooling: bool
-    """Whether pooling q and k scores them on the way, at next to no cost."""
+    """Whether pooling q and k computes this very score on the way: what `pool_and_score` knows, the
+    norm alone."""
 
 
 def _norm(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
@@ -123,4 +124,4 @@ SCORERS = {
     "norm": Scorer(_norm, needs_values=False, comes_with_pooling=True),
     "dilated": Scorer(_dilated, needs_values=True, comes_with_pooling=False),
 }
-"""By the names of `lhcp.config.SCORERS`."""
+"""By the names of `lhcp.config.SCORER_NAMES`."""

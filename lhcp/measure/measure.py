@@ -13,11 +13,12 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.lighthouse import local_geometry
-from lhcp.layer.plan import Choices, make_plan
+from lhcp.layer.plan import PACKAGE_RINGS, Choices, make_plan
 from lhcp.measure.report import PHASES, OverheadReport
 from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take_sample
 from lhcp.measure.summary import Samples, summarize
 from lhcp.measure.twins import RandomReceiveBuffers, silent
+from lhcp.ring.rotation import names
 
 _SAMPLE_SECONDS = 0.1
 """Calls in a row on a GPU last at least this long: the first waits for the host to launch it, which
@@ -85,6 +86,11 @@ def measure_overhead(
         choices = Choices(layout, rotation, backend, kernels)
         local = entries // ranks.world_size
         plan = make_plan(like, like[:, :, : heads[1]], ranks, choices, tokens=local)
+        if plan.rotation in PACKAGE_RINGS:
+            raise ValueError(
+                f"rotation={plan.rotation!r}: a package's ring has no twins to measure it against; "
+                f"those that have: {', '.join(names())}"
+            )
         if config is not None:
             local_geometry(config, seqlen // ranks.world_size, ranks, layout)
         job = Job(

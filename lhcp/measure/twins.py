@@ -133,7 +133,7 @@ class Communication:
         return KV(*torch.randn(shape, dtype=k.dtype, device=k.device))
 
     def _exchange_heads(self) -> Tensor:
-        """Send heads out and home: a graph whose backward sends the gradients' two messages."""
+        """Send heads out and back: a graph whose backward sends the gradients' two messages."""
         device, spans = self._kv.k.device, self._spans
         exchange = (self._plan.ranks, self._plan.layout, spans)
         with spans.span("alltoall", "wait", 0, device):

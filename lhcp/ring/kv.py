@@ -9,8 +9,7 @@ from torch import Tensor
 class KV(NamedTuple):
     """Keys and values of the same tokens, or their gradients: [B, tokens, heads, D] each.
 
-    What else belongs to keys (scales of a narrower dtype, say) becomes a field of this record, and
-    `map` is the one place that must know of it.
+    Views are made here alone. DESIGN.md says what else must follow when keys get a field more.
     """
 
     k: Tensor

@@ -154,10 +154,10 @@ class _Views:
 
     def lse(self, lse: Tensor, call: Call, step: Step) -> Tensor:
         """Return the call's queries of [B, H, n]."""
-        part = lse[:, slice(*self.heads(step)), slice(*self.rows(call))]
+        run = lse[:, slice(*self.heads(step)), slice(*self.rows(call))]
         if not call.per_chunk:
-            return part.contiguous()
-        return part.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)
+            return run.contiguous()
+        return run.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)
 
     def _fold(self, x: Tensor, call: Call) -> Tensor:
         """Put the chunks of a per-chunk call into the batch: [B, c n, ...] -> [B c, n, ...]."""

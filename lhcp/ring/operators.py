@@ -26,7 +26,7 @@ def _fake_forward(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, words: str, integers: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    plan = RingPlan.unpack(q, k, (words, integers, scale))
+    plan = RingPlan.unpack((words, integers, scale))
     return ring_forward(q, KV(k, v), plan, UNTIMED)
 
 
@@ -52,7 +52,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (q, k, v), (out, lse) = qkv, saved
-    plan = RingPlan.unpack(q, k, (words, integers, scale))
+    plan = RingPlan.unpack((words, integers, scale))
     grads = ring_backward(BackwardInputs(dout, q, KV(k, v), out, lse), plan, UNTIMED)
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv

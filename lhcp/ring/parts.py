@@ -11,7 +11,7 @@ travel wide, at half the bytes, and with nothing to send for keys that a rank di
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from lhcp.comm.layout import Layout
 from lhcp.ring.schedule import (
@@ -39,7 +39,7 @@ class Segment:
         return tuple(r for r, (start, stop) in enumerate(self.runs) if start <= owner < stop)
 
 
-def segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]:
+def cut_segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]:
     """Return the segments of a gather's calls, slot by slot, the same on every rank.
 
         zigzag, W = 4: keys lie as 7 6 5 4 | 0 1 2 3, of owners 0 1 2 3 | 0 1 2 3
@@ -67,7 +67,7 @@ def segments(calls: Sequence[Sequence[Call]], slots: int) -> tuple[Segment, ...]
     return tuple(found)
 
 
-@cache
+@lru_cache(maxsize=8192)
 def gather_segments(layout: Layout, mask: Mask, queries: range, keys: range) -> tuple[Segment, ...]:
     """Return the segments of a gather of the keys of ranks `keys` by the ranks `queries`.
 
@@ -80,24 +80,24 @@ def gather_segments(layout: Layout, mask: Mask, queries: range, keys: range) -> 
         else calls_by_keys(layout.chunks(rank), order, mask)
         for rank in queries
     ]
-    return segments(calls, layout.chunks_per_rank)
+    return cut_segments(calls, layout.chunks_per_rank)
 
 
-def parts_received(plan: Sequence[Segment], num_ranks: int) -> list[int]:
+def parts_received(segments: Sequence[Segment], num_ranks: int) -> list[int]:
     """Count the chunks of which each rank gets parts, its own among them."""
-    return [sum(len(segment.sources(rank)) for segment in plan) for rank in range(num_ranks)]
+    return [sum(len(segment.sources(rank)) for segment in segments) for rank in range(num_ranks)]
 
 
-def parts_sent(plan: Sequence[Segment], num_ranks: int) -> list[int]:
+def parts_sent(segments: Sequence[Segment], num_ranks: int) -> list[int]:
     """Count the chunks of which each rank gives parts to other ranks."""
     sent = []
     for rank in range(num_ranks):
-        runs = [segment.runs[rank] for segment in plan]
+        runs = [segment.runs[rank] for segment in segments]
         sent.append(sum(stop - start - (start <= rank < stop) for start, stop in runs))
     return sent
 
 
-@cache
+@lru_cache(maxsize=8192)
 def ring_route(
     rank: int, layout: Layout, mask: Mask, distances: range
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
@@ -118,7 +118,7 @@ def ring_route(
     return tuple(owner for owner, _ in owners(rank)), tuple(leaving)
 
 
-@cache
+@lru_cache(maxsize=8192)
 def ring_sources(
     rank: int, layout: Layout, mask: Mask, rounds: tuple[range, ...]
 ) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,7 @@ allows:
     step 2, of ranks 3 and 2: query chunk 6 attends to chunks 5, 4, 3, 2 in full, 1 to none
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from lhcp.comm.layout import Layout
@@ -92,7 +92,7 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), CAUSAL, per_chunk=num_chunks > 1)
 
 
-@cache
+@lru_cache(maxsize=8192)
 def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tuple[int, ...]:
     """Return the chunks that come to `rank` in a round of the ring: those that it may see.
 
@@ -109,7 +109,7 @@ def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tup
     return tuple(sorted(seen, reverse=True))
 
 
-@cache
+@lru_cache(maxsize=8192)
 def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, ...]:
     """Return the steps of the ring: the own keys, then those of each round.
 
@@ -130,7 +130,7 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
     return tuple(steps)
 
 
-@cache
+@lru_cache(maxsize=8192)
 def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:
     """Return chunks in the order in which a gather over `ranks` stores them: the last slot first.
 
@@ -144,7 +144,7 @@ def gathered_order(layout: Layout, ranks: range) -> tuple[int, ...]:
     )
 
 
-@cache
+@lru_cache(maxsize=8192)
 def allgather_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
     """Return the steps of the gather: the local diagonal, then the prefixes by groups of heads."""
     mine, groups = shape.layout.chunks(rank), shape.head_groups
@@ -156,7 +156,7 @@ def allgather_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
     return (first, *(Step(before, heads, False) for heads in groups))
 
 
-@cache
+@lru_cache(maxsize=8192)
 def hierarchical_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
     """Return the steps of a ring of gathers: the local diagonal, then the prefixes node by node.
 

@@ -5,8 +5,9 @@ rounds, groups of heads, bytes of a step and whether parts are held are decided 
 else. Pure integers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from lhcp.comm.layout import Layout
@@ -65,12 +66,23 @@ class AttentionShape:
     element_bytes: int = 2
     """Bytes of an element of q, k, v as they are computed with."""
     wire_bytes: int | None = None
-    """Bytes of an element of k, v and of parts of their gradients as they travel; None: as they
-    are computed with."""
+    """Bytes of an element of k, v as they travel; None: as they are computed with. Parts of their
+    gradients travel as the kernels write them."""
     mask: Mask = CAUSAL
     node_size: int | None = None
     """Ranks of one node; None where all ranks are on one."""
     tuning: Tuning = DEFAULT_TUNING
+
+    def pack(self) -> list[int]:
+        """Return everything but the layout as integers; `unpack` is the way back."""
+        sizes = (self.seqlen, self.num_heads, self.num_kv_heads, self.head_dim, self.batch)
+        wire, node = self.wire_bytes or 0, self.node_size or 0
+        return [*sizes, self.element_bytes, wire, node, *map(int, self.mask), *self.tuning]
+
+    @staticmethod
+    def unpack(layout: Layout, integers: Sequence[int]) -> "AttentionShape":
+        """Return the shape that was packed: one object for equal ones, whose rounds are cut once."""
+        return _unpacked(layout, tuple(integers))
 
     @property
     def world_size(self) -> int:
@@ -123,9 +135,19 @@ class AttentionShape:
         return self.kv_elements * self.sum_bytes
 
     @property
+    def grad_bytes(self) -> int:
+        """Bytes of dk and dv of one rank's keys, as the kernels write them and as they travel."""
+        return self.kv_elements * self.element_bytes
+
+    @property
     def chunk_bytes(self) -> int:
-        """Bytes of k and v, or of parts of their gradients, of one chunk as they travel."""
+        """Bytes of k and v of one chunk as they travel."""
         return self.kv_bytes // self.layout.chunks_per_rank
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of a part: of dk and dv of one chunk, from one rank."""
+        return self.grad_bytes // self.layout.chunks_per_rank
 
     @cached_property
     def rounds(self) -> tuple[range, ...]:
@@ -164,7 +186,7 @@ class AttentionShape:
     @property
     def holds_all_parts(self) -> bool:
         """Whether parts of all rounds are summed at once; else each round's once they have come."""
-        return (self.world_size - 1) * self.kv_bytes <= self.tuning.held_bytes
+        return (self.world_size - 1) * self.grad_bytes <= self.tuning.held_bytes
 
     @property
     def round_bytes(self) -> int:
@@ -189,6 +211,25 @@ class AttentionShape:
                 large, gaps between calls are short beside these and memory is dear.
         """
         return 2 if step_bytes <= self.tuning.held_bytes else 1
+
+
+@lru_cache(maxsize=1024)
+def _unpacked(layout: Layout, values: tuple[int, ...]) -> AttentionShape:
+    seqlen, num_heads, num_kv_heads, head_dim, batch, element, wire, node, *more = values
+    fields = len(Mask._fields)
+    return AttentionShape(
+        seqlen=seqlen,
+        layout=layout,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+        element_bytes=element,
+        wire_bytes=wire or None,
+        mask=Mask(*map(bool, more[:fields])),
+        node_size=node or None,
+        tuning=Tuning(*more[fields:]),
+    )
 
 
 def split_heads(num_kv_heads: int, num_groups: int) -> tuple[tuple[int, int], ...]:

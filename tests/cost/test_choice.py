@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import lhcp
+from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import as_ranks
 from lhcp.cost.calibration import Link
 from lhcp.cost.tables import CPU
 from lhcp.layer.plan import Choices, fastest_rotation, make_plan
+from lhcp.ring.shape import AttentionShape
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 
@@ -62,7 +64,15 @@ def test_a_table_is_given_as_the_rotation(ranks: RankPool) -> None:
 
 def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """Fails if a user cannot see why, or sees it at every call."""
-    arguments: Any = ((4096, 4, 4, 64, 1), (4, None), ("zigzag", True, 4), "cpu")
+    shape = AttentionShape(
+        seqlen=4096,
+        layout=make_layout("zigzag", 4),
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=64,
+        element_bytes=4,
+    )
+    arguments: Any = ("zigzag", 4, tuple(shape.pack()), "cpu")
     with caplog.at_level("INFO", logger="lhcp"):
         for _ in range(3):
             fastest_rotation(*arguments, SLOW_NEIGHBOURS.text)

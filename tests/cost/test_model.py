@@ -12,8 +12,9 @@ from lhcp.cost import choose as choosing
 from lhcp.cost.calibration import BlockSize, Calibration, Link, interpolate
 from lhcp.cost.choose import choose, play, predict
 from lhcp.cost.clocks import Clocks, Message, Setting, finish, step_seconds
+from lhcp.cost.schedules import SCHEDULES
 from lhcp.cost.tables import CALIBRATIONS, CPU, H200
-from lhcp.cost.traffic import attention_flops, most_traffic
+from lhcp.cost.traffic import TRAFFIC, attention_flops, most_traffic, rotation_memory
 from lhcp.ring.kv import KV
 from lhcp.ring.rotation import NAMES, ROTATIONS
 from lhcp.ring.rotation.base import RotationContext
@@ -286,3 +287,21 @@ def test_unknown_rotation() -> None:
     """Fails if a rotation that the model does not know gets a number."""
     with pytest.raises(ValueError, match="the cost model knows"):
         most_traffic("carrier pigeon", BASE, "forward")
+    with pytest.raises(ValueError, match="the cost model knows"):
+        choose(BASE, H200, ("carrier pigeon",))
+
+
+def test_every_rotation_is_known_everywhere() -> None:
+    """Fails if a rotation has a schedule and no bytes, or the other way round."""
+    assert set(SCHEDULES) == set(TRAFFIC) == set(NAMES)
+    assert all(rotation_memory(name, BASE) > 0 for name in NAMES)
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_narrower_keys_save_their_own_bytes(rotation: str) -> None:
+    """Fails if a narrower wire changes what gradients take, or is not counted for keys."""
+    half = replace(BASE, wire_bytes=1)
+    for direction, less in (("forward", True), ("backward", rotation != "alltoall")):
+        sent = [most_traffic(rotation, shape, direction).num_bytes for shape in (BASE, half)]  # type: ignore[arg-type]
+        assert (sent[1] < sent[0]) == less
+        assert sent[1] > sent[0] / 2

@@ -8,12 +8,11 @@ from torch import Tensor
 
 import lhcp
 from lhcp import LighthouseConfig, reference
-from lhcp.config import SCORERS
+from lhcp.config import SCORER_NAMES
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.norms import level_scores, squared_norm, token_scores
-from lhcp.lighthouse.score import SCORERS as SCORER_TABLE
-from lhcp.lighthouse.score import ScoreInputs, dilated_scores
+from lhcp.lighthouse.score import SCORERS, ScoreInputs, dilated_scores
 from lhcp.testing.inputs import qkv
 from tests.cases import heads_first, strided
 
@@ -78,7 +77,7 @@ def test_levels_take_the_maximum() -> None:
 
 def test_the_table_has_every_name_of_the_config() -> None:
     """Fails if a config could name a scorer that nobody wrote, or the other way round."""
-    assert tuple(SCORER_TABLE) == SCORERS
+    assert tuple(SCORERS) == SCORER_NAMES
 
 
 def test_an_unknown_scorer_is_nobody() -> None:
@@ -96,11 +95,11 @@ def scores_of(
     scorer: str, q: Tensor, k: Tensor, v: Tensor, config: LighthouseConfig, geom: Geometry
 ) -> tuple[Tensor, Tensor]:
     """Scores of all levels but the tokens'."""
-    return SCORER_TABLE[scorer].score(QKV(q, k, v), ScoreInputs(geom, config, "torch", 0.5))
+    return SCORERS[scorer].score(QKV(q, k, v), ScoreInputs(geom, config, "torch", 0.5))
 
 
 @pytest.mark.parametrize("change", [strided, heads_first], ids=["strided", "heads_first"])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SCORER_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_strides_and_batch_do_not_count(
     scorer: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor]

@@ -134,12 +134,13 @@ _FA4_HEAD_DIMS = {9: (256, ()), 10: (128, (256,)), 11: (128, (256,))}
 
 
 def _fa4_head_dim(asked: Request) -> str | None:
-    major = 0 if asked.capability is None else asked.capability[0]
-    largest, others = _FA4_HEAD_DIMS.get(major, (128, ()))
+    major = None if asked.capability is None else asked.capability[0]
+    largest, others = _FA4_HEAD_DIMS.get(major or 0, (128, ()))
     if asked.head_dim <= largest or asked.head_dim in others:
         return None
     also = "".join(f", and {other}" for other in others)
-    takes = f"on compute capability {major} it takes up to {largest}{also}"
+    where = "an unknown card" if major is None else f"compute capability {major}"
+    takes = f"on {where} it takes up to {largest}{also}"
     return f"head_dim={asked.head_dim}, {takes}"
 
 

@@ -1,6 +1,6 @@
 """Block attention through torch's own operators that return lse: "cpu", "cudnn" and "flash".
 
-The one file that knows their schemas, which have changed between torch versions (seen: 2.11, 2.13).
+The one file that knows their schemas, which change between torch versions; 2.11 to 2.15 have these.
 An operator whose schema is not recognised is named in a warning at import, and its backend refuses.
 """
 

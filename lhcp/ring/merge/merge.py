@@ -21,7 +21,7 @@ def merge(out: Tensor, lse: Tensor, partials: Sequence[Partial]) -> None:
     -inf, attended to no key: it is 0, its lse -inf. One kernel on a GPU: each partial is read once.
 
     Args:
-        out: [B, S, H, D], any float dtype, written; it may be the whole of a partialial.
+        out: [B, S, H, D], any float dtype, written; it may be the whole of a partial.
         lse: [B, H, S], float32 (float64 for float64 inputs), written; so may this.
         partials: with lse of the dtype of `lse`.
     """
@@ -50,7 +50,7 @@ def add(out: Tensor, partials: Sequence[Partial]) -> None:
     """Sum the partials that cover a query into `out`: wide, rounded once. One kernel on a GPU.
 
     Args:
-        out: [B, S, H, D], any float dtype, written; it may be the whole of a partialial.
+        out: [B, S, H, D], any float dtype, written; it may be the whole of a partial.
         partials: their lse is not read.
     """
     if out.device.type == "cuda" and out.dtype != torch.float64 and HAS_TRITON:

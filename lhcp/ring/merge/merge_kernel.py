@@ -17,11 +17,11 @@ def _covered(runs, i: tl.constexpr, o_h, o_s):
 
 
 @triton.jit
-def _load_lse(p_part_lses, runs, s_part_lses, i: tl.constexpr, i_b, i_h, o_h, o_s):
+def _load_lse(p_lses, runs, s_lses, i: tl.constexpr, i_b, i_h, o_h, o_s):
     """Load the lse of partial i, -inf where it does not cover."""
     o_own, i_own = o_s - runs[4 * i], i_h - runs[4 * i + 2]
-    p_rows = p_part_lses[i] + i_b * s_part_lses[3 * i] + i_own * s_part_lses[3 * i + 1]
-    p_rows += o_own * s_part_lses[3 * i + 2]
+    p_rows = p_lses[i] + i_b * s_lses[3 * i] + i_own * s_lses[3 * i + 1]
+    p_rows += o_own * s_lses[3 * i + 2]
     return tl.load(p_rows, mask=_covered(runs, i, o_h, o_s), other=float("-inf"))
 
 
@@ -29,11 +29,11 @@ def _load_lse(p_part_lses, runs, s_part_lses, i: tl.constexpr, i_b, i_h, o_h, o_
 def _merge_kernel(
     p_out,
     p_lse,
-    p_parts,
-    p_part_lses,
+    p_partials,
+    p_lses,
     runs,
-    s_parts,
-    s_part_lses,
+    s_partials,
+    s_lses,
     S,
     H,
     D,
@@ -51,7 +51,7 @@ def _merge_kernel(
     """Merge, or add.
 
     Example: N=2 partials; runs holds rows [start, stop) and heads [start, stop) of partial 0, then
-    of partial 1; s_parts strides (b, s, h) of partial 0, then those of partial 1.
+    of partial 1; s_partials strides (b, s, h) of partial 0, then those of partial 1.
     """
     # Heads are neighbours in memory: programs beside one another read what lies together.
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -65,7 +65,7 @@ def _merge_kernel(
     b_top = tl.full([BS, 1], float("-inf"), tl.float32)
     if WEIGHTED:
         for i in tl.static_range(N):
-            b_own = _load_lse(p_part_lses, runs, s_part_lses, i, i_b, i_h, o_h, o_s)
+            b_own = _load_lse(p_lses, runs, s_lses, i, i_b, i_h, o_h, o_s)
             b_top = tl.maximum(b_top, b_own)
     # Nothing weighs nothing: exp(-inf - 0), not exp(-inf - -inf).
     b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
@@ -73,16 +73,16 @@ def _merge_kernel(
     b_out = tl.full([BS, BD], 0.0, tl.float32)
     for i in tl.static_range(N):
         o_own, i_own = o_s - runs[4 * i], i_h - runs[4 * i + 2]
-        p_rows = p_parts[i] + i_b * s_parts[3 * i] + i_own * s_parts[3 * i + 2]
-        p_rows += o_own * s_parts[3 * i + 1] + o_d
+        p_rows = p_partials[i] + i_b * s_partials[3 * i] + i_own * s_partials[3 * i + 2]
+        p_rows += o_own * s_partials[3 * i + 1] + o_d
         m_rows = _covered(runs, i, o_h, o_s) & m_d
-        b_part = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+        b_partial = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
         if WEIGHTED:
-            b_own = _load_lse(p_part_lses, runs, s_part_lses, i, i_b, i_h, o_h, o_s)
+            b_own = _load_lse(p_lses, runs, s_lses, i, i_b, i_h, o_h, o_s)
             b_weight = tl.exp(b_own - b_base)
             b_sum += b_weight
-            b_part *= b_weight
-        b_out += b_part
+            b_partial *= b_weight
+        b_out += b_partial
     if WEIGHTED:
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
         b_out /= b_sum

@@ -13,8 +13,14 @@ ROTATIONS: dict[str, MakeRotation] = {
 }
 """Ways to bring kv round, for the one loop. "alltoall" is not one: it moves heads instead."""
 
-NAMES = (*ROTATIONS, "alltoall")
-"""What a plan's rotation may be, as lhcp comes."""
+
+def names() -> tuple[str, ...]:
+    """Return what a plan's rotation may be, for the ring to carry out."""
+    return (*ROTATIONS, "alltoall")
+
+
+NAMES = names()
+"""The same, as lhcp comes."""
 
 
 def refuses(name: str, ranks: Ranks, num_kv_heads: int) -> str | None:

@@ -50,9 +50,9 @@ class AllGather:
         # One group's gradients are on their way at a time, so that one group's parts are in memory.
         self._arrive()
         everyone = range(context.ranks.world_size)
-        plan = gather_segments(context.layout, context.mask, everyone, everyone)
+        segments = gather_segments(context.layout, context.mask, everyone, everyone)
         like = self._like[:, :, slice(*self._groups[self._arrived])]
-        self._leaving = GatherReturn(context, context.group, plan, grads, like)
+        self._leaving = GatherReturn(context, context.group, segments, grads, like)
 
     def owned_grads(self) -> KV:
         """Return the sums of all ranks' parts and the own."""

@@ -69,8 +69,8 @@ class Hierarchical:
         size = self._inner.size()
         own, keys = self._outer.rank(), (self._outer.rank() - self._node) % self._outer.size()
         queries, owners = (range(node * size, (node + 1) * size) for node in (own, keys))
-        plan = gather_segments(context.layout, context.mask, queries, owners)
-        self._parts = GatherReturn(context, self._inner, plan, grads, self._like)
+        segments = gather_segments(context.layout, context.mask, queries, owners)
+        self._parts = GatherReturn(context, self._inner, segments, grads, self._like)
 
     def owned_grads(self) -> KV:
         """Return the sums of all nodes' sums and the own."""

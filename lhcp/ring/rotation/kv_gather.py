@@ -49,7 +49,7 @@ class GatherReturn:
 
     Args:
         group: the ranks that gathered.
-        plan: of this gather, the same on every rank of the group.
+        segments: of this gather, the same on every rank of the group.
         grads: of this rank's calls, in the order of the gather.
         like: this rank's k, [B, slots * tokens, heads, D].
     """
@@ -58,32 +58,32 @@ class GatherReturn:
         self,
         context: RotationContext,
         group: dist.ProcessGroup,
-        plan: Sequence[Segment],
+        segments: Sequence[Segment],
         grads: Sequence[CallGrads],
         like: Tensor,
     ) -> None:
         rank, world, slots = group.rank(), group.size(), context.layout.chunks_per_rank
         row = (like.shape[0], like.shape[1] // slots, *like.shape[2:])
-        sources = [segment.sources(rank) for segment in plan]
-        self.first = sum(len(g) for g, s in zip(sources, plan, strict=True) if s.slot == 0)
+        sources = [segment.sources(rank) for segment in segments]
+        self.first = sum(len(g) for g, s in zip(sources, segments, strict=True) if s.slot == 0)
         """Parts of the first chunk; those of the second follow."""
         self._parts = context.ranks.receive_buffer(like, 2, sum(map(len, sources)), *row)
         exchanges: list[Rows] = []
         for kind in range(2):
             begin = 0
-            for segment, giving in zip(plan, sources, strict=True):
+            for segment, from_ranks in zip(segments, sources, strict=True):
                 start, stop = segment.runs[rank]
                 sent = like.new_empty((0, *row))
                 if start < stop:
-                    part = next(part for part in grads if part.call.q == segment.q)
-                    by_chunk = split_chunks(part.grads[kind], part.call.num_keys, copy=False)
-                    first = (slots - 1 - segment.slot) * world - part.call.kv[0]
+                    mine = next(of_call for of_call in grads if of_call.call.q == segment.q)
+                    by_chunk = split_chunks(mine.grads[kind], mine.call.num_keys, copy=False)
+                    first = (slots - 1 - segment.slot) * world - mine.call.kv[0]
                     sent = by_chunk[first + start : first + stop].contiguous()
-                received = self._parts[kind, begin : begin + len(giving)]
-                rows = [int(r in giving) for r in range(world)]
+                received = self._parts[kind, begin : begin + len(from_ranks)]
+                rows = [int(r in from_ranks) for r in range(world)]
                 given = [int(start <= r < stop) for r in range(world)]
                 exchanges.append(Rows(received, rows, sent, given))
-                begin += len(giving)
+                begin += len(from_ranks)
         self._works = all_to_alls(exchanges, group)
 
     def wait(self) -> Tensor:

@@ -54,7 +54,7 @@ class P2P:
             return
         self._arrive()
         i = step - 1
-        self._leaving = RoundReturn(self._context, grads, self._places(i), self._rounds[i])
+        self._leaving = RoundReturn(self._context, grads, self._receive_views(i), self._rounds[i])
 
     def owned_grads(self) -> KV:
         """Return the sums of all rounds' parts and the own."""
@@ -71,14 +71,14 @@ class P2P:
         rank, rounds = context.ranks.rank, self._rounds[start:stop]
         return ring_sources(rank, context.layout, context.mask, rounds)
 
-    def _places(self, i: int) -> list[list[Tensor]]:
+    def _receive_views(self, i: int) -> list[list[Tensor]]:
         """Return where parts of round i go: for dk and dv, by slot, [sources, B, tokens, heads, D].
 
         All rounds that are summed together share one tensor, slot 0 first, rounds in order:
 
             zigzag, rank 1 of 4, causal, chunks (1, 6), rounds of one distance each
             slot 0 is seen by ranks 2, 3, 0; slot 1 by none, none, 0
-            parts: [2 3 0 | 0]; round 0 writes place 0, round 1 place 1, round 2 places 2 and 3
+            parts: [2 3 0 | 0]; round 0 writes row 0, round 1 row 1, round 2 rows 2 and 3
         """
         start = i - i % self._rounds_per_sum
         if i == start:

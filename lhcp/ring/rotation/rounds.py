@@ -59,9 +59,9 @@ class RoundReturn:
         owners, _ = ring_route(rank, layout, context.mask, distances)
         outgoing: list[Peered] = []
         # Calls come in any order; messages go in the order of the chunks.
-        for part in sorted(grads, key=lambda part: part.call.kv):
-            run = owners[slice(*part.call.kv)]
-            both = [split_chunks(x, len(run), copy=False).unbind() for x in part.grads]
+        for of_call in sorted(grads, key=lambda of_call: of_call.call.kv):
+            run = owners[slice(*of_call.call.kv)]
+            both = [split_chunks(x, len(run), copy=False).unbind() for x in of_call.grads]
             by_chunk = zip(run, *both, strict=True)
             outgoing += [(x.contiguous(), owner) for owner, *pair in by_chunk for x in pair]
         sources = ring_sources(rank, layout, context.mask, (distances,))
