@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from lhcp.cost.clocks import Clocks, single_seconds
 from lhcp.ring.parts import gather_segments, parts_received, parts_sent
-from lhcp.ring.schedule import allgather_steps, hierarchical_steps, p2p_steps, round_chunks
+from lhcp.ring.schedule import allgather_steps, chunks_at, hierarchical_steps, p2p_steps
 from lhcp.ring.shape import AttentionShape
 
 
@@ -19,13 +19,14 @@ def _p2p(clocks: Clocks) -> None:
     world, rounds, held = shape.world_size, shape.rounds, shape.holds_all_parts
     steps = [p2p_steps(shape, rank, clocks.backward) for rank in range(world)]
     grads, sums = shape.grad_bytes, shape.kv_sum_bytes
+    chunk, part = float(shape.chunk_bytes), float(shape.part_bytes)
     seen = _chunks_seen(shape)
 
     def fetch(i: int) -> list[float]:
         """Fetch the keys of a round."""
         done = list(clocks.now)
         for d in rounds[i]:
-            keys = [float(count * shape.chunk_bytes) for count in seen[d]]
+            keys = [count * chunk for count in seen[d]]
             done = list(map(max, done, clocks.exchange(d, keys)))
         return done
 
@@ -34,7 +35,7 @@ def _p2p(clocks: Clocks) -> None:
         done = list(clocks.now)
         for d in rounds[i]:
             # They come from the rank d after the owner: of what that one has seen.
-            parts = [float(count * shape.part_bytes) for count in seen[d][d:] + seen[d][:d]]
+            parts = [count * part for count in seen[d][d:] + seen[d][:d]]
             done = list(map(max, done, clocks.exchange(-d, parts)))
         return done
 
@@ -60,11 +61,7 @@ def _p2p(clocks: Clocks) -> None:
 @lru_cache(maxsize=64)
 def _chunks_seen(shape: AttentionShape) -> dict[int, list[int]]:
     """Return, by distance, the chunks of keys that each rank attends to there."""
-    layout, mask, ranks = shape.layout, shape.mask, range(shape.world_size)
-    return {
-        d: [len(round_chunks(rank, layout, mask, range(d, d + 1))) for rank in ranks]
-        for d in ranks[1:]
-    }
+    return {d: chunks_at(shape.layout, shape.mask, d) for d in range(1, shape.world_size)}
 
 
 def _allgather(clocks: Clocks) -> None:

@@ -75,11 +75,13 @@ def calls_by_queries(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...]) -> t
     """
     calls: list[Call] = []
     for slot, chunk in enumerate(q_chunks):
-        seen = [i for i, other in enumerate(kv_chunks) if other < chunk]
-        if not seen:
+        seen = [other < chunk for other in kv_chunks]
+        count = sum(seen)
+        if not count:
             continue
-        run = (seen[0], seen[-1] + 1)
-        assert len(seen) == run[1] - run[0], (q_chunks, kv_chunks)
+        start = seen.index(True)
+        run = (start, start + count)
+        assert all(seen[start : start + count]), (q_chunks, kv_chunks)
         if calls and calls[-1].kv == run and calls[-1].q[1] == slot:
             calls[-1] = Call((calls[-1].q[0], slot + 1), run, FULL)
         else:
@@ -92,7 +94,7 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), CAUSAL, per_chunk=num_chunks > 1)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2**17)
 def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tuple[int, ...]:
     """Return the chunks that come to `rank` in a round of the ring: those that it may see.
 
@@ -101,12 +103,23 @@ def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tup
         zigzag, rank 1 of 4, chunks (1, 6); distances 2 and 3 are ranks 3 and 2, chunks 3 4, 2 5
         causal: 5 4 3 2, all before chunk 6;  distance 1 is rank 0, chunks 0 7: 0 alone
     """
+    last = _first_unseen(layout.chunks(rank), layout, mask)
     ranks = [(rank - distance) % layout.world_size for distance in distances]
-    seen = [c for other in ranks for c in layout.chunks(other)]
-    if mask.causal:
-        last = layout.chunks(rank)[-1]
-        seen = [c for c in seen if c < last]
+    seen = [c for other in ranks for c in layout.chunks(other) if c < last]
     return tuple(sorted(seen, reverse=True))
+
+
+def chunks_at(layout: Layout, mask: Mask, distance: int) -> list[int]:
+    """Return how many chunks each rank attends to at a distance: `round_chunks`, counted."""
+    of_rank = [layout.chunks(rank) for rank in range(layout.world_size)]
+    # Negative indices go round the ring.
+    pairs = ((mine, of_rank[rank - distance]) for rank, mine in enumerate(of_rank))
+    return [sum(c < _first_unseen(mine, layout, mask) for c in others) for mine, others in pairs]
+
+
+def _first_unseen(mine: tuple[int, ...], layout: Layout, mask: Mask) -> int:
+    """Return the chunk from which on a rank sees none of others' keys; its chunks ascend."""
+    return mine[-1] if mask.causal else layout.num_chunks
 
 
 @lru_cache(maxsize=8192)
@@ -117,14 +130,12 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
     backward each key, so that few gradients travel. Calls of long tiles come first: a forward's
     tile goes through all keys, a backward's through all queries.
     """
-    mine, heads = shape.layout.chunks(rank), (0, shape.num_kv_heads)
-    steps = [Step(calls_by_keys(mine, mine, shape.mask), heads, True)]
+    layout, mask, heads = shape.layout, shape.mask, (0, shape.num_kv_heads)
+    mine, by_queries = layout.chunks(rank), mask.causal and not backward
+    steps = [Step(calls_by_keys(mine, mine, mask), heads, True)]
     for distances in shape.rounds:
-        run = round_chunks(rank, shape.layout, shape.mask, distances)
-        if shape.mask.causal and not backward:
-            calls = calls_by_queries(mine, run)
-        else:
-            calls = calls_by_keys(mine, run, shape.mask)
+        run = round_chunks(rank, layout, mask, distances)
+        calls = calls_by_queries(mine, run) if by_queries else calls_by_keys(mine, run, mask)
         # Later queries see more keys, and earlier keys, which come last, are seen by more queries.
         steps.append(Step(calls[::-1], heads, False))
     return tuple(steps)

@@ -81,7 +81,7 @@ class AttentionShape:
 
     @staticmethod
     def unpack(layout: Layout, integers: Sequence[int]) -> "AttentionShape":
-        """Return the shape that was packed: one object for equal ones, whose rounds are cut once."""
+        """Return the shape that was packed, one object for equal ones: its rounds are cut once."""
         return _unpacked(layout, tuple(integers))
 
     @property

@@ -304,4 +304,6 @@ def test_narrower_keys_save_their_own_bytes(rotation: str) -> None:
     for direction, less in (("forward", True), ("backward", rotation != "alltoall")):
         sent = [most_traffic(rotation, shape, direction).num_bytes for shape in (BASE, half)]  # type: ignore[arg-type]
         assert (sent[1] < sent[0]) == less
-        assert sent[1] > sent[0] / 2
+        # Keys alone are halved.
+        keys_alone = direction == "forward" and rotation != "alltoall"
+        assert sent[1] == sent[0] / 2 if keys_alone else sent[1] > sent[0] / 2

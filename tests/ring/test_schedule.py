@@ -10,12 +10,13 @@ from lhcp.comm.layout import LAYOUTS, Layout, LayoutName, make_layout
 from lhcp.ring.schedule import (
     Step,
     allgather_steps,
+    chunks_at,
     gathered_order,
     hierarchical_steps,
     p2p_steps,
     round_chunks,
 )
-from lhcp.ring.shape import AttentionShape, Mask, Tuning, split_heads
+from lhcp.ring.shape import CAUSAL, FULL, AttentionShape, Mask, Tuning, split_heads
 
 HEADS = 4
 
@@ -176,6 +177,16 @@ def test_head_groups_are_equal_runs(heads: int, groups: int) -> None:
     assert [h for run in runs for h in range(*run)] == list(range(heads))
     assert len({stop - start for start, stop in runs}) == 1
     assert len(runs) <= max(groups, 1)
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_at_a_distance_are_counted(layout: LayoutName, mask: Mask) -> None:
+    """Fails if the count that the cost model reads is not of the chunks that come."""
+    cut = make_layout(layout, 7)
+    for d in range(1, 7):
+        came = [len(round_chunks(rank, cut, mask, range(d, d + 1))) for rank in range(7)]
+        assert chunks_at(cut, mask, d) == came
 
 
 def test_a_shape_decides_once() -> None:
