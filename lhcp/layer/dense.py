@@ -96,4 +96,4 @@ def dense_attention(
     check_qkv(q, k, v)
     plan = make_plan(q, k, ranks, choices, mask)
     plan.layout.check_seqlen(plan.shape.seqlen)
-    return carry_out(q, k, v, plan, choices.timers)
+    return carry_out(q, k, v, plan, choices.spans)

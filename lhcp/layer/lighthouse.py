@@ -163,7 +163,7 @@ def sparse_attention(
             "this config shortens nothing; use a smaller topk or a longer sequence",
             stacklevel=3,
         )
-    scorer, selection, timers = SCORERS[config.scorer], given.selection, choices.timers
+    scorer, selection, timers = SCORERS[config.scorer], given.selection, choices.spans
     integers = pack_integers(geom)
     with torch.no_grad():
         unchanged = given.score_q is None and given.score_k is None

@@ -59,7 +59,13 @@ class Choices:
     """A name of `lhcp.lighthouse.kernel_sets.KERNELS`, or "auto"."""
     scale: float | None = None
     """Factor of the logits; None: D ** -0.5."""
-    timers: Spans = UNTIMED
+    timers: Spans | None = None
+    """What measures; None: nothing. No object, since torch 2.11 traces none that is a default."""
+
+    @property
+    def spans(self) -> Spans:
+        """What names, or measures, the stages."""
+        return UNTIMED if self.timers is None else self.timers
 
     def scale_of(self, q: Tensor) -> float:
         """Return the factor of the logits for q [B, n, H, D]."""

@@ -152,3 +152,16 @@ def test_extremes():
     assert torch.equal(out, alone) and torch.equal(total, lse)
     merge_fused(out, total, wholes((alone, block), (lse, lse)))
     assert_close(out, (alone.double() + block) / 2, torch.float32)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 3, 2)], ids=["heads apart", "D apart"])
+def test_results_may_lie_in_any_order(order):
+    """Fails if a result whose axes lie in memory as another block likes is read as if packed."""
+    outs, lses = draw(2, 24, 16)
+    want, _ = exact_merge(wholes(outs, lses), outs[0])
+    apart = [x.permute(order).contiguous().permute(order) for x in outs]
+    out, lse = poisoned(outs[0]), poisoned(lses[0])
+    merge_fused(out, lse, wholes(apart, lses))
+    assert_close(out, want, torch.float32)
+    add_fused(out, wholes(apart))
+    assert_close(out, sum(x.double() for x in outs), torch.float32)

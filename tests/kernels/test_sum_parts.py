@@ -49,3 +49,16 @@ def test_the_torch_path_gives_the_same():
     sum_fused(parts.to(DEVICE), 3, own.map(lambda x: x.to(DEVICE)), kernel)
     for a, b in zip(ours, kernel, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 3, 2)], ids=["heads apart", "D apart"])
+def test_own_gradients_may_lie_in_any_order(order):
+    """Fails if rows are mixed where a block returns heads apart, as plain torch does on a GPU."""
+    parts = torch.randn(2, 3, 2, 8, 3, 16, device=DEVICE)
+    own = KV(*torch.randn(2, 2, 16, 3, 16, device=DEVICE))
+    apart = own.map(lambda x: x.permute(order).contiguous().permute(order))
+    assert not apart.k.is_contiguous() and torch.equal(apart.k, own.k)
+    want, got = (own.map(torch.empty_like) for _ in range(2))
+    sum_fused(parts, 2, own, want)
+    sum_fused(parts, 2, apart, got)
+    assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)

@@ -109,14 +109,16 @@ def _launch(
 ) -> None:
     batch, seqlen, heads, head_dim = out.shape
     rows = 16
+    # A block may return results whose D does not lie together.
+    given = [p.x if p.x.stride(3) == 1 else p.x.contiguous() for p in partials]
     runs = [edge for partial in partials for edge in (*partial.rows, *partial.heads)]
     _merge_kernel[(triton.cdiv(seqlen, rows) * heads, batch)](
         out,
         lse,
-        tuple(partial.x for partial in partials),
+        tuple(given),
         tuple(lses),
         tuple(runs),
-        tuple(stride for partial in partials for stride in partial.x.stride()[:3]),
+        tuple(stride for x in given for stride in x.stride()[:3]),
         tuple(stride for x in lses for stride in x.stride()[:3]),
         seqlen,
         heads,

@@ -62,14 +62,22 @@ def _sum_kernel(
     tl.store(p_rows, b_sum.to(p_out.dtype.element_ty), mask=m_td)
 
 
+def _rows_together(x: Tensor) -> Tensor:
+    """Return [B, tokens, heads, D] whose heads and D lie together: itself, or a copy."""
+    together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if together else x.contiguous()
+
+
 def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
     """Sum as `lhcp.ring.merge.sum_parts.sum_parts`, in float32."""
     _, num_parts, batch, tokens, heads, head_dim = parts.shape
     width = heads * head_dim
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
-    given = out if own is None else own
+    # A block may return heads that lie apart; the kernel reads heads and D as one row.
+    given = out if own is None else own.map(_rows_together)
     strides = [stride for x in (*given, *out) for stride in x.stride()[:2]]
+    assert all(_rows_together(x) is x for x in out), "sums are written in rows that lie together"
     _sum_kernel[(triton.cdiv(tokens, rows), out[0].shape[1] // tokens, 2 * batch)](
         parts,
         *given,

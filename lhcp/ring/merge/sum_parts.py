@@ -15,7 +15,7 @@ def sum_parts(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
         parts: [2, sources, B, tokens of a chunk, heads, D]: `first` parts of the first chunk, then
             those of the second.
         own: dk and dv that did not travel, [B, chunks * tokens, heads, D] each, or None.
-        out: dk and dv of as many tokens, any float dtype, written. In `own` and `out` heads and D
+        out: dk and dv of as many tokens, any float dtype, written. In `out` heads and D
             lie together.
     """
     if parts.device.type == "cuda" and parts.dtype != torch.float64 and HAS_TRITON:
