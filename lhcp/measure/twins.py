@@ -102,7 +102,7 @@ class Communication:
         if self._plan.rotation == "alltoall":
             self._out = self._exchange_heads()
             return
-        for _ in self._rotation(backward=False).deliver(self._kv):
+        for _ in self._rotation(backward=False).deliver():
             pass
 
     def backward(self) -> None:
@@ -115,7 +115,7 @@ class Communication:
             return
         rotation = self._rotation(backward=True)
         chunk = self._plan.shape.chunk
-        for i, (step, _) in enumerate(rotation.deliver(self._kv)):
+        for i, (step, _) in enumerate(rotation.deliver()):
             heads = step.heads[1] - step.heads[0]
             runs = [(call, call.num_keys * chunk) for call in step.calls]
             rotation.collect(i, [CallGrads(call, self._gradient(run, heads)) for call, run in runs])

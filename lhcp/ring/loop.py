@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from lhcp.ring.block import BLOCKS
@@ -49,7 +50,7 @@ def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tenso
             out, lse = views.unfold(out, call), views.unfold_lse(lse, call)
             merge.add(views.rows(call), views.heads(step), out, lse)
 
-    _take_steps(rotation, kv, shape, start, finish)
+    _take_steps(rotation, q.device, shape, start, finish)
     out, lse = merge.result()
     assert lse is not None
     return out, lse
@@ -92,7 +93,7 @@ def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads
             grads.append(CallGrads(call, KV(*(views.unfold(x, call) for x in dkv))))
         rotation.collect(i, grads)
 
-    _take_steps(rotation, kv, shape, start, finish)
+    _take_steps(rotation, q.device, shape, start, finish)
     # The last gradients travel meanwhile.
     dq, _ = merge.result()
     return dq, *rotation.owned_grads()
@@ -100,7 +101,7 @@ def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads
 
 def _take_steps(
     rotation: Rotation,
-    kv: KV,
+    device: torch.device,
     shape: AttentionShape,
     start: Callable[[int, Step, Call, KV], R],
     finish: Callable[[int, Step, Sequence[R]], None],
@@ -110,7 +111,7 @@ def _take_steps(
     On a GPU the calls run side by side, and a step is finished once those of the next one or two
     are under way, so that what finishing waits for does not hold them up.
     """
-    streams = CallStreams(kv.k.device)
+    streams = CallStreams(device)
     left = shape.steps_left(rotation.step_bytes) if streams.side_by_side else 0
     # What calls read is kept until they are waited for.
     waiting: deque[tuple[int, Step, KV, list[Started[R]]]] = deque()
@@ -119,7 +120,7 @@ def _take_steps(
         i, step, _, calls = waiting.popleft()
         finish(i, step, [call.result() for call in calls])
 
-    for i, (step, kv_i) in enumerate(rotation.deliver(kv)):
+    for i, (step, kv_i) in enumerate(rotation.deliver()):
         calls = [streams.start(partial(start, i, step, call, kv_i)) for call in step.calls]
         waiting.append((i, step, kv_i, calls))
         while len(waiting) > left:

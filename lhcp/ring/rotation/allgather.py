@@ -19,7 +19,7 @@ class AllGather:
 
     def __init__(self, context: RotationContext, kv: KV) -> None:
         shape = context.shape
-        self._context, self._like = context, kv.k
+        self._context, self._kv, self._like = context, kv, kv.k
         self._groups = shape.head_groups
         self.step_bytes = shape.group_bytes
         self.steps = allgather_steps(shape, context.ranks.rank)
@@ -28,16 +28,16 @@ class AllGather:
         self._total: KV | None = None
         self._arrived = 0
 
-    def deliver(self, kv: KV) -> Iterator[Delivery]:
+    def deliver(self) -> Iterator[Delivery]:
         """Yield the own keys under a causal mask, then all keys by groups of heads."""
-        gather = self._gather(kv, 0)
+        gather = self._gather(0)
         if self._context.mask.causal:
-            yield Delivery(self.steps[0], kv)
+            yield Delivery(self.steps[0], self._kv)
         for group, step in enumerate(self.steps[-len(self._groups) :]):
-            with self._context.waiting(group, kv.k.device):
+            with self._context.waiting(group, self._like.device):
                 gathered = gather.wait()
             if group + 1 < len(self._groups):
-                gather = self._gather(kv, group + 1)
+                gather = self._gather(group + 1)
             yield Delivery(step, gathered)
 
     def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
@@ -74,6 +74,6 @@ class AllGather:
         self._arrived += 1
         self._leaving = None
 
-    def _gather(self, kv: KV, group: int) -> KVGather:
+    def _gather(self, group: int) -> KVGather:
         heads = self._groups[group]
-        return KVGather(self._context, self._context.group, kv.heads(*heads))
+        return KVGather(self._context, self._context.group, self._kv.heads(*heads))

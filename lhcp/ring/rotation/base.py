@@ -74,7 +74,7 @@ class Rotation(Protocol):
     """Bytes of the keys and values of a step at most, on any rank. How many steps wait to be
     finished follows from it, and so what is sent in which order: it must be the same everywhere."""
 
-    def deliver(self, kv: KV) -> Iterator[Delivery]:
+    def deliver(self) -> Iterator[Delivery]:
         """Yield each step's keys and values in order, with the next exchange already under way.
 
         The calls of the first step of each run of heads cover every query.
@@ -94,4 +94,4 @@ class Rotation(Protocol):
 
 
 MakeRotation = Callable[[RotationContext, KV], Rotation]
-"""Makes a rotation for one direction; it is given this rank's own keys and values."""
+"""Makes a rotation for one direction, of this rank's own keys and values."""

@@ -29,7 +29,8 @@ class Hierarchical:
     def __init__(self, context: RotationContext, kv: KV) -> None:
         outer, inner = context.ranks.outer, context.ranks.inner
         assert outer is not None and inner is not None
-        self._context, self._like, self._outer, self._inner = context, kv.k, outer, inner
+        self._context, self._outer, self._inner = context, outer, inner
+        self._kv, self._like = kv, kv.k
         self.steps = hierarchical_steps(context.shape, context.ranks.rank)
         self.step_bytes = context.shape.node_bytes
         self._own: KV | None = None
@@ -39,17 +40,17 @@ class Hierarchical:
         self._total: KV | None = None
         self._node = 0
 
-    def deliver(self, kv: KV) -> Iterator[Delivery]:
+    def deliver(self) -> Iterator[Delivery]:
         """Yield the own keys under a causal mask, then those of this node, then node by node."""
         context, nodes = self._context, self._outer.size()
-        packed = RingBuffers(context.ranks, self._outer, torch.stack(kv))
+        packed = RingBuffers(context.ranks, self._outer, torch.stack(self._kv))
         gather = self._gather(packed.current)
         if nodes > 1:
             packed.post()
         if context.mask.causal:
-            yield Delivery(self.steps[0], kv)
+            yield Delivery(self.steps[0], self._kv)
         for node, step in enumerate(self.steps[-nodes:]):
-            with context.waiting(node, kv.k.device):
+            with context.waiting(node, self._like.device):
                 gathered = gather.wait()
                 if node + 1 < nodes:
                     packed.arrive()

@@ -45,7 +45,11 @@ class KVGather:
 class GatherReturn:
     """Gradients of gathered k and v on their way to the ranks that own the keys.
 
-    An all-to-all a segment for dk and one for dv, started as one.
+    An all-to-all a segment for dk and one for dv, started as one. Parts lie segment by segment:
+
+        zigzag, rank 1 of 4, causal, owner of chunks (1, 6)
+        chunk 1 was seen by the early chunks of ranks 2, 3 and the late ones of 0, 1, 2, 3; 6 by 7
+        parts: [2 3 | 0 1 2 3 | 0], of which `first` = 6 are of chunk 1
 
     Args:
         group: the ranks that gathered.

@@ -24,7 +24,7 @@ class P2P:
 
     def __init__(self, context: RotationContext, kv: KV) -> None:
         shape = context.shape
-        self._context, self._like = context, kv.k
+        self._context, self._kv, self._like = context, kv, kv.k
         self._rounds = shape.rounds
         self.steps = p2p_steps(shape, context.ranks.rank, context.backward)
         self.step_bytes = shape.round_bytes
@@ -35,15 +35,15 @@ class P2P:
         self._leaving: RoundReturn | None = None
         self._arrived = 0
 
-    def deliver(self, kv: KV) -> Iterator[Delivery]:
+    def deliver(self) -> Iterator[Delivery]:
         """Yield the own keys, then those of each round."""
-        fetched = self._fetch(kv, 0)
-        yield Delivery(self.steps[0], kv)
+        fetched = self._fetch(0)
+        yield Delivery(self.steps[0], self._kv)
         for i, step in enumerate(self.steps[1:]):
-            with self._context.waiting(i, kv.k.device):
+            with self._context.waiting(i, self._like.device):
                 keys = fetched.wait()
             if i + 1 < len(self._rounds):
-                fetched = self._fetch(kv, i + 1)
+                fetched = self._fetch(i + 1)
             yield Delivery(step, keys)
 
     def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
@@ -62,8 +62,8 @@ class P2P:
         assert self._total is not None
         return self._total
 
-    def _fetch(self, kv: KV, i: int) -> RoundFetch:
-        return RoundFetch(self._context, kv, self._rounds[i])
+    def _fetch(self, i: int) -> RoundFetch:
+        return RoundFetch(self._context, self._kv, self._rounds[i])
 
     def _sources(self, start: int, stop: int) -> tuple[tuple[int, ...], ...]:
         """Return the ranks that give parts in rounds [start, stop), for each of the own chunks."""
