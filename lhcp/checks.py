@@ -34,24 +34,28 @@ def _check(named: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is {shape_of(x)}: must be [batch, seqlen, heads, head_dim]")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{name} is {x.dtype}: must be one of {', '.join(map(str, _FLOATS))}")
-    listing = ", ".join(f"{name} {shape_of(x)}" for name, x in named.items())
+    # Nothing is put into words before something is wrong: this runs in every call.
     if len({x.dtype for x in named.values()}) > 1:
-        raise TypeError(f"{listing}: must have one dtype; cast them to the same")
+        raise TypeError(f"{_listing(named)}: must have one dtype; cast them to the same")
     if len({x.device for x in named.values()}) > 1:
-        raise ValueError(f"{listing}: must be on one device")
+        raise ValueError(f"{_listing(named)}: must be on one device")
     q, k = named["q"], named["k"]
     if 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"{listing}: no axis may be empty")
+        raise ValueError(f"{_listing(named)}: no axis may be empty")
     if "v" in named and named["v"].shape != k.shape:
-        raise ValueError(f"{listing}: k and v must have the same shape")
+        raise ValueError(f"{_listing(named)}: k and v must have the same shape")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{listing}: q and k must agree in all axes but the heads")
+        raise ValueError(f"{_listing(named)}: q and k must agree in all axes but the heads")
     if q.shape[2] % k.shape[2]:
         fits = [n for n in range(1, q.shape[2] + 1) if q.shape[2] % n == 0]
         raise ValueError(
-            f"{listing}: the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} kv "
-            f"heads; kv heads that fit: {', '.join(map(str, fits))}"
+            f"{_listing(named)}: the {q.shape[2]} query heads must be a multiple of the "
+            f"{k.shape[2]} kv heads; kv heads that fit: {', '.join(map(str, fits))}"
         )
+
+
+def _listing(named: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {shape_of(x)}" for name, x in named.items())
 
 
 def check_scores(
@@ -70,3 +74,16 @@ def check_scores(
         if score.dtype not in _FLOATS or score.device != x.device:
             raise TypeError(f"{name} is {shape_of(score)}: must be floating point on {x.device}")
     return score_q, score_k
+
+
+def check_scale(scale: float | None) -> None:
+    """Check that the factor of the logits is a plain number, or None for the default.
+
+    Raises:
+        TypeError: it is not: a tensor or a parameter would get no gradient here.
+    """
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(
+            f"scale is a {type(scale).__name__}: must be a float or None; a learnt one gets no "
+            "gradient here: multiply q by it before the call"
+        )

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lhcp.precision import without_autocast
+
 R = TypeVar("R")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -69,7 +71,7 @@ def operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, without_autocast(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lhcp::{name}", fake, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.lhcp, name).default
         return overload

@@ -103,7 +103,7 @@ def as_ranks(group: Group | Ranks) -> Ranks:
         if group.ndim == 1:
             return Ranks(group.get_group())
         if group.ndim == 2:
-            # Row-major: flat rank = outer * inner size + inner, which the rotations rely on.
+            _check_order(group)
             return Ranks(flat_group(group), group.get_group(0), group.get_group(1))
         raise ValueError(
             f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}: pass one axis, "
@@ -116,3 +116,24 @@ def as_ranks(group: Group | Ranks) -> Ranks:
     raise TypeError(
         f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
     )
+
+
+def _check_order(mesh: DeviceMesh) -> None:
+    """Check that a mesh of two axes counts its ranks as the group of all of them does.
+
+    torch sorts a group's ranks, so that flat rank = outer * inner size + inner, on which layouts
+    and rotations rely, holds only where the mesh ascends row by row.
+
+    Raises:
+        ValueError: it does not.
+    """
+    rows = mesh.mesh.tolist()
+    ranks = [rank for row in rows for rank in row]
+    if ranks != sorted(ranks):
+        size = len(rows[0])
+        fits = [sorted(ranks)[i : i + size] for i in range(0, len(ranks), size)]
+        raise ValueError(
+            f"group is the mesh {rows}: the ranks of two axes must ascend row by row, as torch "
+            f"orders those of a group, for example {fits}; start the ranks of a node one after "
+            "another, or pass one axis, or a group of all ranks"
+        )

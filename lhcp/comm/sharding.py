@@ -8,6 +8,7 @@ from torch import Tensor
 from lhcp.comm.collectives import all_gather, reduce_scatter
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.differentiation import once_differentiable
 
 
 def positions(
@@ -131,6 +132,7 @@ class _Unshard(torch.autograd.Function):
         return _by_position(world, layout).movedim(0, dim).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         world = _by_rank(grads[0].movedim(ctx.dim, 0), ctx.layout).contiguous()
         part = world.new_empty((world.shape[0] // ctx.ranks.world_size, *world.shape[1:]))

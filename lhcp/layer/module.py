@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lhcp.checks import check_qkv, check_scores
+from lhcp.checks import check_qkv, check_scale, check_scores
 from lhcp.comm.agreement import check_agreement
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, as_ranks
@@ -50,6 +50,8 @@ class LighthouseAttention(nn.Module):
         timers: Spans | None = None,
     ) -> None:
         super().__init__()
+        # Here, because a module makes a parameter its own.
+        check_scale(scale)
         self.config = config
         self.ranks = as_ranks(group)
         self.layout: LayoutName = layout

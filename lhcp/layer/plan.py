@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lhcp.checks import check_scale
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
@@ -69,6 +70,7 @@ class Choices:
 
     def scale_of(self, q: Tensor) -> float:
         """Return the factor of the logits for q [B, n, H, D]."""
+        check_scale(self.scale)
         return q.shape[3] ** -0.5 if self.scale is None else self.scale
 
 

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.differentiation import once_differentiable
 from lhcp.layer.boundary import BoundaryExchange
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import KernelSet
 from lhcp.lighthouse.kernel_sets import kernel_set
 from lhcp.lighthouse.scatter import add_last_grads
 from lhcp.operators import operator, unpack_integers
+from lhcp.precision import without_autocast
 from lhcp.timing import UNTIMED, Spans, goes_through_operators
 
 
@@ -53,6 +55,7 @@ class ScatterPlan:
         return cls(integers, kernels, ranks, layout)
 
 
+@without_autocast
 def scatter_back(o: Tensor, row_of_entry: Tensor, plan: ScatterPlan, spans: Spans) -> Tensor:
     """Scatter [B, S / W, H, D] back to [B, N / W, H, D]."""
     geom, local = plan.geometry, plan.local
@@ -65,6 +68,7 @@ def scatter_back(o: Tensor, row_of_entry: Tensor, plan: ScatterPlan, spans: Span
     return out
 
 
+@without_autocast
 def scatter_back_backward(
     dout: Tensor, entries: Tensor, row_of_entry: Tensor, plan: ScatterPlan, spans: Spans
 ) -> Tensor:
@@ -124,6 +128,7 @@ class ScatterBack(torch.autograd.Function):
         return scatter_back(o, row_of_entry, plan, spans)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum, for each entry, the gradients of its positions."""
         (entries, row_of_entry), dout = ctx.saved_tensors, grads[0].contiguous()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.differentiation import once_differentiable
 from lhcp.lighthouse.operators import gather_backward, gather_subsequence
 
 
@@ -33,6 +34,7 @@ class GatherSubsequence(torch.autograd.Function):
         return qs, ks, vs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum, for each token, the rows of its entries."""
         dq, dk, dv = (x.contiguous() for x in grads)

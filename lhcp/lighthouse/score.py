@@ -17,6 +17,7 @@ from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.norms import level_scores, token_scores
 from lhcp.lighthouse.operators import score_tensors
 from lhcp.operators import pack_integers
+from lhcp.precision import without_autocast
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -61,6 +62,7 @@ def _dilated(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     return level_scores(sq, inputs.geom), level_scores(sk, inputs.geom)
 
 
+@without_autocast
 def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     """Return the outputs of the dilated scorer's two attentions, as q, k, v and as k, q, v.
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lhcp.precision import without_autocast
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs, Grads
 from lhcp.ring.kv import KV
@@ -23,6 +24,7 @@ from lhcp.timing import Spans
 R = TypeVar("R")
 
 
+@without_autocast
 def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tensor, Tensor]:
     """Attend to all ranks' keys and values.
 
@@ -56,6 +58,7 @@ def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tenso
     return out, lse
 
 
+@without_autocast
 def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads:
     """Compute the gradients of `ring_forward` with respect to q, k and v of this rank's tokens.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.precision import wide
 from lhcp.ring.block.base import BackwardInputs
@@ -76,6 +77,7 @@ class RingAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Compute gradients as `ring_backward`."""
         q, k, v, out, lse = ctx.saved_tensors

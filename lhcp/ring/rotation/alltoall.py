@@ -12,6 +12,7 @@ from torch import Tensor
 from lhcp.comm.collectives import swap
 from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.timing import Spans, goes_through_operators
 
@@ -104,6 +105,7 @@ class TokensToHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Exchange the gradients back."""
         received = _to_tokens(torch.cat(grads, 2), ctx.exchange)
@@ -120,6 +122,7 @@ class HeadsToTokens(torch.autograd.Function):
         return _join(_to_tokens(out, ctx.exchange))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Exchange the gradients back."""
         split = _split(grads[0], ctx.exchange[0].world_size).contiguous()
