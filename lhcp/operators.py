@@ -45,7 +45,10 @@ def pack_integers(record: Any) -> list[int]:
 
 def unpack_integers(kind: type[R], argument: Sequence[int]) -> R:
     """Return the record of this kind that `pack_integers` packed; equal ones are one object."""
-    record: R = _unpacked(kind, tuple(argument))  # type: ignore[arg-type]
+    # Of symbolic sizes, which torch.compile traces with, there is no table.
+    plain = all(type(value) is int for value in argument)
+    unpack: Callable[..., R] = _unpacked if plain else _unpacked.__wrapped__
+    record = unpack(kind, tuple(argument))
     return record
 
 

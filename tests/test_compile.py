@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import lhcp
+from lhcp.testing.inputs import qkv
 from lhcp.testing.tolerance import assert_within_budget
 from tests.devices import PLACES, Place
 from tests.transformer import answer, attention_of, exact_answer, make_block
@@ -44,3 +46,22 @@ def test_compiled_block_takes_new_inputs_without_compiling_anew(place: Place) ->
     plain, exact = answer(block, other, dout), exact_answer(block, other, dout)
     for i, results in enumerate(zip(got, plain, exact, strict=True)):
         assert_within_budget(f"result {i}", *results)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_another_length_compiles_or_is_traced_with(mode: str, dynamic: bool | None) -> None:
+    """Fails if a symbolic length is refused by a table of ours, or in the words of an error."""
+    config = lhcp.LighthouseConfig(num_levels=3, pool_factor=2, topk=8, num_strata=2)
+    layer = lhcp.LighthouseAttention(config, backend="cpu")
+    layer.mode = mode  # type: ignore[assignment]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for seqlen in (64, 128, 96):
+        q, k, v, do = qkv(seqlen, num_kv_heads=2, dtype=torch.float32)
+        results = []
+        for attend in (layer, compiled):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = attend(*leaves)
+            results.append((out, *torch.autograd.grad(out, leaves, do)))
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
