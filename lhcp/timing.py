@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -28,6 +29,14 @@ class Spans:
             return
         with record_function(f"lhcp::{stage}::{kind}[{step}]"):
             yield
+
+    def __deepcopy__(self, memo: object) -> "Spans":
+        """Return these spans: one object serves all layers, copies of layers too."""
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickle as what a new process has: nothing measured yet."""
+        return "UNTIMED" if self is UNTIMED else (type(self), ())
 
 
 UNTIMED = Spans()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -63,11 +64,44 @@ class Ranks:
         )
         return flat, outer, inner
 
+    def __deepcopy__(self, memo: object) -> "Ranks":
+        """Return these ranks: groups are of the process, and a copy of a layer shares them."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the groups' names, for a process that has the same groups."""
+        if self.flat is None:
+            return Ranks, ()
+        return _restored, (self.names, dist.get_process_group_ranks(self.flat))
+
     @classmethod
     def from_names(cls, names: tuple[str, str, str]) -> "Ranks":
         """Return the ranks of the groups that are called so; "" is no group."""
         flat, outer, inner = (resolve_group(name) if name else None for name in names)
         return cls(flat, outer, inner)
+
+
+def _restored(names: tuple[str, str, str], members: list[int]) -> Ranks:
+    """Return the ranks that were pickled, in a process that has their groups.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    try:
+        ranks = Ranks.from_names(names)
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise RuntimeError(_cannot_restore(members)) from error
+    assert ranks.flat is not None
+    if dist.get_process_group_ranks(ranks.flat) != members:
+        raise RuntimeError(_cannot_restore(members))
+    return ranks
+
+
+def _cannot_restore(members: list[int]) -> str:
+    return (
+        f"what is loaded has a process group of the ranks {members}, which is not in this process: "
+        "make the layer with group= here, and load a state_dict instead of a whole module"
+    )
 
 
 def pack_cut(ranks: Ranks, layout: Layout, *more: str) -> str:

@@ -1,6 +1,7 @@
 """Text files as bytes, cut into sequences in an order that is a pure function of seed and step."""
 
 import glob
+import os
 import sysconfig
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -77,20 +78,29 @@ def standard_library() -> list[Path]:
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the paths and globs name, sorted, each once.
+    """Return the files that the paths and globs name, sorted, each once whatever it is called.
+
+    A path that is there is taken as it is, also where it reads like a glob. Links, hard links and
+    ways through other folders lead to one file: its shortest name stands for it.
 
     Raises:
         FileNotFoundError: a pattern names no file.
     """
-    files: set[Path] = set()
+    files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
-        named = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+        literal = os.path.lexists(pattern)
+        found = [pattern] if literal else glob.glob(pattern, recursive=True)
+        named = [Path(p) for p in found if Path(p).is_file()]
         if not named:
-            inside = f"{pattern.rstrip('/')}/**/*.txt"
+            inside = f"{glob.escape(pattern.rstrip('/'))}/**/*.txt"
             hint = f"it is a folder; try '{inside}'" if Path(pattern).is_dir() else "check the path"
             raise FileNotFoundError(f"data.text: {pattern!r} names no file; {hint}")
-        files.update(named)
-    return sorted(files)
+        for path in named:
+            about = path.stat()
+            known = files.setdefault((about.st_dev, about.st_ino), path)
+            if (len(str(path)), path) < (len(str(known)), known):
+                files[about.st_dev, about.st_ino] = path
+    return sorted(files.values())
 
 
 def open_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:

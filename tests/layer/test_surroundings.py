@@ -1,9 +1,13 @@
 """What stands around a call: autocast, second derivatives, a learnt scale, a mesh's order."""
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -134,3 +138,39 @@ def test_a_mesh_that_does_not_ascend_is_refused(ranks: RankPool) -> None:
     for said in ranks.run(on_a_cyclic_mesh, 4):
         for text in said:
             assert "[[0, 2], [1, 3]]" in text and "for example [[0, 1], [2, 3]]" in text
+
+
+def copies(group: Any) -> tuple[bool, str]:
+    """Copy a layer in every way; then restore one whose groups are gone."""
+    layer = torch.nn.Sequential(lhcp.LighthouseAttention(CONFIG, group))
+    q, k, v, _ = (lhcp.shard(x, group) for x in qkv(SEQLEN, num_kv_heads=2))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    made = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+        torch.optim.swa_utils.AveragedModel(layer).module,
+    ]
+    want = layer[0](q, k, v)
+    same = all(torch.equal(other[0](q, k, v), want) for other in made)
+    same &= all(other[0].timers is layer[0].timers for other in made)
+    own = dist.new_group([group.rank()], use_local_synchronization=True)
+    gone = pickle.dumps(lhcp.LighthouseAttention(None, own))
+    dist.destroy_process_group(own)
+    try:
+        pickle.loads(gone)
+        said = "nothing said"
+    except RuntimeError as error:
+        said = str(error)
+    return same, said
+
+
+def test_a_layer_can_be_copied(ranks: RankPool) -> None:
+    """Fails if a copy, a pickle or an average of a layer with a group is an error."""
+    for same, said in ranks.run(copies, 2):
+        assert same and "load a state_dict instead" in said
+    alone = lhcp.LighthouseAttention(CONFIG, timers=lhcp.Timers())
+    again = pickle.loads(pickle.dumps(alone))
+    assert again.ranks == alone.ranks and again.timers.spans() == []
