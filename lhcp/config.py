@@ -1,6 +1,7 @@
 """The static description of one lighthouse layer: `LighthouseConfig` and its checks."""
 
 from dataclasses import dataclass
+from operator import index
 from typing import Literal
 
 Scorer = Literal["norm", "dilated"]
@@ -58,8 +59,10 @@ class LighthouseConfig:
             "dilation",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            # What counts as an index is an integer, numpy's too; a bool is a mistake.
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+            object.__setattr__(self, name, index(value))
         if self.pool_factor < 2:
             raise ValueError(f"pool_factor={self.pool_factor}: must be at least 2, for example 4")
         if self.num_levels < 2:

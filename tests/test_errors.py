@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ def test_unknown_scorer_lists_the_known_ones() -> None:
 def test_a_field_of_another_type_is_a_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match="num_levels must be an int"):
         LighthouseConfig(num_levels=value)
+
+
+def test_numpys_integers_are_integers() -> None:
+    """Fails if a size that was computed by numpy is refused, or stays numpy's in the config."""
+    config = LighthouseConfig(num_levels=np.int64(3), topk=np.int32(1536))
+    assert config == LighthouseConfig(num_levels=3, topk=1536)
+    assert type(config.num_levels) is int and type(config.topk) is int
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 100, 1000, 98_303, 98_305])

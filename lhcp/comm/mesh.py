@@ -127,7 +127,8 @@ def as_ranks(group: Group | Ranks) -> Ranks:
 
     Raises:
         TypeError: anything else.
-        ValueError: a mesh of more than two axes, or a group that this rank is not in.
+        ValueError: a mesh of more than two axes, a mesh of two that has no names for them or whose
+            ranks do not ascend, or a group or mesh that this rank is not in.
     """
     if isinstance(group, Ranks):
         return group
@@ -135,20 +136,41 @@ def as_ranks(group: Group | Ranks) -> Ranks:
         return Ranks()
     if isinstance(group, DeviceMesh):
         if group.ndim == 1:
+            if group.get_coordinate() is None:
+                raise ValueError(_not_a_member(f"the mesh {group.mesh.tolist()}"))
             return Ranks(group.get_group())
         if group.ndim == 2:
+            if group.mesh_dim_names is None:
+                raise ValueError(
+                    "group is a DeviceMesh of two axes without names: give it some, for example "
+                    'mesh_dim_names=("node", "local")'
+                )
             _check_order(group)
-            return Ranks(flat_group(group), group.get_group(0), group.get_group(1))
+            flat = flat_group(group)
+            if flat is None:
+                raise ValueError(_not_a_member(f"the mesh {group.mesh.tolist()}"))
+            return Ranks(flat, group.get_group(0), group.get_group(1))
         raise ValueError(
             f"group is a DeviceMesh of {group.ndim} axes {group.mesh_dim_names}: pass one axis, "
             'for example mesh["cp"], or two, outer across nodes'
         )
+    # What torch hands to a process that is not in a new group is no ProcessGroup.
+    nobody: object = dist.GroupMember.NON_GROUP_MEMBER
+    if group is nobody:
+        raise ValueError(_not_a_member("a process group"))
     if isinstance(group, dist.ProcessGroup):
         if group.rank() < 0:
-            raise ValueError("group: this process is not one of the group's ranks")
+            raise ValueError(_not_a_member("a process group"))
         return Ranks(group)
     raise TypeError(
         f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
+    )
+
+
+def _not_a_member(what: str) -> str:
+    return (
+        f"group is {what} that this process is not in (global rank {dist.get_rank()}): on each "
+        "rank pass the group or the mesh that it belongs to"
     )
 
 

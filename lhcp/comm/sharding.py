@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.checks import shape_of
 from lhcp.comm.collectives import all_gather, reduce_scatter
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
@@ -58,8 +59,9 @@ def shard(
         contiguous tensor with N / W tokens along `dim`.
 
     Raises:
-        ValueError: the layout does not divide the axis.
+        ValueError: the layout does not divide the axis, or `x` has no such axis.
     """
+    _check_axis(x, dim)
     index = positions(x.shape[dim], group, layout, device=x.device)
     return x.index_select(dim, index)
 
@@ -73,14 +75,19 @@ def unshard(
     copies are summed and each rank gets its own part (a reduce-scatter).
 
     Args:
-        x: this rank's part, N / W tokens along `dim` in layout order, the same shape on every rank.
+        x: this rank's part, N / W tokens along `dim` in layout order, the same shape on every rank;
+            of any dtype.
         group: the context-parallel ranks.
         dim: the axis of the tokens.
         layout: "zigzag" or "contiguous".
 
     Returns:
         tensor with N tokens along `dim`, the same on every rank.
+
+    Raises:
+        ValueError: `x` has no such axis.
     """
+    _check_axis(x, dim)
     ranks = as_ranks(group)
     if ranks.world_size == 1:
         return x.clone()
@@ -98,13 +105,29 @@ def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) ->
         multiple: tokens, for example `LighthouseConfig.seqlen_multiple`.
         dim: the axis of the tokens.
         value: what the new places hold.
+
+    Raises:
+        ValueError: `multiple` is less than 1, or `x` has no such axis.
     """
+    _check_axis(x, dim)
+    if multiple < 1:
+        raise ValueError(
+            f"multiple={multiple}: must be at least 1, for example LighthouseConfig.seqlen_multiple"
+        )
     missing = -x.shape[dim] % multiple
     if not missing:
         return x
     shape = list(x.shape)
     shape[dim] = missing
     return torch.cat([x, x.new_full(shape, value)], dim)
+
+
+def _check_axis(x: Tensor, dim: int) -> None:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(
+            f"dim={dim}: a tensor of shape {shape_of(x)} has no such axis; pass the axis of the "
+            "tokens, for example dim=0"
+        )
 
 
 def _by_rank(world: Tensor, layout: Layout) -> Tensor:
@@ -128,7 +151,8 @@ class _Unshard(torch.autograd.Function):
         ctx.ranks, ctx.dim, ctx.layout = ranks, dim, layout
         part = x.movedim(dim, 0).contiguous()
         world = part.new_empty((part.shape[0] * ranks.world_size, *part.shape[1:]))
-        all_gather(world, part, group=ranks.flat)
+        # As bytes: gloo has no int16 and no float8.
+        all_gather(world.view(torch.uint8), part.view(torch.uint8), group=ranks.flat)
         return _by_position(world, layout).movedim(0, dim).contiguous()
 
     @staticmethod

@@ -95,16 +95,17 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     return group
 
 
-def flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """Return the group of all ranks of a mesh of several axes.
+def flat_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """Return the group of all ranks of a mesh of several axes; None to a rank outside.
 
-    Uses `DeviceMesh._flatten`, which makes the group at its first call: a collective then.
+    Uses `DeviceMesh._flatten`, which makes the group at its first call: a collective then, for
+    ranks outside too.
 
     Raises:
         UnknownTorch: it is gone.
     """
     flat: DeviceMesh = _need(mesh, "_flatten", "DeviceMesh._flatten")()
-    return flat.get_group()
+    return None if mesh.get_coordinate() is None else flat.get_group()
 
 
 FAKE = "fake"

@@ -115,6 +115,35 @@ def test_unshard_undoes_shard(ranks: RankPool, layout: LayoutName, world_size: i
         assert sorted(p for _, where in answers for p in where) == list(range(24))
 
 
+DTYPES = (torch.bool, torch.int16, torch.int64, torch.float8_e4m3fn, torch.bfloat16)
+
+
+def round_trips(group: Any) -> list[bool]:
+    random = torch.randint(0, 2, (2, 64, 3), generator=torch.Generator().manual_seed(0))
+    whole = [random.to(dtype) for dtype in DTYPES]
+    again = [lhcp.unshard(lhcp.shard(x, group), group) for x in whole]
+    pairs = zip(whole, again, strict=True)
+    return [x.dtype == y.dtype and torch.equal(x.double(), y.double()) for x, y in pairs]
+
+
+def test_any_dtype_is_sharded_and_gathered(ranks: RankPool) -> None:
+    """Fails if labels, masks or codes cannot be gathered, as by a backend that lacks the dtype."""
+    assert all(all(same) for same in ranks.run(round_trips, 2))
+
+
+@pytest.mark.parametrize("dim", [1, 2, -2])
+def test_an_axis_that_is_not_there(dim: int) -> None:
+    for function in (lhcp.shard, lhcp.unshard, lambda x, dim: lhcp.pad_to_multiple(x, 8, dim)):
+        with pytest.raises(ValueError, match=rf"dim={dim}: a tensor of shape \[64\].*dim=0"):
+            function(torch.zeros(64), dim=dim)
+
+
+@pytest.mark.parametrize("multiple", [0, -8])
+def test_nothing_is_a_multiple_of_nothing(multiple: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple={multiple}: must be at least 1"):
+        lhcp.pad_to_multiple(torch.zeros(1, 5), multiple)
+
+
 def adjoints(group: Any, layout: LayoutName) -> tuple[float, float, float, float]:
     """This rank's share of both inner products of both adjoint pairs."""
     world, rank = group.size(), group.rank()
