@@ -304,5 +304,6 @@ def gathers(group: Any) -> tuple[list[Message], list[Message]]:
 
 def test_unshard_is_one_gather(ranks: RankPool) -> None:
     """Fails if unshard sends more than each part once, or its backward more than a sum of them."""
-    gather, reduce = ("gather", 36, torch.float32, 3), ("reduce", 36, torch.float32, 3)
+    # Parts travel as bytes, sums as numbers.
+    gather, reduce = ("gather", 4 * 36, torch.uint8, 3), ("reduce", 36, torch.float32, 3)
     assert ranks.run(gathers, 3) == [([gather], [reduce])] * 3
