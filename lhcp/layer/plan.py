@@ -188,7 +188,7 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
     """
     asked = _request(dtype, head_dim, device)
     if name == "auto":
-        able = able_backends(dtype, head_dim, device)
+        able = _able(asked)
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
             _announce(name, device.type, str(dtype), head_dim)
@@ -198,14 +198,17 @@ def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.d
     if block.missing is not None:
         raise ImportError(f"backend={name!r}: {block.missing}")
     if (reason := block.refuses(asked)) is not None:
-        names = ", ".join(b.name for b in able_backends(dtype, head_dim, device))
+        names = ", ".join(b.name for b in _able(asked))
         raise ValueError(f"backend={name!r}: {reason}; backends that can: {names}")
     return block
 
 
 def able_backends(dtype: torch.dtype, head_dim: int, device: torch.device) -> list[Block]:
     """Return the backends that are there and can do such inputs, in the order of the table."""
-    asked = _request(dtype, head_dim, device)
+    return _able(_request(dtype, head_dim, device))
+
+
+def _able(asked: Request) -> list[Block]:
     return [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
 
 
