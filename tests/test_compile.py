@@ -1,10 +1,13 @@
 """torch.compile in one graph around a transformer block, in both modes, on every device."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import lhcp
 from lhcp.testing.inputs import qkv
+from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from tests.devices import PLACES, Place
 from tests.transformer import answer, attention_of, exact_answer, make_block
@@ -65,3 +68,24 @@ def test_another_length_compiles_or_is_traced_with(mode: str, dynamic: bool | No
             results.append((out, *torch.autograd.grad(out, leaves, do)))
         for ours, theirs in zip(*results, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def lengths_across_ranks(group: Any, dynamic: bool | None) -> bool:
+    same = True
+    for mode in ("lighthouse", "dense"):
+        torch._dynamo.reset()
+        config = lhcp.LighthouseConfig(num_levels=3, pool_factor=2, topk=8, num_strata=4)
+        layer = lhcp.LighthouseAttention(config, group, backend="cpu")
+        layer.mode = mode  # type: ignore[assignment]
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for seqlen in (128, 256, 192):
+            whole = qkv(seqlen, num_kv_heads=2, dtype=torch.float32)
+            q, k, v, _ = (lhcp.shard(x, group) for x in whole)
+            same &= torch.allclose(compiled(q, k, v), layer(q, k, v), atol=1e-6)
+    return same
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_another_length_across_ranks(ranks: RankPool, dynamic: bool | None) -> None:
+    """Fails if the choice of a rotation, which depends on the length, is asked for a symbol."""
+    assert ranks.run(lengths_across_ranks, 2, dynamic) == [True, True]

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -141,9 +142,9 @@ def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.
     if shape.world_size == 1:
         return "p2p"
     table = None if isinstance(rotation, str) else rotation.text
-    return fastest_rotation(
-        shape.layout.name, shape.world_size, tuple(shape.pack()), device.type, table
-    )
+    # The choice depends on the length: index makes a symbolic one a number, for this graph alone.
+    sizes = tuple(index(value) for value in shape.pack())
+    return fastest_rotation(shape.layout.name, shape.world_size, sizes, device.type, table)
 
 
 def fastest_rotation(
