@@ -14,7 +14,8 @@ import tyro
 from recipes import RECIPES
 
 from lhcp.training import report
-from lhcp.training.data import Sequences, open_corpus
+from lhcp.training.data import open_data
+from lhcp.training.lock import held
 from lhcp.training.loop import train
 from lhcp.training.model import generate, num_parameters
 from lhcp.training.parallel import build, whole_model
@@ -24,21 +25,33 @@ from lhcp.training.run import Run
 
 
 def main(run: Run, own: Process) -> None:
-    """Do the run, and its baseline where asked for, and report."""
+    """Do the run, and its baseline where asked for, and report; alone in its folder."""
     run.check(own.world_size)
     progress = report.Progress(shown=own.rank == 0)
-    text, rest = open_corpus(run.data)
-    data = Sequences(text, run.seqlen, run.seed)
-    heldout = Sequences(rest, run.seqlen, run.seed, "held-out")
+    with held(run.folder) as remark:
+        if remark:
+            progress.say(remark)
+        do(run, own, progress)
 
+
+def do(run: Run, own: Process, progress: report.Progress) -> None:
+    """Train and report."""
+    data = open_data(run.data, run.seqlen, run.seed)
     trainee = build(run, own.device)
     progress.say(
-        f"{run.name}: {num_parameters(trainee.model):,} parameters; {len(text):,} bytes of text, "
-        f"{len(rest):,} held out; {own.world_size} ranks on {own.device.type}, "
-        f"{trainee.placement.dp_size} x {run.cp} (dp x cp); N={run.seqlen:,}, "
+        f"{run.name}: {num_parameters(trainee.model):,} parameters; {len(data.train.corpus):,} "
+        f"bytes of text, {len(data.heldout.corpus):,} held out; {own.world_size} ranks on "
+        f"{own.device.type}, {trainee.placement.dp_size} x {run.cp} (dp x cp); N={run.seqlen:,}, "
         f"S={run.lighthouse.subsequence_length(run.seqlen):,}"
     )
-    history = train(run, trainee, data, heldout, run.stages, run.folder / "two_stages", progress)
+    if data.heldout.count < run.eval_sequences:
+        progress.say(
+            f"eval_sequences={run.eval_sequences}, but the held-out text has {data.heldout.count} "
+            f"of N={run.seqlen:,}: an evaluation reads them again; raise --data.heldout or name "
+            "more text for an estimate with less noise"
+        )
+    folder = run.folder / "two_stages"
+    history = train(run, trainee, data, run.stages, folder, progress)
     whole = whole_model(run, trainee)
     overhead = measure_rotation(run, trainee)
 
@@ -46,8 +59,8 @@ def main(run: Run, own: Process) -> None:
     if run.baseline:
         progress.say("baseline: dense from scratch on the same tokens")
         fresh = build(run, own.device)
-        stages = run.baseline_stages
-        baseline = train(run, fresh, data, heldout, stages, run.folder / "baseline", progress)
+        folder = run.folder / "baseline"
+        baseline = train(run, fresh, data, run.baseline_stages, folder, progress)
 
     if whole is not None:
         sample = ""

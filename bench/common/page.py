@@ -133,7 +133,7 @@ class Page:
         stem = str(out).removesuffix(".md") if out else None
         if stem:
             Path(stem).parent.mkdir(parents=True, exist_ok=True)
-            Path(stem + ".md").write_text(self.markdown)
+            Path(stem + ".md").write_text(self.markdown, encoding="utf-8")
         document = {"card": self.facts, "records": records, "wrong": self.wrong}
         last_line(document, stem and stem + ".json")
         if self.wrong:

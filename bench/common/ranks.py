@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lhcp.comm.mesh import Ranks, as_ranks
+from lhcp.console import escape_unprintable
 from lhcp.training.process import leave
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 def run_on_ranks(main: Callable[[Namespace, torch.device], None], args: Namespace) -> None:
     """Join, call main(args, device) and leave; an error ends this rank at once with status 1."""
+    escape_unprintable()
     device = join(args.device)
     try:
         main(args, device)

@@ -21,6 +21,7 @@ from bench.common.clock import matmul_rate
 from bench.common.page import Page
 from bench.latency import extremes, sections
 from bench.latency.sections import Bench
+from lhcp.console import escape_unprintable
 
 SECTIONS = ("table", "gqa", "share", "dilated", "deterministic", "crossover")
 
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -15,6 +15,7 @@ from bench.common.arguments import make_parser
 from bench.common.clock import copy_bandwidth
 from bench.latency.size import Size
 from bench.latency.stages import Shape, TimedStage, Wrong, build, measure
+from lhcp.console import escape_unprintable
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
 
 Variants = tuple[ModuleType, tuple[str, ...], Sequence[tuple[int, ...]]]
@@ -77,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

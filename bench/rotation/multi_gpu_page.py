@@ -15,6 +15,7 @@ from typing import Any
 from bench.common.arguments import make_parser
 from bench.common.page import Page, last_line, today, write
 from bench.common.problem import TENSORS
+from lhcp.console import escape_unprintable
 
 SHOWN_PHASES = ("forward", "both")
 Document = dict[str, Any]
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     for section in (correctness, overhead, peers, training):
         section(page, documents)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "multi_gpu.md").write_text(page.markdown)
+    (args.out / "multi_gpu.md").write_text(page.markdown, encoding="utf-8")
     for document in documents.values():
         for report in document.get("reports", []):
             report.pop("timeline", None)
@@ -210,4 +211,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

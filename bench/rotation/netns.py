@@ -23,6 +23,7 @@ from bench.common.arguments import add_heads, make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
 from bench.rotation.namespaces import Nodes, NotAllowed, nodes
+from lhcp.console import escape_unprintable
 
 RATIO = (0.8, 1.25)
 """What measured over predicted exposed time must keep to."""
@@ -165,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

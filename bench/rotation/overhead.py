@@ -23,6 +23,7 @@ from bench.common.problem import AttentionProblem, Choice
 from bench.common.ranks import all_ranks, dtype_of, run_on_ranks
 from bench.rotation.in_turn import simulate
 from bench.rotation.timeline import draw
+from lhcp.console import escape_unprintable
 from lhcp.measure import OverheadReport, measure_overhead
 
 
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

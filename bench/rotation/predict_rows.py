@@ -24,6 +24,7 @@ from bench.common.arguments import (
 )
 from bench.common.page import last_line, text_table
 from lhcp.comm.layout import make_layout
+from lhcp.console import escape_unprintable
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.choose import PhasePrediction, predict
 from lhcp.cost.tables import CALIBRATIONS
@@ -138,4 +139,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -17,6 +17,7 @@ from bench.common.page import last_line
 from bench.common.ranks import run_on_ranks
 from bench.scaling.curves import curves, draw, print_curves
 from bench.scaling.measured import measure
+from lhcp.console import escape_unprintable
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import CALIBRATIONS
 
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

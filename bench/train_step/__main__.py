@@ -27,6 +27,7 @@ from bench.train_step.measure import measure_length
 from bench.train_step.report import live, results, write
 from bench.train_step.trainer import PRECISION, Trainer, introduce_operators
 from lhcp.comm.mesh import Ranks
+from lhcp.console import escape_unprintable
 from lhcp.layer.plan import choose_backend
 from lhcp.training.model import ModelConfig, num_parameters
 
@@ -156,4 +157,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -23,7 +23,7 @@ from bench.common.page import last_line, write
 from bench.common.ranks import all_ranks, gathered, run_on_ranks
 from launch.recipes import RECIPES
 from lhcp.comm.mesh import Ranks
-from lhcp.training.data import Sequences, open_corpus
+from lhcp.training.data import Sequences, open_data
 from lhcp.training.loop import StepRecord, train_step
 from lhcp.training.model import Mode, flops_per_token, num_parameters, set_mode
 from lhcp.training.parallel import Trainee, build
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile:
         # One compiled block a mode and kind of layer, each of static shape.
         torch._dynamo.config.recompile_limit = 64
-    data = Sequences(open_corpus(run.data)[0], run.seqlen, run.seed)
+    data = open_data(run.data, run.seqlen, run.seed).train
     trainee = build(run, device)
     more = {"recipe": args.recipe, "parameters": num_parameters(trainee.model), "cp": run.cp}
     facts = shown_card(device, ranks, **more)

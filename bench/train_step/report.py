@@ -145,7 +145,7 @@ def write(document: dict[str, Any], folder: Path) -> None:
     device = card["device"].split()[-1].lower()
     stem = f"train_step_{device}_{document['date']}_{card['backend']}"
     (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(page(document, stem).markdown)
+    (folder / f"{stem}.md").write_text(page(document, stem).markdown, encoding="utf-8")
     if len(points(document["rows"])) > 1:
         draw_speedup(document, folder / f"{stem}_speedup.png")
     if document["profiles"]:

@@ -1,17 +1,18 @@
 """Text files as bytes, cut into sequences in an order that is a pure function of seed and step."""
 
-import glob
 import os
-import sysconfig
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lhcp.training.files import Manifest, TextFile, find_files, read_manifest, standard_library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class DataConfig:
     text: tuple[str, ...] = ()
     """Paths or globs (`**` goes into folders); none: the Python standard library's own sources."""
     heldout: float = 0.05
-    """Share of the text that is never trained on, strictly between 0 and 1."""
+    """Share of the text's bytes that is never trained on, strictly between 0 and 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout < 1:
@@ -67,71 +68,56 @@ class Corpus:
         return np.concatenate(parts)
 
 
-def standard_library() -> list[Path]:
-    """Return the sources of Python's standard library, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-    found = (
-        path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts)
-    )
-    return sorted(found)
+def open_corpus(config: DataConfig) -> tuple[Corpus, Corpus, Manifest]:
+    """Return the training part, the held-out part and the manifest; no byte is in both parts.
 
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that the paths and globs name, sorted, each once whatever it is called.
-
-    A path that is there is taken as it is, also where it reads like a glob. Links, hard links and
-    ways through other folders lead to one file: its shortest name stands for it.
-
-    Raises:
-        FileNotFoundError: a pattern names no file.
-    """
-    files: dict[tuple[int, int], Path] = {}
-    for pattern in patterns:
-        literal = os.path.lexists(pattern)
-        found = [pattern] if literal else glob.glob(pattern, recursive=True)
-        named = [Path(p) for p in found if Path(p).is_file()]
-        if not named:
-            inside = f"{glob.escape(pattern.rstrip('/'))}/**/*.txt"
-            hint = f"it is a folder; try '{inside}'" if Path(pattern).is_dir() else "check the path"
-            raise FileNotFoundError(f"data.text: {pattern!r} names no file; {hint}")
-        for path in named:
-            about = path.stat()
-            known = files.setdefault((about.st_dev, about.st_ino), path)
-            if (len(str(path)), path) < (len(str(known)), known):
-                files[about.st_dev, about.st_ino] = path
-    return sorted(files.values())
-
-
-def open_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
-    """Return the training part and the held-out part; no byte is in both.
-
-    With enough files every so-many-th one is held out whole, so that both parts look alike; with
-    few, the end of the text is.
+    Files are held out whole, drawn by their names, as long as they fit into the held-out share of
+    all bytes. Where files are too few or too large for that, the end of the text is held out.
 
     Raises:
         FileNotFoundError: a pattern names no file.
         ValueError: there is no text.
     """
-    files = find_files(config.text) if config.text else standard_library()
-    pieces = [Piece(path, 0, size) for path in files if (size := path.stat().st_size)]
-    if not pieces:
+    manifest = read_manifest(find_files(config.text) if config.text else standard_library())
+    total = sum(file.size for file in manifest.files)
+    if not total:
         named = ", ".join(config.text) or "the Python standard library (no .py files are installed)"
         raise ValueError(f"data.text: no text in {named}; name files with --data.text")
-    every = max(round(1 / config.heldout), 2)
-    if len(pieces) >= 2 * every:
-        heldout = pieces[every - 1 :: every]
-        return Corpus([p for i, p in enumerate(pieces) if i % every != every - 1]), Corpus(heldout)
-    border = round(sum(piece.length for piece in pieces) * (1 - config.heldout))
-    train, tail = [], []
-    for piece in pieces:
-        head = min(piece.length, max(border, 0))
-        border -= piece.length
+    chosen = draw_files(manifest, config.heldout)
+    if chosen is not None:
+        pieces = [(f in chosen, Piece(f.path, 0, f.size)) for f in manifest.files if f.size]
+    else:
+        pieces = cut_end(manifest, round(total * (1 - config.heldout)))
+    train, heldout = (Corpus([p for out, p in pieces if out is part]) for part in (False, True))
+    return train, heldout, manifest
+
+
+def draw_files(manifest: Manifest, share: float) -> set[TextFile] | None:
+    """Return files of about `share` of all bytes, or None where whole files miss it by a fifth.
+
+    The draw is by name alone, so that it looks like the rest and is the same everywhere.
+    """
+    wanted = share * sum(file.size for file in manifest.files)
+    chosen, left = set(), wanted
+    order = sorted(manifest.files, key=lambda f: (sha256(os.fsencode(f.name)).digest(), f.name))
+    for file in order:
+        if 0 < file.size <= left:
+            chosen.add(file)
+            left -= file.size
+    return chosen if left <= wanted / 5 else None
+
+
+def cut_end(manifest: Manifest, border: int) -> list[tuple[bool, Piece]]:
+    """Return (whether held out, piece) of the text cut after `border` bytes."""
+    pieces = []
+    for file in manifest.files:
+        head = min(file.size, max(border, 0))
+        border -= file.size
         if head:
-            train.append(Piece(piece.path, 0, head))
-        if head < piece.length:
-            tail.append(Piece(piece.path, head, piece.length - head))
-    return Corpus(train), Corpus(tail)
+            pieces.append((False, Piece(file.path, 0, head)))
+        if head < file.size:
+            pieces.append((True, Piece(file.path, head, file.size - head)))
+    return pieces
 
 
 class Sequences:
@@ -185,3 +171,25 @@ class Sequences:
         rows = np.stack([self[first + i] for i in range(local)])
         text = torch.from_numpy(rows).to(torch.int64)
         return text[:, :-1], text[:, 1:]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The text of a run: what it trains on, what it never sees, and the files that both are of."""
+
+    train: Sequences
+    heldout: Sequences
+    manifest: Manifest
+
+
+def open_data(config: DataConfig, seqlen: int, seed: int) -> TrainingData:
+    """Return the data of a run; every rank that calls it with the same files gets the same.
+
+    Raises:
+        FileNotFoundError: a pattern names no file.
+        ValueError: there is no text, or a part of it is shorter than a sequence.
+    """
+    train, heldout, manifest = open_corpus(config)
+    return TrainingData(
+        Sequences(train, seqlen, seed), Sequences(heldout, seqlen, seed, "held-out"), manifest
+    )

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lhcp.training import checkpoint
-from lhcp.training.data import Sequences
+from lhcp.training.data import Sequences, TrainingData
+from lhcp.training.identity import Change, accepted_changes, identity
 from lhcp.training.model import Mode, set_mode
-from lhcp.training.parallel import Placement, Trainee
+from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 
@@ -58,6 +59,8 @@ class History:
 
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    """What differs from the run as it was started, by its user's word."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "History":
@@ -65,6 +68,7 @@ class History:
         return cls(
             [StepRecord(**item) for item in record["steps"]],
             [EvalRecord(**item) for item in record["evals"]],
+            [Change(**item) for item in record.get("changes", [])],
         )
 
 
@@ -172,31 +176,37 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
     return loss / (run.eval_sequences * run.seqlen)
 
 
-def resume(run: Run, trainee: Trainee, folder: Path) -> tuple[int, History]:
+def resume(
+    run: Run, trainee: Trainee, data: TrainingData, stages: Sequence[Stage], folder: Path
+) -> tuple[int, History]:
     """Load the newest whole checkpoint of `folder`; return the steps done and their history.
 
     Raises:
-        ValueError: the checkpoint belongs to another run.
+        ValueError: the checkpoint belongs to another run, and `run.accept` does not say that it
+            may; the message names what differs.
     """
     found = checkpoint.latest(folder)
     if found is None:
         return 0, History()
-    _, beside = checkpoint.read_beside(found)
-    differing = [k for k, v in run.identity.items() if beside["identity"].get(k) != v]
-    if differing:
-        raise ValueError(
-            f"{found} was written by a run that differs in {', '.join(differing)}: give those as "
-            "they were, or another folder with --out"
-        )
-    done = checkpoint.load(found, trainee.model, trainee.optimizer)
-    return done, History.from_json(beside["history"])
+    done, beside = checkpoint.read_beside(found)
+    now = identity(run, stages, data.manifest, compute_dtype(run, trainee.placement.device), done)
+    changes = accepted_changes(
+        beside["identity"],
+        now,
+        run.accept,
+        done,
+        details=data.manifest.changes(beside.get("files", [])),
+    )
+    checkpoint.load(found, trainee.model, trainee.optimizer)
+    history = History.from_json(beside["history"])
+    history.changes += changes
+    return done, history
 
 
 def train(
     run: Run,
     trainee: Trainee,
-    data: Sequences,
-    heldout: Sequences,
+    data: TrainingData,
     stages: Sequence[Stage],
     folder: Path,
     watcher: Watcher,
@@ -209,19 +219,23 @@ def train(
     Args:
         run: The run.
         trainee: From `build`; trained in place.
-        data: Training sequences.
-        heldout: Held-out sequences.
+        data: The text.
         stages: The stages in order; one optimiser and one order of data go through all of them.
         folder: Holds the checkpoints.
         watcher: Is told of everything as it happens.
+
+    Raises:
+        ValueError: the checkpoint in `folder` belongs to another run.
+        FloatingPointError: as `train_step`.
     """
-    done, history = resume(run, trainee, folder)
+    done, history = resume(run, trainee, data, stages, folder)
     watcher.on_start(done, folder)
+    dtype = compute_dtype(run, trainee.placement.device)
     end = total_steps(stages)
     while done < end:
         stage = stage_at(stages, done)
         set_mode(trainee.model, stage.mode)
-        record = train_step(run, trainee, data, stages, done)
+        record = train_step(run, trainee, data.train, stages, done)
         history.steps.append(record)
         watcher.on_step(record, stages)
         done += 1
@@ -229,11 +243,15 @@ def train(
         if stage_ends or done % run.eval_every == 0:
             modes: tuple[Mode, ...] = ("lighthouse", "dense")
             for mode in modes if stage.mode == "lighthouse" else modes[1:]:
-                loss = evaluate(run, trainee, heldout, mode)
+                loss = evaluate(run, trainee, data.heldout, mode)
                 history.evals.append(EvalRecord(done, stage.name, mode, loss))
                 watcher.on_eval(history.evals[-1])
         if done == end or done % run.checkpoint_every == 0:
-            beside = {"identity": run.identity, "history": asdict(history)}
+            beside = {
+                "identity": identity(run, stages, data.manifest, dtype, done),
+                "files": data.manifest.to_json(),
+                "history": asdict(history),
+            }
             keep = run.keep_checkpoints
             checkpoint.save(
                 folder, done, trainee.model, trainee.optimizer, beside=beside, keep=keep

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lhcp.console import escape_unprintable
+
 
 @dataclass(frozen=True)
 class Process:
@@ -63,6 +65,7 @@ def leave(code: int) -> None:
 
 def run_to_exit(main: Callable[[Process], None]) -> None:
     """Join, call `main`, leave; an error prints its rank and ends with status 1."""
+    escape_unprintable()
     rank = os.environ.get("RANK", "0")
     try:
         main(join())

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lhcp.training.loop import EvalRecord, History, StepRecord
@@ -213,6 +214,12 @@ def table(summary: dict[str, Any]) -> Table:
     for stage, speed in summary["stages"].items():
         rows.add_row(f"{stage}: speed", f"{speed['tokens_per_second']:,.0f}", "tokens/s, all ranks")
         rows.add_row(f"{stage}: waiting in rotation", f"{speed['rotation_share']:.1%}", "of a step")
+    for change in summary["history"]["changes"]:
+        rows.add_row(
+            f"accepted after step {change['step']}: {change['name']}",
+            escape(str(change["now"])),
+            escape(f"before: {change['before']}"),
+        )
     for name, value in (summary["overhead"] or {}).items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         rows.add_row(f"rotation: {name}", shown, "")

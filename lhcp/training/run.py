@@ -1,8 +1,8 @@
 """`Run`: everything that one training run is, in one frozen record."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
@@ -64,6 +64,9 @@ class Run:
     """Length of the generated sample at the end; 0 for none."""
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
+    accept: tuple[str, ...] = ()
+    """Differences from the run that wrote the checkpoint to go on with all the same, as its refusal
+    names them: optim.lr, data.files."""
 
     @property
     def folder(self) -> Path:
@@ -83,20 +86,6 @@ class Run:
         """Return one dense stage from scratch, with the steps of both."""
         steps = self.lighthouse_steps + self.dense_steps
         return (Stage(name="baseline", mode="dense", steps=steps),)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint and its run must share; the mesh and the steps may differ."""
-        return {
-            "model": asdict(self.model) | {"dense_layers": list(self.model.dense_layers)},
-            "lighthouse": asdict(self.lighthouse),
-            "text": list(self.data.text),
-            "heldout": self.data.heldout,
-            "seqlen": self.seqlen,
-            "global_batch": self.global_batch,
-            "seed": self.seed,
-            "lighthouse_steps": self.lighthouse_steps,
-        }
 
     def check(self, world_size: int) -> None:
         """Check that the run fits on `world_size` ranks.

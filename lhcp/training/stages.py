@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lhcp.training.model import Mode
@@ -40,6 +40,17 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     raise ValueError(f"step={step}: the stages have steps 0 to {end - 1}")
 
 
+def completed(stages: Sequence[Stage], done: int) -> tuple[Stage, ...]:
+    """Return the stages as far as `done` steps take them, without those of no step."""
+    found = []
+    for stage in stages:
+        steps = min(stage.steps, done)
+        done -= steps
+        if steps:
+            found.append(replace(stage, steps=steps))
+    return tuple(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimiser and its learning rates; the defaults are the paper's."""
@@ -54,8 +65,9 @@ class OptimConfig:
     final_fraction: float = 0.1
     """Share of `lr` left at the last step, where the rate decays."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of adamw."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms do not decay."""
+    """Of adamw: decay of matrices; norms do not decay."""
     clip: float = 1.0
     """Largest norm of the whole gradient; longer ones are shortened to it."""
 
@@ -66,6 +78,18 @@ class OptimConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must not be negative")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction={self.final_fraction}: must lie in 0 to 1")
+        if self.kind == "sgd":
+            # A field's default stands for "not given": sgd has neither.
+            for name in ("betas", "weight_decay"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)}: sgd is plain, without decay and momentum; "
+                        "leave it out, or take kind='adamw'"
+                    )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: must lie in 0 to below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: must not be negative")
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}: must be positive; inf clips nothing")
 

@@ -24,6 +24,7 @@ from bench.common.card import dated_card
 from bench.common.page import Page
 from bench.common.problem import TENSORS, Answers, AttentionProblem
 from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.console import escape_unprintable
 from lhcp.testing.ranks import RankPool
 from tests.cases import together
 from tests.evidence.check_problem import exact_answers, select
@@ -170,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -28,6 +28,7 @@ from bench.common.page import Page
 from bench.common.problem import Answers, AttentionProblem
 from lhcp import reference
 from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.console import escape_unprintable
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from tests.evidence import check_problem
@@ -233,4 +234,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -22,6 +22,7 @@ from bench.common.card import dated_card
 from bench.common.page import Page
 from bench.rotation.namespaces import NotAllowed, nodes
 from lhcp.config import LighthouseConfig
+from lhcp.console import escape_unprintable
 
 
 def falls(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

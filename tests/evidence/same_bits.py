@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lhcp
+from lhcp.console import escape_unprintable
 from lhcp.testing.inputs import qkv, small_config
 
 Setting = dict[str, Any]
@@ -196,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     main()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lhcp.training import checkpoint
-from lhcp.training.data import Sequences, open_corpus
+from lhcp.training.data import open_data
 from lhcp.training.loop import EvalRecord, History, StepRecord, train
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
@@ -41,10 +41,9 @@ class Silent:
 
 def do(run: Run, watcher: Silent) -> tuple[dict[str, Any], History]:
     """Train `run` in its folder; return rank 0's whole weights and the history."""
-    text, rest = open_corpus(run.data)
-    data, heldout = (Sequences(part, run.seqlen, run.seed) for part in (text, rest))
+    data = open_data(run.data, run.seqlen, run.seed)
     trainee = build(run, torch.device("cpu"))
-    history = train(run, trainee, data, heldout, run.stages, run.folder, watcher)
+    history = train(run, trainee, data, run.stages, run.folder, watcher)
     whole = whole_model(run, trainee)
     return {} if whole is None else dict(whole.state_dict()), history
 
@@ -105,7 +104,8 @@ def test_a_run_goes_on_with_other_ranks(
 def test_another_run_is_refused(one_rank: None, small_run: Run, tmp_path: Path) -> None:
     run = replace(small_run, out=str(tmp_path))
     do(run, Silent())
-    with pytest.raises(ValueError, match=r"differs in global_batch, seed.*--out"):
+    said = r"differs in global_batch: 4 there, 2 here; seed: 0 there, 1 here.*--out.*--accept"
+    with pytest.raises(ValueError, match=said):
         do(replace(run, global_batch=2, seed=1), Silent())
 
 

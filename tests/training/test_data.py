@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lhcp.training.data import Corpus, DataConfig, Piece, Sequences, find_files, open_corpus
+from lhcp.training.data import Corpus, DataConfig, Piece, Sequences, open_corpus
+from lhcp.training.files import find_files
 
 
 def write(folder: Path, *texts: bytes) -> DataConfig:
@@ -36,7 +37,7 @@ def test_shrunk_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_files", [1, 2, 40], ids=["one", "two", "many"])
 def test_heldout_never_overlaps(tmp_path: Path, num_files: int) -> None:
     texts = [bytes([33 + i]) * (10 + i) for i in range(num_files)]
-    train, heldout = open_corpus(write(tmp_path, *texts))
+    train, heldout, _ = open_corpus(write(tmp_path, *texts))
     taken = [
         (p.path, p.start + i)
         for part in (train, heldout)
@@ -48,7 +49,7 @@ def test_heldout_never_overlaps(tmp_path: Path, num_files: int) -> None:
 
 
 def test_order_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
-    corpus, _ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
+    corpus, *_ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
     ordered = [Sequences(corpus, 64, 7).batch(step, 0, 1, 4) for step in range(40)]
     data = Sequences(corpus, 64, 7)
     for step in np.random.default_rng(1).permutation(40).tolist():
@@ -59,7 +60,7 @@ def test_order_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
 
 
 def test_ranks_divide_the_global_batch(tmp_path: Path) -> None:
-    corpus, _ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
+    corpus, *_ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
     data = Sequences(corpus, 64, 7)
     for step in (0, 3):
         whole = data.batch(step, 0, 1, 4)[0]
@@ -69,7 +70,7 @@ def test_ranks_divide_the_global_batch(tmp_path: Path) -> None:
 
 
 def test_an_epoch_reads_every_window_once(tmp_path: Path) -> None:
-    corpus, _ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
+    corpus, *_ = open_corpus(write(tmp_path, np.random.default_rng(0).bytes(5000)))
     data = Sequences(corpus, 64, 7)
     for epoch in range(2):
         seen = {data[epoch * data.count + i].tobytes() for i in range(data.count)}
@@ -77,14 +78,14 @@ def test_an_epoch_reads_every_window_once(tmp_path: Path) -> None:
 
 
 def test_labels_are_the_next_bytes(tmp_path: Path) -> None:
-    corpus, _ = open_corpus(write(tmp_path, bytes(range(256)) * 4))
+    corpus, *_ = open_corpus(write(tmp_path, bytes(range(256)) * 4))
     tokens, labels = Sequences(corpus, 64, 0).batch(0, 0, 1, 2)
     assert tokens.dtype == labels.dtype == torch.int64
     assert torch.equal((tokens + 1) % 256, labels)
 
 
 def test_standard_library_is_the_default() -> None:
-    train, heldout = open_corpus(DataConfig())
+    train, heldout, _ = open_corpus(DataConfig())
     assert len(train) > 5_000_000 and len(heldout) > 200_000
     assert not {p.path for p in train.pieces} & {p.path for p in heldout.pieces}
 
@@ -104,7 +105,7 @@ def test_missing_text(tmp_path: Path, text: str, error: type[Exception], message
 
 
 def test_too_short_text(tmp_path: Path) -> None:
-    corpus, heldout = open_corpus(write(tmp_path, b"x" * 100))
+    corpus, heldout, _ = open_corpus(write(tmp_path, b"x" * 100))
     with pytest.raises(
         ValueError, match=r"training text has 75 bytes, seqlen=75 needs at least 76"
     ):
@@ -148,5 +149,25 @@ def test_a_file_of_many_names_is_read_once(tmp_path: Path) -> None:
     (folder / "other.txt").write_bytes(b"bytes")
     found = names_of(tmp_path / "**/*.txt", folder / ".." / "a" / "x.txt")
     assert found == ["other.txt", "x.txt"]
-    train, heldout = open_corpus(DataConfig(text=(str(tmp_path / "**/*.txt"),), heldout=0.5))
+    train, heldout, _ = open_corpus(DataConfig(text=(str(tmp_path / "**/*.txt"),), heldout=0.5))
     assert len(train) + len(heldout) == 10
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.6, 0.9])
+@pytest.mark.parametrize("sizes", ["even", "one large", "few", "two large"])
+def test_the_held_out_share_is_of_bytes(tmp_path: Path, share: float, sizes: str) -> None:
+    """Fails if files are counted: one large file among many, or a share above a half."""
+    of = {
+        "even": [500] * 200,
+        "one large": [100] * 39 + [39_000],
+        "few": [1000, 2000, 3000],
+        "two large": [40_000, 50, 30, 60_000],
+    }
+    for index, size in enumerate(of[sizes]):
+        (tmp_path / f"{index:03d}.txt").write_bytes(b"x" * size)
+    config = DataConfig(text=(str(tmp_path / "*.txt"),), heldout=share)
+    train, heldout, _ = open_corpus(config)
+    assert len(train) + len(heldout) == sum(of[sizes])
+    assert 0.8 * share <= len(heldout) / sum(of[sizes]) <= 1.001 * share
+    ranges = [(p.path, p.start, p.length) for c in (train, heldout) for p in c.pieces]
+    assert len(set(ranges)) == len(ranges)

@@ -18,11 +18,11 @@ SHORT = [
 ]
 
 
-def launch(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, ranks: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run launch/train.py, under torchrun with `ranks` ranks or as a plain process with 0."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks else []), "launch/train.py", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -107,3 +107,28 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str) -> None:
     assert done.returncode != 0
     # The command line's own errors are wrapped and framed.
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", done.stdout + done.stderr).split())
+
+
+def test_a_console_that_shows_ascii_alone(tmp_path: Path) -> None:
+    """Fails if a byte that the model wrote, or one of a path, ends a run that was done.
+
+    The seed's sample has bytes that are no text: they are shown as U+FFFD, which ASCII has not.
+    """
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\xff")
+    arguments = ["tiny", "--out", folder, *SHORT, "--sample-bytes", "200"]
+    done = launch(*arguments, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\\ufffd" in done.stdout and "caf" in done.stdout.splitlines()[-1]
+    assert (Path(folder) / "curves.png").exists()
+    again = launch(*arguments, "--dense-steps", "3", PYTHONIOENCODING="utf-8")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on after step 5" in again.stdout
+
+
+def test_a_resumed_run_says_what_is_read_again(tmp_path: Path) -> None:
+    """Fails if eight held-out sequences are taken from a text that has one, unsaid."""
+    text = tmp_path / "text"
+    text.write_bytes(bytes(range(32, 127)) * 80)
+    done = launch("tiny", "--data.text", str(text), "--out", str(tmp_path / "out"), *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "eval_sequences=4, but the held-out text has 1 of N=256" in done.stdout

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lhcp.training.data import Sequences, open_corpus
+from lhcp.training.data import open_data
 from lhcp.training.loop import evaluate, train_step
 from lhcp.training.model import Mode, set_mode
 from lhcp.training.parallel import build
@@ -17,16 +17,15 @@ from lhcp.training.stages import OptimConfig, Stage
 
 def steps_of(run: Run, mode: Mode, num_steps: int) -> dict[str, list[float]]:
     """Return loss and gradient norm of each step, and the dense held-out loss after them."""
-    text, rest = open_corpus(run.data)
-    data, heldout = (Sequences(part, run.seqlen, run.seed) for part in (text, rest))
+    data = open_data(run.data, run.seqlen, run.seed)
     trainee = build(run, torch.device("cpu"))
     set_mode(trainee.model, mode)
     stages = (Stage(name="only", mode=mode, steps=num_steps),)
-    records = [train_step(run, trainee, data, stages, step) for step in range(num_steps)]
+    records = [train_step(run, trainee, data.train, stages, step) for step in range(num_steps)]
     return {
         "loss": [r.loss for r in records],
         "grad_norm": [r.grad_norm for r in records],
-        "heldout": [evaluate(run, trainee, heldout, "dense")],
+        "heldout": [evaluate(run, trainee, data.heldout, "dense")],
     }
 
 

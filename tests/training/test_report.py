@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lhcp.training.identity import Change
 from lhcp.training.loop import EvalRecord, History, StepRecord
 from lhcp.training.report import Progress, find_switch, speeds, summarize, table, write
 from lhcp.training.run import Run
@@ -72,6 +73,7 @@ def test_speeds_leave_the_first_steps_out(history: History) -> None:
 
 def test_report_is_written(history: History, small_run: Run, tmp_path: Path) -> None:
     baseline = History(steps("baseline", 1, 50.0), [EvalRecord(10, "baseline", "dense", 1.5)])
+    history.changes.append(Change(3, "optim.betas", [0.9, 0.95], [0.9, 0.99]))
     summary = summarize(small_run, history, baseline, world_size=2, sample="def f(", overhead=None)
     write(summary, tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -82,7 +84,7 @@ def test_report_is_written(history: History, small_run: Run, tmp_path: Path) -> 
     console = Console(file=io.StringIO(), width=100)
     console.print(table(summary))
     text = console.file.getvalue()
-    for expected in ("+1.0000", "125%", "+0.2500", "baseline: speed", "10.0%"):
+    for expected in ("+1.0000", "125%", "+0.2500", "baseline: speed", "10.0%", "step 3: optim.betas"):
         assert expected in text
 
 
