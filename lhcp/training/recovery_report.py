@@ -214,10 +214,10 @@ def band(curves: Sequence[Curve]) -> Band:
 
 
 def by_arm(results: Iterable[ArmResult]) -> dict[str, list[ArmResult]]:
-    """Return the results of each arm by seed; dense first, then the lighthouse stage."""
+    """Return the results of each arm; dense first, then the lighthouse stage."""
     order = (DENSE, LIGHTHOUSE)
     arms: dict[str, list[ArmResult]] = {}
-    for result in sorted(results, key=lambda r: (r.arm not in order, r.arm, r.seed)):
+    for result in sorted(results, key=lambda r: r.arm not in order):
         arms.setdefault(result.arm, []).append(result)
     return arms
 

@@ -141,7 +141,9 @@ def find(places: Iterable[Path]) -> list[Path]:
 
 
 def merge(paths: Sequence[Path]) -> list[ArmResult]:
-    """Return the results of several files, by seed; a line that two files have counts once.
+    """Return the results of several files, by seed, in the order that they were finished in.
+
+    A line that two files have counts once.
 
     Raises:
         ValueError: two files tell differently of one arm of a seed, results are of different
@@ -156,7 +158,7 @@ def merge(paths: Sequence[Path]) -> list[ArmResult]:
                     f"{path}: seed {result.seed}, {name}: another file has other results of the "
                     "same arm; name one of them, or give each repetition a seed of its own"
                 )
-    results = [merged[key] for key in sorted(merged)]
+    results = sorted(merged.values(), key=lambda result: result.seed)
     for result in results:
         check_alike(results[0], result)
         texts = {r.identity["data.files"] for r in results if r.seed == result.seed}

@@ -293,7 +293,7 @@ def test_numbers_of_two_seeds(two_files: list[Path]) -> None:
     """Fails if a difference, a time, a mean or a band is not what the hand-made records say."""
     results = recovery_results.merge(two_files)
     assert [(r.seed, r.arm) for r in results] == [
-        (seed, arm) for seed in (0, 1) for arm in ("4+4", "dense", "lighthouse")
+        (seed, arm) for seed in (0, 1) for arm in ("dense", "lighthouse", "4+4")
     ]
     first, second = compare(results)
     assert (first.split, first.seed, second.seed) == ("4+4", 0, 1)
@@ -414,16 +414,28 @@ def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
     Seed 0 comes from a plain process that is killed, seed 1 from two ranks in another folder.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    first = command("--seeds", "0", "--splits", "6+6", "9+3", "--out", str(one))
-    killed = subprocess.Popen(first, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("lighthouse     6  held-out"):
-            break
-    os.kill(killed.pid, signal.SIGSTOP)
-    refused = launch(first)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 400)
+    same = ("--splits", "6+6", "9+3", "--data.text", str(tmp_path / "text"))
+    first = command("--seeds", "0", *same, "--out", str(one))
+    # In a session of its own: a stopped process must not stop, or end, the group of the tests.
+    killed = subprocess.Popen(
+        first,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert killed.stdout is not None
+        for line in killed.stdout:
+            if line.startswith("lighthouse     6  held-out"):
+                break
+        killed.send_signal(signal.SIGSTOP)
+        refused = launch(first)
+    finally:
+        killed.kill()
+        killed.wait()
     assert refused.returncode == 1 and f"in use by another run (process {killed.pid}" in (
         refused.stderr
     )
@@ -433,7 +445,7 @@ def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
     assert "lighthouse     2/9" not in again.stdout
 
     seeds = command(
-        *("--seeds", "1", "--splits", "6+6", "9+3", "--cp", "2", "--no-page", "--out", str(two)),
+        *("--seeds", "1", *same, "--cp", "2", "--no-page", "--out", str(two)),
         ranks=2,
     )
     done = launch(seeds)
@@ -447,14 +459,13 @@ def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
     for folder in (one, page):
         assert {p.suffix for p in folder.glob("recover_tiny_20*")} == {".md", ".json", ".png"}
     assert merged.stdout.splitlines()[-1].startswith(f"page: {page}/recover_tiny_")
-    nothing = launch([*program, str(tmp_path), "--page", str(page)])
-    assert nothing.returncode == 1 and "no results of recover.py" in nothing.stderr
 
 
-def test_wrong_arguments_end_the_program_in_words(tmp_path: Path) -> None:
-    done = launch(command("--optim.decay", "linear", "--out", str(tmp_path)))
-    assert done.returncode == 1 and "cannot share a lighthouse stage" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_place_without_results_is_named(tmp_path: Path) -> None:
+    """Fails if a wrong folder is merged as one without seeds."""
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"no results of recover\.py"):
+            recovery_results.find([place])
 
 
 def test_a_history_is_stored_with_six_digits() -> None:
