@@ -187,7 +187,7 @@ def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) ->
         teller.say(f"seed {seed}, {arm.name}: {total_steps(arm.stages):,} steps")
         history = train_arm(arm, run, own, data, teller)
         if own.rank == 0:
-            whole = identity_at_end(arm, run, own, data.manifest, total_steps(arm.stages))
+            whole = identity_after(arm, run, own, data.manifest, total_steps(arm.stages))
             about = recovery_results.about_this(own.device)
             recovery_results.add(path, ArmResult.of(run, arm.name, history, whole, about))
         dist.barrier()
@@ -203,7 +203,7 @@ def train_arm(arm: Arm, run: Run, own: Process, data: TrainingData, teller: Watc
     return train(run, trainee, data, arm.stages, folder / arm.name, teller, arm.sharing(folder))
 
 
-def identity_at_end(arm: Arm, run: Run, own: Process, manifest: Manifest, done: int) -> Identity:
+def identity_after(arm: Arm, run: Run, own: Process, manifest: Manifest, done: int) -> Identity:
     """Return the identity of an arm's run after `done` steps."""
     return identity(run, arm.stages, manifest, compute_dtype(run, own.device), done)
 
@@ -215,7 +215,7 @@ def is_done(before: ArmResult, arm: Arm, run: Run, own: Process, manifest: Manif
         ValueError: it is of another run; the message names what differs.
     """
     steps = sum(count for _, count in before.stages)
-    now = identity_at_end(arm, run, own, manifest, steps)
+    now = identity_after(arm, run, own, manifest, steps)
     try:
         accepted_changes(before.identity, now, run.accept, steps, details="other contents")
     except ValueError as error:

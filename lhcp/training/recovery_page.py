@@ -77,7 +77,8 @@ def markdown(results: Sequence[ArmResult], pictures: Sequence[str]) -> str:
         "Losses are nats per byte of held-out text, attending densely where nothing else is said. "
         "Seconds are sums of training steps, without evaluations and checkpoints, a split's with "
         f"its lighthouse steps; a step of more than {SLOW:g} medians of its stage (compiling) "
-        "counts as the median. Over seeds: mean (lowest to highest; std, n seeds).",
+        "counts as the median. Over seeds: mean (lowest to highest; std, n seeds). A seed draws "
+        "its own held-out sequences too, the same in all of its arms.",
         "",
         *(f"![loss]({name})" for name in pictures),
     ]
@@ -180,6 +181,17 @@ def against_dense(found: Sequence[Comparison]) -> list[str]:
     )
 
 
+def cards(results: Sequence[ArmResult]) -> list[str]:
+    """Return the cards that results came from, as names of files have them: "h200x2", "cpu"."""
+    found = set()
+    for about in (result.about for result in results):
+        # "NVIDIA H200", "NVIDIA H100 80GB HBM3"; a processor has no cuDNN.
+        card = about["card"].removeprefix("NVIDIA ").split()[0].lower()
+        many = f"x{about['world_size']}" if about["world_size"] > 1 else ""
+        found.add(("cpu" if "cudnn" not in about else card) + many)
+    return sorted(found)
+
+
 def document(results: Sequence[ArmResult]) -> dict[str, Any]:
     """Return the page's numbers, JSON-ready; steps one by one stay in the results files."""
     return {
@@ -207,7 +219,7 @@ def document(results: Sequence[ArmResult]) -> dict[str, Any]:
 def write(results: Sequence[ArmResult], folder: Path) -> Path:
     """Write the page, its JSON and its pictures into `folder`; return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{results[0].recipe}_{time.strftime('%F')}"
+    stem = f"{results[0].recipe}_{'_'.join(cards(results))}_{time.strftime('%F')}"
     pictures: dict[str, Against] = {f"{stem}_steps.png": "steps", f"{stem}_seconds.png": "seconds"}
     for name, against in pictures.items():
         draw(results, folder / name, against)

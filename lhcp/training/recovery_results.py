@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -80,7 +81,7 @@ def about_this(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     facts = {
         "date": time.strftime("%F"),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": commit(),
         "card": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "world_size": dist.get_world_size(),

@@ -333,6 +333,17 @@ def test_page_of_two_seeds(two_files: list[Path], tmp_path: Path) -> None:
     assert [c["equal_tokens"] for c in record["comparisons"]] == [-0.5, -0.25]
 
 
+def test_cards_name_the_page() -> None:
+    """Fails if pages of one day and different cards take one another's name."""
+    cards = [("NVIDIA H200", 2), ("NVIDIA H200", 1), ("NVIDIA H100 80GB HBM3", 1), ("AMD EPYC", 1)]
+    results = [
+        replace(of_seed(0, 0.0)[0], about={"card": name, "world_size": ranks} | more)
+        for name, ranks in cards
+        for more in [{"cudnn": 91900} if "NVIDIA" in name else {}]
+    ]
+    assert recovery_page.cards(results) == ["cpu", "h100", "h200", "h200x2"]
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     """Fails if a loss never reached, a dense that ended, or a seed without dense is a number."""
     dense, stage, split = of_seed(0, 0.75)
@@ -456,8 +467,12 @@ def test_from_the_command_line_to_the_page(tmp_path: Path) -> None:
     merged = launch([*program, str(one), str(two), "--page", str(page)])
     assert merged.returncode == 0, merged.stdout + merged.stderr
     assert "- seeds: 0, 1;" in merged.stdout and "n=2)" in merged.stdout
-    for folder in (one, page):
-        assert {p.suffix for p in folder.glob("recover_tiny_20*")} == {".md", ".json", ".png"}
+    for folder, cards in ((one, "cpu"), (page, "cpu_cpux2")):
+        assert {p.suffix for p in folder.glob(f"recover_tiny_{cards}_20*")} == {
+            ".md",
+            ".json",
+            ".png",
+        }
     assert merged.stdout.splitlines()[-1].startswith(f"page: {page}/recover_tiny_")
 
 
