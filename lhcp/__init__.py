@@ -9,6 +9,7 @@ from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import read_calibration
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
+from lhcp.layer.graphed import graphed, ungraphed
 from lhcp.layer.lighthouse import lighthouse_attention, select
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import PACKAGE_RINGS
@@ -28,6 +29,7 @@ __all__ = [
     "OverheadReport",
     "Selection",
     "Timers",
+    "graphed",
     "lighthouse_attention",
     "measure_overhead",
     "pad_to_multiple",
@@ -36,5 +38,6 @@ __all__ = [
     "ring_attention",
     "select",
     "shard",
+    "ungraphed",
     "unshard",
 ]
