@@ -63,7 +63,7 @@ l4_lengths="1048576" l3_lengths="262144 524288 1048576" dense_lengths="131072 26
 peer_lengths="65536 98304 131072 262144" check_lengths=""
 long_lengths="262144 1048576" long_dense="131072"
 short_run="paper_256k_cp8" long_run="paper_1m_cp8" timing="--repeats 5 --warmup 1"
-train_timing="--steps $(( ranks == 8 ? 5 : 3 )) --warmup $(( ranks == 8 ? 2 : 1 ))"
+train_timing="--steps $(( ranks == 8 ? 5 : 3 )) --warmup $(( ranks == 8 ? 2 : 1 )) --graphs off"
 draws=0
 if "$python" -c 'import matplotlib' 2>/dev/null; then draws=1; fi
 if (( tiny )); then

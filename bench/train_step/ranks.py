@@ -1,16 +1,18 @@
-"""What a training step takes on these ranks: FSDP2 x context parallelism, all ranks one sequence.
+"""What a training step takes on these ranks: FSDP2 x context parallelism.
 
     torchrun --nproc-per-node 8 -m bench.train_step.ranks --recipe paper_256k_cp8
     torchrun --nproc-per-node 8 -m bench.train_step.ranks --recipe paper_1m_cp8 --modes lighthouse
-    torchrun --nproc-per-node 2 -m bench.train_step.ranks --recipe tiny_cp4 --device cpu
+    torchrun --nproc-per-node 2 -m bench.train_step.ranks --recipe tiny_cp4 --device cpu --dp 2
 
 A recipe of launch/recipes.py with one sequence over all ranks; its model, its lengths and its
 recomputing. The step is lhcp/training/loop.py's. Seconds are of the slowest rank, medians over
 steps; the rotation's share is what ranks waited for its messages, by the training timers, which do
-not see into compiled blocks. The JSON file is written after each mode, and the last line is JSON.
+not see into compiled blocks and graphs. Beside --dp, a sequence for each part of the ranks, it
+shows what sharing a sequence costs. The JSON file is written after each mode; the last line is JSON.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -43,6 +45,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rotation", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile each block, untimed waits")
+    parser.add_argument("--graphs", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--keep", action="store_true", help="keep activations, recompute nothing")
+    parser.add_argument("--dp", type=int, default=1, help="ranks / dp share a sequence each")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     add_device(parser)
@@ -57,19 +62,20 @@ def parse() -> argparse.Namespace:
 
 
 def run_of(args: argparse.Namespace, world_size: int) -> Run:
-    """Return the recipe with one sequence a step, over all ranks."""
+    """Return the recipe with a sequence a step for each of the dp groups of ranks."""
     recipe = RECIPES[args.recipe]()
     return replace(
         recipe,
         seqlen=args.seqlen or recipe.seqlen,
-        cp=world_size,
-        global_batch=1,
-        eval_sequences=1,
+        cp=world_size // args.dp,
+        global_batch=args.dp,
+        eval_sequences=args.dp,
         accumulate=1,
         rotation=args.rotation,
         backend=args.backend,
         compile=args.compile,
-        recompute=True,
+        graphs=args.graphs,
+        recompute=not args.keep,
     )
 
 
@@ -95,10 +101,13 @@ def measure_mode(
     everybody = gathered(([r.seconds for r in records], peak), ranks)
     slowest = [max(seconds) for seconds in zip(*(s for s, _ in everybody), strict=True)]
     seconds = median(slowest)
-    rate = run.seqlen / seconds / ranks.world_size
+    rate = run.global_batch * run.seqlen / seconds / ranks.world_size
     flops = flops_per_token(run.model, run.seqlen, run.lighthouse if mode == "lighthouse" else None)
     return {
         "mode": mode,
+        "dp": args.dp,
+        "graphs": trainee.graphs is not None,
+        "without_graphs": dict(trainee.graphs.eager) if trainee.graphs is not None else {},
         "seqlen": run.seqlen,
         "subsequence": run.lighthouse.subsequence_length(run.seqlen),
         "lighthouse_layers": run.model.num_layers - len(run.model.dense_layers),
@@ -111,9 +120,15 @@ def measure_mode(
         "tokens_per_second_per_rank": rate,
         "model_tflop_s_per_rank": flops * rate / 1e12,
         "peak_gib": max(peak for _, peak in everybody),
-        "rotation_share": None if run.compile else median(r.rotation_share for r in records),
+        "rotation_share": shares_of(records),
         "losses": [r.loss for r in records],
     }
+
+
+def shares_of(records: Sequence[StepRecord]) -> float | None:
+    """Return the median share of the waits; None where they were not timed."""
+    shares = [r.rotation_share for r in records if r.rotation_share is not None]
+    return median(shares) if shares else None
 
 
 def print_row(row: Row) -> None:
@@ -146,6 +161,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     for mode in args.modes:
         row = measure_mode(run, trainee, data, mode, args, ranks)
         document["rows"].append(row)
+        trainee.release()
         if ranks.rank == 0:
             print_row(row)
             write(document, args.json)

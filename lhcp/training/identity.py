@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "kernels": "how it is computed: up to rounding the same",
     "accumulate": "how it is computed: up to rounding the same",
     "compile": "how it is computed: up to rounding the same",
+    "graphs": "how it is computed: up to rounding the same",
     "recompute": "how it is computed: up to rounding the same",
     "lighthouse_steps": "what is to come; the stages that are done are compared",
     "dense_steps": "what is to come; the stages that are done are compared",

@@ -36,8 +36,8 @@ class StepRecord:
     lr: float
     seconds: float
     tokens_per_second: float
-    rotation_share: float
-    """Share of the step that a rank waited in rotations, mean over ranks."""
+    rotation_share: float | None
+    """Share of the step that a rank waited in rotations, mean over ranks; None: not timed."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,15 @@ def train_step(
             are still those before the step.
     """
     begin = time.perf_counter()
-    trainee.timers.reset()
+    timers = trainee.timers
+    if timers is not None:
+        timers.reset()
     rate = run.optim.rate(step, total_steps(stages))
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate
     trainee.optimizer.zero_grad()
     share = backward(run, trainee, data, step)
-    waited = trainee.timers.rotation_share(1.0)
+    waited = 0.0 if timers is None else timers.rotation_share(1.0)
     loss, waited = sum_over_ranks((share, waited), trainee.placement.device)
     norm = clip(trainee, run.optim.clip)
     stage = stage_at(stages, step).name
@@ -157,7 +159,7 @@ def train_step(
     trainee.optimizer.step()
     seconds = time.perf_counter() - begin
     tokens = run.global_batch * run.seqlen
-    waited_share = waited / dist.get_world_size() / seconds
+    waited_share = None if timers is None else waited / dist.get_world_size() / seconds
     return StepRecord(step + 1, stage, loss, norm, rate, seconds, tokens / seconds, waited_share)
 
 
@@ -268,4 +270,5 @@ def train(
                 keep=run.keep_checkpoints,
                 marks=sharing.marks,
             )
+    trainee.release()
     return history

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import lhcp
+from lhcp.layer.recording import Graphs
 from lhcp.training.model import AttentionFactory, Decoder
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
@@ -37,8 +38,15 @@ class Trainee:
     """`model`, as FSDP names it."""
     optimizer: torch.optim.Optimizer
     placement: Placement
-    timers: lhcp.Timers
-    """Seconds that this rank waits in rotations, over all layers."""
+    timers: lhcp.Timers | None
+    """Seconds that this rank waits in rotations, over all layers; None: not timed."""
+    graphs: Graphs | None
+    """The CUDA graphs of the attention; None: it runs as it is."""
+
+    def release(self) -> None:
+        """Drop the graphs, which training records anew: before the process group goes."""
+        if self.graphs is not None:
+            self.graphs.release()
 
 
 def place(run: Run, device: torch.device) -> Placement:
@@ -88,10 +96,22 @@ def compute_dtype(run: Run, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
+def wants_graphs(run: Run, device: torch.device) -> bool:
+    """Return whether the attention runs as CUDA graphs.
+
+    Raises:
+        ValueError: they are asked for where there is no GPU.
+    """
+    if run.graphs == "on" and device.type != "cuda":
+        raise ValueError(f"graphs='on': CUDA graphs need a GPU, and this run is on {device.type}")
+    return run.graphs != "off" and device.type == "cuda"
+
+
 def build(run: Run, device: torch.device) -> Trainee:
     """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser."""
     placement = place(run, device)
-    timers = lhcp.Timers()
+    by_graph = wants_graphs(run, device)
+    timers = None if by_graph or run.compile else lhcp.Timers()
     factory = attention_factory(run, placement.cp_group, timers)
     model = Decoder(run.model, factory, recompute=run.recompute)
     model.initialize(run.seed)
@@ -115,7 +135,10 @@ def build(run: Run, device: torch.device) -> Trainee:
         # over dp and cp alike. Plain SUM: gloo has no AVG and no PREMUL_SUM.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return Trainee(model, sharded[-1], make_optimizer(model, run.optim), placement, timers)
+    # Recomputed layers run again just before their backward: one pair of graphs serves them all.
+    graphs = lhcp.graphed(model, shared=run.recompute) if by_graph else None
+    optimizer = make_optimizer(model, run.optim)
+    return Trainee(model, sharded[-1], optimizer, placement, timers, graphs)
 
 
 def whole_model(run: Run, trainee: Trainee) -> Decoder | None:

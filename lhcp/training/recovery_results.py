@@ -19,7 +19,7 @@ from lhcp.training.identity import Identity
 from lhcp.training.loop import EvalRecord, History
 from lhcp.training.run import Run
 
-COLUMNS = ("loss", "grad_norm", "seconds", "rotation_share")
+COLUMNS = ("loss", "grad_norm", "seconds")
 """Fields of a step's record that a result holds; step n is row n - 1."""
 
 

@@ -65,7 +65,7 @@ class Progress:
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
             f"grad {record.grad_norm:6.3f}  {record.tokens_per_second:>7,.0f} tok/s  "
-            f"rotation {record.rotation_share:5.1%}  ETA {left // 60}:{left % 60:02d}"
+            f"rotation {share_of(record.rotation_share)}  ETA {left // 60}:{left % 60:02d}"
         )
         if self.in_place:
             print("\r\x1b[K" + line, end="", flush=True)
@@ -85,7 +85,13 @@ class StageSpeed:
     """The speed of one stage: medians over its steps, the first few left out."""
 
     tokens_per_second: float
-    rotation_share: float
+    rotation_share: float | None
+    """None: not timed."""
+
+
+def share_of(share: float | None) -> str:
+    """Return a share of a step in five places."""
+    return "    -" if share is None else f"{share:5.1%}"
 
 
 def speeds(history: History) -> dict[str, StageSpeed]:
@@ -96,8 +102,9 @@ def speeds(history: History) -> dict[str, StageSpeed]:
     found = {}
     for stage, records in by_stage.items():
         settled = records[3:] or records
+        shares = [r.rotation_share for r in settled if r.rotation_share is not None]
         found[stage] = StageSpeed(
-            median(r.tokens_per_second for r in settled), median(r.rotation_share for r in settled)
+            median(r.tokens_per_second for r in settled), median(shares) if shares else None
         )
     return found
 
@@ -213,7 +220,9 @@ def table(summary: dict[str, Any]) -> Table:
     rows.add_section()
     for stage, speed in summary["stages"].items():
         rows.add_row(f"{stage}: speed", f"{speed['tokens_per_second']:,.0f}", "tokens/s, all ranks")
-        rows.add_row(f"{stage}: waiting in rotation", f"{speed['rotation_share']:.1%}", "of a step")
+        share = speed["rotation_share"]
+        shown = "not timed" if share is None else f"{share:.1%}"
+        rows.add_row(f"{stage}: waiting in rotation", shown, "of a step")
     for change in summary["history"]["changes"]:
         rows.add_row(
             f"accepted after step {change['step']}: {change['name']}",

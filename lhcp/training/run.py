@@ -50,6 +50,9 @@ class Run:
     """Type of what is computed (auto: bf16 on a GPU); weights, gradient sums, optimiser: fp32."""
     compile: bool = False
     """torch.compile for each block."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of the attention, messages included; auto: on a GPU. The waits in rotations are
+    not timed then, nor in compiled blocks."""
     recompute: bool = False
     """Recompute each block in the backward instead of keeping its activations."""
 
