@@ -8,7 +8,8 @@ A recipe of launch/recipes.py with one sequence over all ranks; its model, its l
 recomputing. The step is lhcp/training/loop.py's. Seconds are of the slowest rank, medians over
 steps; the rotation's share is what ranks waited for its messages, by the training timers, which do
 not see into compiled blocks and graphs. Beside --dp, a sequence for each part of the ranks, it
-shows what sharing a sequence costs. The JSON file is written after each mode; the last line is JSON.
+shows what sharing a sequence costs. The JSON file is written after each mode; the last line is
+JSON.
 """
 
 import argparse
