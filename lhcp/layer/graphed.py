@@ -13,8 +13,9 @@ def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = 
 
     Call it once, before training; it changes the layers in place, which have no parameters, so FSDP
     may move weights as before. The first two calls of a layer run as they are, then it is recorded,
-    and anew when `mode` or a size changes. A layer then keeps its q, k, v, output and gradients in
-    place: an output or a gradient that you keep is overwritten by the layer's next run, so copy it.
+    and anew when `mode` or a size changes (of up to four sizes the graphs stay). An output that you
+    keep is overwritten by the layer's next run, so copy it. Memory is that of the step without
+    graphs and one layer's inputs and gradients more.
 
     What cannot be a graph runs as it is and is counted by reason in `Graphs.eager` (and logged
     once each): calls without a gradient, on a CPU, with timers, or inside another graph. A model

@@ -15,7 +15,7 @@ from lhcp.layer.call import Call
 from lhcp.layer.dense import dense_attention
 from lhcp.layer.lighthouse import Given, sparse_attention
 from lhcp.layer.plan import Choices, by_name
-from lhcp.layer.recording import Graphs
+from lhcp.layer.recording import Graphs, Kind
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.shape import CAUSAL
@@ -143,7 +143,7 @@ class LighthouseAttention(nn.Module):
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
-        return graphs.call(attend, tensors, self._token, (call.key, autocast))
+        return graphs.call(attend, tensors, self._token, Kind(self._mode, (call.key, autocast)))
 
     def extra_repr(self) -> str:
         """Return what the layer was made with, for printing a model."""

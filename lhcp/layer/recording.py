@@ -5,22 +5,23 @@ GPU takes to carry them out at the lengths that a rank holds. A graph launches t
 layers have no parameters, so whatever moves weights (FSDP) does not concern their graphs.
 
 A layer's first calls run as they are; then its forward and its backward are recorded, each into a
-graph of its own. What a forward keeps for its backward stays where the graph put it. What is free
-again after a recording is used by the recordings after it: so graphs run in the order in which a
+graph of its own. What a forward keeps for its backward stays where the graph put it, and so does its
+output; inputs and gradients are copied, from and to memory that all layers use. What is free again
+after a recording is used by the recordings after it: so graphs run in the order in which a
 training step does, forwards as recorded and backwards the other way round, and whatever would read
 what another order has overwritten is an error.
 """
 
-import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lhcp.layer.recorder import CudaRecorder, Recorder
 
 Attend = Callable[..., Tensor]
 """(q, k, v, *others) -> o: what is recorded. `others` get no gradient."""
@@ -29,66 +30,16 @@ CALLS_BEFORE = 2
 """Calls that run as they are before a layer is recorded: kernels are compiled in them, ranks agree,
 and NCCL connects. An even number, so that no recording falls to a checkpoint's recomputation."""
 
+MOST_SIZES = 4
+"""Kinds of calls of one layer and mode that have graphs; further ones run as they are."""
+
 _log = logging.getLogger("lhcp")
 
 
-class Recorder(Protocol):
-    """Records what a function does to the tensors it reads, so that it can be done again."""
-
-    def refuses(self, device: torch.device) -> str | None:
-        """Return why nothing can be recorded now; None if it can."""
-
-    def record(
-        self, function: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """Call the function; return its results and what computes them again, into them."""
-
-
-class CudaRecorder:
-    """Records into CUDA graphs that share their memory."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-
-    def refuses(self, device: torch.device) -> str | None:
-        """Return why nothing can be recorded now; None if it can."""
-        if device.type != "cuda":
-            return f"inputs are on {device.type}: graphs need a GPU"
-        if torch.cuda.is_current_stream_capturing():
-            return "another graph is being recorded around the layer"
-        return None
-
-    def record(
-        self, function: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-        """Capture a call of the function. Its kernels run at each replay, the first time too."""
-        if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        graph, stream, current = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
-        assert stream is not None
-        stream.wait_stream(current)
-        with _no_collection(), torch.cuda.stream(stream):
-            # Other threads, such as NCCL's watchdog, ask for events meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                results = function()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
-        return results, graph.replay
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python from ending other graphs or events while one is recorded."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
+def _fill(static: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    """Copy what is given to where a graph reads it."""
+    for into, x in zip(static, given, strict=True):
+        into.detach().copy_(x)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -100,17 +51,27 @@ def _call(function: Callable[..., Tensor], *args: object) -> Tensor:
     return function(*args)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a layer does in a call."""
+
+    mode: str
+    """Of which a layer has graphs of one at a time."""
+    more: Hashable
+
+
 @dataclass(eq=False)
 class _Record:
     """One layer's graphs: what they read and write stays in place."""
 
     number: int
     """How many were recorded before."""
+    mode: str
     inputs: list[Tensor]
     out: Tensor
     dout: Tensor
     grads: tuple[Tensor, ...]
-    """Of those inputs that require one, in order."""
+    """Of those inputs that require one, in order; until another graph runs."""
     forward: Callable[[], None]
     backward: Callable[[], None]
     kept: list[Tensor]
@@ -134,8 +95,10 @@ class Graphs:
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self.eager: Counter[str] = Counter()
         """Calls that ran without a graph, by reason."""
-        self._records: dict[Hashable, _Record] = {}
+        self._records: dict[tuple[object, Hashable], _Record] = {}
         self._calls: Counter[Hashable] = Counter()
+        self._buffers: dict[Hashable, Tensor] = {}
+        """What all layers' graphs read inputs from and write gradients to, by use and size."""
         self._made = 0
         # torch.compile breaks its own graph here. Not as a decorator, which imports the compiler.
         self.outside: Callable[..., Tensor] = torch.compiler.disable(_call)
@@ -148,13 +111,13 @@ class Graphs:
         """Pickle as graphs of which none is recorded yet."""
         return type(self), (self.shared,)
 
-    def call(self, attend: Attend, tensors: list[Tensor], layer: object, key: Hashable) -> Tensor:
+    def call(self, attend: Attend, tensors: list[Tensor], layer: object, kind: Kind) -> Tensor:
         """Attend by a graph if there is one or can be, else as it is.
 
         Args:
             tensors: q, k, v and what else `attend` reads.
             layer: whose call it is.
-            key: what `attend` does with tensors of such sizes and needs of gradients.
+            kind: what `attend` does with tensors of such sizes and needs of gradients.
         """
         reason = self.recorder.refuses(tensors[0].device)
         if reason is None and not (
@@ -163,20 +126,29 @@ class Graphs:
             reason = "no gradient is wanted"
         if reason is not None:
             return self.as_it_is(reason, attend, tensors)
-        key = (key, tuple((x.shape, x.dtype, x.requires_grad) for x in tensors))
-        own = key if self.shared else (layer, key)
+        key = (kind, tuple((x.shape, x.dtype, x.requires_grad) for x in tensors))
+        own = (None if self.shared else layer, key)
         record = self._records.get(own)
         if record is None:
             self._calls[layer, key] += 1
             if self._calls[layer, key] <= CALLS_BEFORE:
                 return self.as_it_is("first calls", attend, tensors)
-            if not self.shared:
-                # After a switch of mode its other graphs are not replayed.
-                for other in [k for k in self._records if isinstance(k, tuple) and k[0] is layer]:
-                    del self._records[other]
-            record = self._records[own] = self._record(attend, tensors)
+            if (reason := self._full(own[0], kind.mode)) is not None:
+                return self.as_it_is(reason, attend, tensors)
+            record = self._records[own] = self._record(attend, tensors, kind.mode)
         out: Tensor = _Replay.apply(self, record, *tensors)
         return out
+
+    def _full(self, layer: object, mode: str) -> str | None:
+        """Drop a layer's graphs of other modes; return why it may have none more in this."""
+        of_layer = [key for key in self._records if key[0] is layer]
+        for key in of_layer:
+            # Shared graphs serve layers of both modes at once.
+            if layer is not None and self._records[key].mode != mode:
+                del self._records[key]
+        if sum(self._records[k].mode == mode for k in of_layer if k in self._records) < MOST_SIZES:
+            return None
+        return f"more than {MOST_SIZES} kinds of calls of one layer"
 
     def as_it_is(self, reason: str, attend: Attend, tensors: list[Tensor]) -> Tensor:
         """Attend without a graph, and say why where that is new."""
@@ -192,30 +164,47 @@ class Graphs:
         """
         self._records.clear()
         self._calls.clear()
+        self._buffers.clear()
 
-    def _record(self, attend: Attend, tensors: list[Tensor]) -> _Record:
-        inputs = [
-            torch.empty_like(x).copy_(x.detach()).requires_grad_(x.requires_grad) for x in tensors
-        ]
-        wanted = [x for x in inputs[:3] if x.requires_grad]
+    def _buffer(self, use: str, like: Tensor) -> Tensor:
+        """Return memory that the graphs of all layers use for this, one after another."""
+        key = (use, like.shape, like.stride(), like.dtype, like.requires_grad)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(like).requires_grad_(like.requires_grad)
+        return self._buffers[key]
+
+    def _record(self, attend: Attend, tensors: list[Tensor], mode: str) -> _Record:
+        inputs = [self._buffer(f"input {i}", x) for i, x in enumerate(tensors)]
+        _fill(inputs, tensors)
         kept: list[Tensor] = []
+        saved: set[int] = set()
+
+        def note(x: Tensor) -> Tensor:
+            saved.add(x.untyped_storage().data_ptr())
+            return x
 
         def forward() -> tuple[Tensor, ...]:
             # Whoever packs what is saved around the layer, such as a checkpoint, packs no graph's.
-            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            with torch.autograd.graph.saved_tensors_hooks(note, _same):
                 kept[:] = [attend(*inputs)]
             return (kept[0].detach(),)
 
         (out,), again = self.recorder.record(forward)
-        dout = torch.empty_like(out)
+        if any(x.untyped_storage().data_ptr() in saved for x in inputs):
+            # The backward reads them, so they have to stay until then: this layer has its own.
+            inputs[:] = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+            (out,), again = self.recorder.record(forward)
+        wanted = [x for x in inputs[:3] if x.requires_grad]
+        dout = self._buffer("dout", out)
 
         def backward() -> tuple[Tensor, ...]:
             # Kept, so that what the forward saved is not given to graphs recorded later.
             return torch.autograd.grad(kept[0], wanted, dout, retain_graph=True)
 
         grads, back = self.recorder.record(backward)
+        borrowed = tuple(self.recorder.borrow(x) for x in grads)
         self._made += 1
-        return _Record(self._made, inputs, out, dout, grads, again, back, kept)
+        return _Record(self._made, mode, inputs, out, dout, borrowed, again, back, kept)
 
     def begin(self, record: _Record) -> int:
         """Note that a forward runs; return which of its runs it is."""
@@ -250,8 +239,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graphs: Graphs, record: _Record, *tensors: Tensor) -> Tensor:
-        for static, given in zip(record.inputs, tensors, strict=True):
-            static.detach().copy_(given)
+        _fill(record.inputs, tensors)
         ctx.graphs, ctx.record = graphs, record
         run = graphs.begin(record)
         record.forward()
@@ -277,7 +265,6 @@ class _Replay(torch.autograd.Function):
             )
         record.dout.copy_(dout[0])
         record.backward()
-        # Themselves, not views: autograd adds to what nobody else holds, and keeps it. Of a graph
-        # that another layer runs next, copies: a sum may wait for them.
-        grads = iter(x.clone() if graphs.shared else x for x in record.grads)
+        # Copies: a sum of gradients may wait until another layer's graph has run in their memory.
+        grads = iter([x.clone() for x in record.grads])
         return None, None, *(next(grads) if x.requires_grad else None for x in record.inputs)
