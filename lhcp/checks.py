@@ -76,6 +76,22 @@ def check_scores(
     return score_q, score_k
 
 
+def check_valid(valid: Tensor, q: Tensor) -> None:
+    """Check that valid, which tokens are real, is bool [B, n] on the device of q [B, n, H, D].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        kind = shape_of(valid) if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid is {kind}: must be torch.bool {list(q.shape[:2])}, or None")
+    if valid.shape != q.shape[:2] or valid.device != q.device:
+        raise ValueError(
+            f"valid is {shape_of(valid)}: must be {list(q.shape[:2])} on {q.device}, this rank's "
+            "tokens, true for those that are not padding"
+        )
+
+
 def check_scale(scale: float | None) -> None:
     """Check that the factor of the logits is a plain number, or None for the default.
 

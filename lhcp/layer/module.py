@@ -5,14 +5,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lhcp.checks import check_qkv, check_scale, check_scores
+from lhcp.checks import check_qkv, check_scale
 from lhcp.comm.agreement import check_agreement
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
-from lhcp.layer.lighthouse import Given, local_geometry, sparse_attention
+from lhcp.layer.lighthouse import Given, local_geometry, scored_on, sparse_attention
 from lhcp.layer.plan import Choices, choose_kernels, make_plan
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
@@ -92,16 +92,18 @@ class LighthouseAttention(nn.Module):
         selection: Selection | None = None,
         score_q: Tensor | None = None,
         score_k: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Attend: q [B, N / W, H, D], k and v [B, N / W, Hk, D] -> [B, N / W, H, D].
 
-        The keyword arguments are for the lighthouse mode; the dense mode does not use them.
+        The keyword arguments, as in `lhcp.lighthouse_attention`, are for the lighthouse mode; the
+        dense mode does not use them, nor need it: padding is at the end, which nobody before sees.
 
         Raises:
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`; at the
                 first call also where another rank has a problem or was asked for something else.
         """
-        qkv, given = QKV(q, k, v), Given(selection, score_q, score_k)
+        qkv, given = QKV(q, k, v), Given(selection, score_q, score_k, valid)
         if not torch.compiler.is_compiling() and self._mode not in self._agreed:
             self._agree(qkv, given)
         if self._mode == "dense":
@@ -128,7 +130,7 @@ class LighthouseAttention(nn.Module):
             kernels, tokens = "none", q.shape[1]
             if self._mode == "lighthouse":
                 assert self.config is not None
-                check_scores(given.score_q, given.score_k, q, k)
+                scored_on(given, q, k, self.config)
                 geom = local_geometry(self.config, tokens, self.ranks, choices.layout)
                 kernels = choose_kernels(choices.kernels, q.dtype, q.device)
                 tokens = geom.subsequence

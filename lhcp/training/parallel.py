@@ -112,7 +112,7 @@ def build(run: Run, device: torch.device) -> Trainee:
     sharded.append(fully_shard(model, mesh=everyone, mp_policy=policy))
     for module in sharded:
         # The loss is already divided by the tokens of the global batch, so gradients are summed,
-        # over dp and cp alike. Plain SUM: gloo has no AVG and no PREMUL_SUM.
+        # over dp and cp alike. A plain sum: of a divide factor, gloo does not know PREMUL_SUM.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return Trainee(model, sharded[-1], make_optimizer(model, run.optim), placement, timers)
