@@ -47,7 +47,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Logits [B, n, V], or, with a loss, what that makes of the last hidden states and labels."""
 
-    def __init__(self, attention: MakeAttention, num_layers: int = 2) -> None:
+    def __init__(self, attention: MakeAttention, num_layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, DIM)
         self.blocks = nn.ModuleList(Block(attention(i)) for i in range(num_layers))
@@ -55,7 +55,10 @@ class Llama(nn.Module):
         self.recompute = False
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         x = self.embedding(tokens)
         cos, sin = (t.to(x.dtype) for t in rope_table(positions.flatten(), HEAD_DIM, 10000.0))
@@ -69,18 +72,19 @@ class Llama(nn.Module):
         return self.head(x) if loss is None else loss(x, self.head.weight)
 
 
-def make(attention: MakeAttention, dtype: torch.dtype) -> Llama:
+def make(attention: MakeAttention, dtype: torch.dtype, num_layers: int = 2) -> Llama:
     """Draw a model, the same on every rank."""
     torch.manual_seed(0)
-    return Llama(attention).to(dtype)
+    return Llama(attention, num_layers).to(dtype)
+
+
+def tensor_parallel_plan() -> dict[str, ParallelStyle]:
+    """Cut heads and hidden width of a block."""
+    cut, joined = ColwiseParallel(), RowwiseParallel()
+    return dict.fromkeys(("q", "k", "v", "up"), cut) | dict.fromkeys(("out", "down"), joined)
 
 
 def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
-    """Cut heads and hidden width over the ranks of a mesh of one axis."""
-    cut, joined = ColwiseParallel(), RowwiseParallel()
-    plan: dict[str, ParallelStyle] = {
-        **dict.fromkeys(("q", "k", "v", "up"), cut),
-        **dict.fromkeys(("out", "down"), joined),
-    }
+    """Cut every block over the ranks of a mesh of one axis."""
     for block in model.blocks:
-        parallelize_module(block, mesh, plan)
+        parallelize_module(block, mesh, tensor_parallel_plan())
