@@ -279,7 +279,7 @@ class ContextParallel:
             TypeError, ValueError: shapes or dtypes do not fit, or `over` lacks a rank of this
                 group.
         """
-        self._check_over(over)
+        losses.check_over(over, self.ranks.flat)
         total = losses.cross_entropy_sum(
             logits, labels, ignore_index=self.ignore_index, chunk_tokens=chunk_tokens
         )
@@ -311,7 +311,7 @@ class ContextParallel:
         Raises:
             TypeError, ValueError: as `loss`.
         """
-        self._check_over(over)
+        losses.check_over(over, self.ranks.flat)
         total = losses.linear_cross_entropy_sum(
             hidden,
             weight,
@@ -326,15 +326,4 @@ class ContextParallel:
         if num_valid is None:
             return losses.average(total, losses.num_valid(labels, self.ignore_index), over=over)
         # The same number on every rank, of which each adds its share.
-        return losses.average(total, num_valid / len(losses.ranks_of(over)), over=over)
-
-    def _check_over(self, over: Group) -> None:
-        """Check that all ranks that share a sequence are among those that are averaged."""
-        mine = [] if self.ranks.flat is None else losses.ranks_of(self.ranks.flat)
-        missing = sorted(set(mine) - set(losses.ranks_of(over)))
-        if missing:
-            raise ValueError(
-                f"over has the ranks {losses.ranks_of(over)}, without {missing}, which share this "
-                'sequence: pass data and context parallelism together, for example mesh["dp", '
-                '"cp"], over which FSDP or DDP averages gradients'
-            )
+        return losses.average(total, num_valid / losses.num_ranks(over), over=over)

@@ -44,14 +44,12 @@ def average(total: Tensor, count: Tensor | float, *, over: Group) -> Tensor:
             torch.as_tensor(count, dtype=torch.float64, device=total.device),
         ]
     )
-    num_ranks = 1
     for group in _groups(over):
         dist.all_reduce(mine, group=group)
-        num_ranks *= group.size()
     everything, counted = mine.unbind()
     counted = counted.clamp(min=1.0)
     # The gradient is this rank's, the value everybody's: what is added is zero.
-    own = total * (num_ranks / counted).to(total.dtype)
+    own = total * (num_ranks(over) / counted).to(total.dtype)
     return (everything / counted).to(total.dtype) + (own - own.detach())
 
 
@@ -139,22 +137,39 @@ def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
-def ranks_of(over: Group) -> list[int]:
-    """Return the global ranks of a mesh or a group; this process alone for None.
+def num_ranks(over: Group) -> int:
+    """Return how many ranks a mesh or a group has; 1 for None."""
+    return 1 if over is None else over.size()
+
+
+def check_over(over: Group, sequence: dist.ProcessGroup | None) -> None:
+    """Check that all ranks that share a sequence are among those that are averaged.
 
     Raises:
-        TypeError: `over` is something else.
+        TypeError: `over` is no mesh, group or None.
+        ValueError: a rank is missing.
     """
-    if over is None:
-        return [dist.get_rank()] if dist.is_initialized() else [0]
-    if isinstance(over, DeviceMesh):
-        found: list[int] = over.mesh.flatten().tolist()
-        return found
-    if not isinstance(over, dist.ProcessGroup):
+    # A graph cannot look into a mesh; the call before compiling, or without it, has.
+    if torch.compiler.is_compiling():
+        return
+    if over is not None and not isinstance(over, DeviceMesh | dist.ProcessGroup):
         raise TypeError(
             f"over must be a DeviceMesh, a ProcessGroup or None, got {type(over).__name__}"
         )
-    return dist.get_process_group_ranks(over)
+    if sequence is None:
+        return
+    found: list[int] = []
+    if isinstance(over, DeviceMesh):
+        found = over.mesh.flatten().tolist()
+    elif over is not None:
+        found = dist.get_process_group_ranks(over)
+    missing = sorted(set(dist.get_process_group_ranks(sequence)) - set(found))
+    if missing:
+        raise ValueError(
+            f"over has the ranks {found}, without {missing}, which share this sequence: pass data "
+            'and context parallelism together, for example mesh["dp", "cp"], over which FSDP or '
+            "DDP averages gradients"
+        )
 
 
 def _groups(over: Group) -> list[dist.ProcessGroup]:

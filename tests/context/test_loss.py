@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import lhcp
 from lhcp.context.loss import cross_entropy_sum, linear_cross_entropy_sum
@@ -219,16 +220,44 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
         )
 
 
-def over_too_few(group: Any) -> str:
-    cp = lhcp.ContextParallel(group)
-    try:
-        cp.loss(torch.zeros(1, 4, 3), torch.zeros(1, 4, dtype=torch.long), over=None)
-    except ValueError as error:
-        return str(error)
-    return ""
+def over_too_few(group: Any) -> list[str]:
+    cp, told = lhcp.ContextParallel(group), []
+    for over in (None, "dp"):
+        try:
+            cp.loss(torch.zeros(1, 4, 3), torch.zeros(1, 4, dtype=torch.long), over=over)
+        except (TypeError, ValueError) as error:
+            told.append(str(error))
+    return told
 
 
 def test_over_must_hold_the_ranks_of_the_sequence(ranks: RankPool) -> None:
     """Fails if a mean over a part of the sequence passes for the whole one."""
-    for told in ranks.run(over_too_few, 2):
-        assert "which share this sequence" in told
+    for missing, name in ranks.run(over_too_few, 2):
+        assert "which share this sequence" in missing
+        assert "over must be a DeviceMesh, a ProcessGroup or None, got str" in name
+
+
+def compiled_on_a_rank(group: Any, linear: bool) -> tuple[float, float]:
+    """The loss of a graph and without one, over a mesh of two axes."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
+    cp = lhcp.ContextParallel(mesh["cp"])
+    hidden, weight, _, labels = problem()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        if linear:
+            return cp.linear_loss(hidden, weight, labels, over=mesh, chunk_tokens=8)
+        return cp.loss(F.linear(hidden, weight), labels, over=mesh, chunk_tokens=8)
+
+    torch._dynamo.reset()
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    return graph(hidden, weight).item(), loss(hidden, weight).item()
+
+
+def test_a_graph_holds_the_whole_loss() -> None:
+    """Fails if a graph breaks in the loss, or its messages go missing."""
+    # Ranks of its own: an empty that holds NaN cannot be traced.
+    pool = RankPool(2)
+    for linear in (False, True):
+        for graph, eager in pool.run(compiled_on_a_rank, 2, linear):
+            assert graph == pytest.approx(eager, rel=1e-13)
+    pool.close()
