@@ -17,6 +17,7 @@ from lhcp.context.batch import describe, prepare
 from lhcp.context.sdpa import check_sdpa
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.module import LighthouseAttention
+from lhcp.layer.plan import Choices
 from lhcp.timing import Spans
 
 
@@ -63,13 +64,7 @@ class ContextParallel:
         self.cut = make_layout(layout, self.ranks.world_size)
         self.ignore_index = ignore_index
         self._group: Group = group
-        self._choices: dict[str, Any] = {
-            "layout": layout,
-            "rotation": rotation,
-            "backend": backend,
-            "kernels": kernels,
-            "timers": timers,
-        }
+        self.choices = Choices(layout, rotation, backend, kernels, timers=timers)
         self._dense: dict[float | None, LighthouseAttention] = {}
         self._agreed = False
 
@@ -90,11 +85,11 @@ class ContextParallel:
 
     def __repr__(self) -> str:
         """Return group and choices in words."""
-        rest = {k: v for k, v in self._choices.items() if k not in ("layout", "timers")}
-        words = ", ".join(f"{name}={value!r}" for name, value in rest.items())
+        c = self.choices
+        rotation = c.rotation if isinstance(c.rotation, str) else c.rotation.name
         return (
-            f"ContextParallel(rank {self.rank} of {self.world_size}, layout={self.layout!r}, "
-            f"{words})"
+            f"ContextParallel(rank {self.rank} of {self.world_size}, layout={c.layout!r}, "
+            f"{rotation=}, backend={c.backend!r}, kernels={c.kernels!r})"
         )
 
     def attention(
@@ -111,7 +106,17 @@ class ContextParallel:
         """
         if config is not None:
             config.check_chunks(self.cut.num_chunks)
-        return LighthouseAttention(config, self._group, scale=scale, **self._choices)
+        c = self.choices
+        return LighthouseAttention(
+            config,
+            self._group,
+            layout=c.layout,
+            rotation=c.rotation,
+            backend=c.backend,
+            kernels=c.kernels,
+            scale=scale,
+            timers=c.timers,
+        )
 
     def sdpa(
         self,
@@ -279,11 +284,10 @@ class ContextParallel:
             TypeError, ValueError: shapes or dtypes do not fit, or `over` lacks a rank of this
                 group.
         """
-        losses.check_over(over, self.ranks.flat)
         total = losses.cross_entropy_sum(
             logits, labels, ignore_index=self.ignore_index, chunk_tokens=chunk_tokens
         )
-        return self._mean(total, labels, over, num_valid)
+        return self.average(total, self._share(labels, over, num_valid), over=over)
 
     def linear_loss(
         self,
@@ -311,7 +315,6 @@ class ContextParallel:
         Raises:
             TypeError, ValueError: as `loss`.
         """
-        losses.check_over(over, self.ranks.flat)
         total = losses.linear_cross_entropy_sum(
             hidden,
             weight,
@@ -320,10 +323,24 @@ class ContextParallel:
             ignore_index=self.ignore_index,
             chunk_tokens=chunk_tokens,
         )
-        return self._mean(total, labels, over, num_valid)
+        return self.average(total, self._share(labels, over, num_valid), over=over)
 
-    def _mean(self, total: Tensor, labels: Tensor, over: Group, num_valid: float | None) -> Tensor:
+    def average(self, total: Tensor, count: Tensor | float, *, over: Group) -> Tensor:
+        """Return sum(total) / sum(count) over ranks: `loss` for a loss of one's own.
+
+        Args:
+            total: scalar of this rank that carries the gradient, such as a sum over its tokens.
+            count: what this rank adds to the denominator, such as its valid tokens.
+            over: as in `loss`.
+
+        Raises:
+            TypeError, ValueError: `over` is none, or lacks a rank of this group.
+        """
+        losses.check_over(over, self.ranks.flat)
+        return losses.average(total, count, over=over)
+
+    def _share(self, labels: Tensor, over: Group, num_valid: float | None) -> Tensor | float:
+        """Return what this rank adds to the number of valid tokens."""
         if num_valid is None:
-            return losses.average(total, losses.num_valid(labels, self.ignore_index), over=over)
-        # The same number on every rank, of which each adds its share.
-        return losses.average(total, num_valid / losses.num_ranks(over), over=over)
+            return (labels != self.ignore_index).sum()
+        return num_valid / losses.num_ranks(over)

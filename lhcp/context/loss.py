@@ -121,15 +121,14 @@ def linear_cross_entropy_sum(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: must have one dtype; cast one, or "
             "use torch.autocast"
         )
+    if not torch.is_grad_enabled():
+        # An evaluation makes no gradients: autograd's function cannot see that it is one.
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     rows, targets = hidden.flatten(0, -2), labels.flatten()
     chunk = _chunk_tokens(chunk_tokens, weight.shape[0])
     total: Tensor = LinearCrossEntropy.apply(rows, weight, bias, targets, ignore_index, chunk)
     return total
-
-
-def num_valid(labels: Tensor, ignore_index: int) -> Tensor:
-    """Count the labels that are not ignored: int64 scalar on their device."""
-    return (labels != ignore_index).sum()
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:

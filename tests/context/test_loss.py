@@ -26,7 +26,7 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor,
     return *(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), labels
 
 
-def torchs(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+def torchs(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     logits = F.linear(hidden, weight, bias).flatten(0, 1)
     return F.cross_entropy(logits, labels.flatten(), reduction="sum")
 
@@ -129,16 +129,29 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest tensor that an operator returns, in elements."""
+    """The largest tensor that an operator returns, in elements, and the number of products."""
 
-    largest = 0
+    largest = products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+def test_an_evaluation_makes_no_gradients() -> None:
+    """Fails if a loss without gradients takes the memory and the time of one with them."""
+    hidden, weight, bias, labels = problem()
+    hidden, labels = hidden[:, :20], labels[:, :20]
+    expected = torchs(hidden, weight, bias, labels).item()
+    with torch.no_grad(), Peak() as peak:
+        found = linear_cross_entropy_sum(hidden, weight, labels, bias=bias, chunk_tokens=1)
+    assert found.item() == pytest.approx(expected, rel=1e-13)
+    # One a chunk; gradients take two more.
+    assert peak.products == 20
 
 
 def test_no_tensor_holds_all_logits() -> None:
@@ -164,6 +177,9 @@ def loss_on_a_rank(group: Any, how: str) -> tuple[float, Tensor]:
         loss = cp.loss(F.linear(mine, weight), target, over=group)
     elif how == "linear":
         loss = cp.linear_loss(mine, weight, target, over=group)
+    elif how == "own":
+        total = torchs(mine, weight, None, target)
+        loss = cp.average(total, (target != -100).sum(), over=group)
     else:
         halves = zip(mine.split(3, 1), target.split(3, 1), strict=True)
         count = (labels != -100).sum().item()
@@ -175,7 +191,7 @@ def loss_on_a_rank(group: Any, how: str) -> tuple[float, Tensor]:
     return loss.item(), grad / world
 
 
-@pytest.mark.parametrize("how", ["logits", "linear", "accumulated"])
+@pytest.mark.parametrize("how", ["logits", "linear", "accumulated", "own"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_mean_is_over_all_valid_tokens(ranks: RankPool, world_size: int, how: str) -> None:
     """Fails if ranks with few valid tokens count for more, or the average is not undone."""
