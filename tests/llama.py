@@ -36,10 +36,11 @@ class Block(nn.Module):
         self.down = nn.Linear(HIDDEN, DIM, bias=False)
         self.attend = attend
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, valid: Tensor | None = None) -> Tensor:
         y = self.attention_norm(x)
         q, k, v = (p(y).unflatten(-1, (-1, HEAD_DIM)) for p in (self.q, self.k, self.v))
-        x = x + self.out(self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        o = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, valid=valid)
+        x = x + self.out(o.flatten(-2))
         out: Tensor = x + self.down(F.silu(self.up(self.mlp_norm(x))))
         return out
 
@@ -59,14 +60,15 @@ class Llama(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         x = self.embedding(tokens)
         cos, sin = (t.to(x.dtype) for t in rope_table(positions.flatten(), HEAD_DIM, 10000.0))
         for block in self.blocks:
             x = (
-                checkpoint(block, x, cos, sin, use_reentrant=False)
+                checkpoint(block, x, cos, sin, valid, use_reentrant=False)
                 if self.recompute
-                else block(x, cos, sin)
+                else block(x, cos, sin, valid)
             )
         x = self.norm(x)
         return self.head(x) if loss is None else loss(x, self.head.weight)

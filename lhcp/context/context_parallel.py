@@ -14,7 +14,7 @@ from lhcp.comm.mesh import Group, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.context import loss as losses
 from lhcp.context.batch import describe, prepare
-from lhcp.context.sdpa import check_sdpa
+from lhcp.context.sdpa import as_autocast, check_sdpa
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import Choices
@@ -131,7 +131,8 @@ class ContextParallel:
     ) -> Tensor:
         """Attend densely in the place of `torch.nn.functional.scaled_dot_product_attention`.
 
-        The same arguments, defaults and order of axes, on this rank's part of the sequence.
+        The same arguments, defaults, order of axes and dtypes under autocast, on this rank's part
+        of the sequence.
 
         Args:
             query: [B, H, N / W, D]; key, value: [B, Hk, N / W, D], Hk < H only with enable_gqa.
@@ -148,7 +149,7 @@ class ContextParallel:
         check_sdpa((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa)
         if scale not in self._dense:
             self._dense[scale] = self.attention(None, scale=scale)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = (as_autocast(x).transpose(1, 2) for x in (query, key, value))
         out: Tensor = self._dense[scale](q, k, v)
         return out.transpose(1, 2)
 
@@ -302,9 +303,11 @@ class ContextParallel:
     ) -> Tensor:
         """Return `loss` of the logits hidden @ weight.T + bias, which are never all held.
 
-        For long sequences and large vocabularies: it holds the gradient of hidden, a float32
-        gradient of weight and one chunk of logits. Under FSDP2 call it inside the forward of the
-        module that owns the head, where its weight is whole.
+        For long sequences and large vocabularies: it holds the gradient of hidden (twice in the
+        backward), a float32 gradient of weight and one chunk of logits. By arithmetic, a rank with
+        128K of 1M tokens, a vocabulary of 128K and dim 4096 in bfloat16 holds 2 + 3 + 0.5 GiB; its
+        logits would take 32, and their float32 as much twice. Under FSDP2 call it inside the
+        forward of the module that owns the head, where its weight is whole.
 
         Args:
             hidden: [B, N / W, dim], what goes into the output head.

@@ -1,5 +1,6 @@
 """What attention across ranks can do of torch's `scaled_dot_product_attention`."""
 
+import torch
 from torch import Tensor
 
 from lhcp.checks import shape_of
@@ -44,3 +45,10 @@ def check_sdpa(
             f"query has {query.shape[1]} heads, key {key.shape[1]}: pass enable_gqa=True; axes are "
             "[batch, heads, seqlen, head_dim]"
         )
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that torch's function takes it in under the caller's autocast."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

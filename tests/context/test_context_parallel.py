@@ -80,6 +80,18 @@ def test_sdpa_keeps_each_call_s_scale() -> None:
         assert_close_float64("o", ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sdpa_has_torchs_dtype_under_autocast(dtype: torch.dtype) -> None:
+    """Fails if q and k, which RoPE leaves in float32, and v in bfloat16 are refused."""
+    q, k, v, _ = (x.transpose(1, 2).to(dtype) for x in qkv(32))
+    v = v if dtype == torch.float64 else v.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = lhcp.ContextParallel().sdpa(q, k, v, is_causal=True)
+        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import lhcp
+from lhcp.layer.module import Mode
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
+from tests import llama
 from tests.cases import LAYOUTS
 
 CONFIG, SEQLEN = small_config(num_strata=8, picks=2)
@@ -84,6 +86,41 @@ def test_padding_is_taken_last() -> None:
     real = -(-(REAL % per_stratum) // window)
     assert real >= CONFIG.picks
     assert not straddling[..., real:].any() and (straddling.sum(-1) == CONFIG.picks).all()
+
+
+def trained(group: Any, pad_id: int, mode: Mode) -> list[Tensor]:
+    """The loss of a model on padded sequences, and its gradients summed over ranks."""
+    cp = lhcp.ContextParallel(group)
+    model = llama.make(lambda layer: cp.attention(CONFIG if layer else None), torch.float64)
+    lhcp.set_mode(model, mode)
+    lengths = torch.tensor([REAL, REAL - 40])
+    mask = torch.arange(REAL) < lengths[:, None]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 50, (2, REAL), generator=generator)
+    labels = ids.clone()
+    ids = ids.where(mask, pad_id)
+    whole = {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+    batch = cp.shard(whole, pad_to=SEQLEN)
+    logits = model(batch["input_ids"], batch["position_ids"], None, batch["valid"])
+    loss = cp.loss(logits, batch["shift_labels"], over=group)
+    grads = list(torch.autograd.grad(loss, list(model.parameters())))
+    if group is not None:
+        for grad in grads:
+            torch.distributed.all_reduce(grad, group=group)
+            grad /= group.size()
+    return [loss.detach(), *grads]
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_a_model_learns_nothing_from_its_padding(ranks: RankPool, mode: Mode) -> None:
+    """Fails if the id of padding, in rows of several lengths, moves a loss or a gradient."""
+    expected = trained(None, 0, mode)
+    padded = [trained(None, 55, mode), *ranks.run(trained, 2, 55, mode)]
+    for found in padded:
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+    # Neither id is in the text, so neither embedding has a gradient.
+    assert not expected[1][[0, 55]].any()
 
 
 @pytest.mark.parametrize(
