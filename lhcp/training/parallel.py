@@ -55,18 +55,15 @@ def attention_factory(
 ) -> AttentionFactory:
     """Return what makes one layer's attention on `group`; see `AttentionFactory`."""
 
-    def make(always_dense: bool) -> nn.Module:
-        return lhcp.LighthouseAttention(
-            None if always_dense else run.lighthouse,
-            group=group,
-            layout=run.layout,
-            rotation=run.rotation,
-            backend=run.backend,
-            kernels=run.kernels,
-            timers=timers,
-        )
-
-    return make
+    cp = lhcp.ContextParallel(
+        group,
+        layout=run.layout,
+        rotation=run.rotation,
+        backend=run.backend,
+        kernels=run.kernels,
+        timers=timers,
+    )
+    return lambda always_dense: cp.attention(None if always_dense else run.lighthouse)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
