@@ -63,7 +63,6 @@ class ContextParallel:
         self.ranks = as_ranks(group)
         self.cut = make_layout(layout, self.ranks.world_size)
         self.ignore_index = ignore_index
-        self._group: Group = group
         self.choices = Choices(layout, rotation, backend, kernels, timers=timers)
         self._dense: dict[float | None, LighthouseAttention] = {}
         self._agreed = False
@@ -92,6 +91,10 @@ class ContextParallel:
             f"{rotation=}, backend={c.backend!r}, kernels={c.kernels!r})"
         )
 
+    def __deepcopy__(self, memo: object) -> "ContextParallel":
+        """Return this object: groups are of the process, and a copy of a model shares them."""
+        return self
+
     def attention(
         self, config: LighthouseConfig | None, *, scale: float | None = None
     ) -> LighthouseAttention:
@@ -109,7 +112,7 @@ class ContextParallel:
         c = self.choices
         return LighthouseAttention(
             config,
-            self._group,
+            self.ranks,
             layout=c.layout,
             rotation=c.rotation,
             backend=c.backend,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lhcp.checks import check_qkv, check_scale
 from lhcp.comm.agreement import check_agreement
 from lhcp.comm.layout import LayoutName, make_layout
-from lhcp.comm.mesh import Group, as_ranks
+from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
@@ -40,7 +40,7 @@ class LighthouseAttention(nn.Module):
     def __init__(
         self,
         config: LighthouseConfig | None,
-        group: Group = None,
+        group: Group | Ranks = None,
         *,
         layout: LayoutName = "zigzag",
         rotation: str | Calibration = "auto",

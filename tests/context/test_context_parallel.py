@@ -1,11 +1,13 @@
 """`ContextParallel`: its layers, its sdpa, its mirror of shard, and what it refuses."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import lhcp
@@ -110,6 +112,32 @@ def test_sdpa_refuses_what_ranks_cannot_do(changes: dict[str, Any], message: str
     given: dict[str, Any] = {"query": q, "key": k, "value": v, "is_causal": True}
     with pytest.raises(ValueError, match=message):
         lhcp.ContextParallel().sdpa(**given | {"enable_gqa": True} | changes)
+
+
+def copied(group: Any) -> bool:
+    """Whether copies of a model that holds the object attend as it does."""
+    cp = lhcp.ContextParallel(group)
+    model = Calls(cp)
+    x = cp.shard(qkv(32)[0].transpose(1, 2), dim=2)
+    copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
+    return all(torch.equal(model(x), other(x)) for other in copies)
+
+
+class Calls(nn.Module):
+    """A model that was handed the function."""
+
+    def __init__(self, cp: lhcp.ContextParallel) -> None:
+        super().__init__()
+        self.attend = cp.sdpa
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, x, x, is_causal=True)
+
+
+def test_a_model_that_holds_it_can_be_copied_and_pickled(ranks: RankPool) -> None:
+    """Fails if an average of weights, made by deepcopy, cannot be had for a group's sake."""
+    assert copied(None)
+    assert ranks.run(copied, 2) == [True, True]
 
 
 def mesh_mistakes(group: Any) -> list[str]:
