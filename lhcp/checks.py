@@ -26,17 +26,55 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     _check({"q": q, "k": k, "v": v})
 
 
+def check_plain(name: str, x: Tensor) -> None:
+    """Check that what a caller passes is a tensor of this rank's own.
+
+    Raises:
+        TypeError: it is none, or a DTensor, whose sharding is not ours to read.
+    """
+    if type(x) is Tensor:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if hasattr(x, "to_local") and hasattr(x, "placements"):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.to_local(), this rank's part (whole heads under "
+            f"tensor parallelism, this rank's tokens of the sequence); it has {x.placements}"
+        )
+
+
+def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v of one dtype where torch.autocast is on and theirs differ: its own.
+
+    torch's own scaled_dot_product_attention takes such inputs: rotary tables in float32 raise q and
+    k under autocast, and v stays low. What agrees is left as it is, float32 too.
+    """
+    if not isinstance(q, Tensor) or q.dtype is getattr(v, "dtype", None) is getattr(
+        k, "dtype", None
+    ):
+        return q, k, v
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind) or not all(
+        isinstance(x, Tensor) and x.is_floating_point() for x in (k, v)
+    ):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def _check(named: dict[str, Tensor]) -> None:
     for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_plain(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} is {shape_of(x)}: must be [batch, seqlen, heads, head_dim]")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{name} is {x.dtype}: must be one of {', '.join(map(str, _FLOATS))}")
     # Nothing is put into words before something is wrong: this runs in every call.
     if len({x.dtype for x in named.values()}) > 1:
-        raise TypeError(f"{_listing(named)}: must have one dtype; cast them to the same")
+        raise TypeError(
+            f"{', '.join(named)} must have one dtype: cast them, for example with x.to(v.dtype); "
+            f"rotary tables in float32 raise q and k: {_listing(named)}"
+        )
     if len({x.device for x in named.values()}) > 1:
         raise ValueError(f"{_listing(named)}: must be on one device")
     q, k = named["q"], named["k"]
@@ -65,8 +103,7 @@ def check_scores(
     score_q = q if score_q is None else score_q
     score_k = k if score_k is None else score_k
     for name, score, x in (("score_q", score_q, q), ("score_k", score_k, k)):
-        if not isinstance(score, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {type(score).__name__}")
+        check_plain(name, score)
         if score.ndim != 4 or score.shape[:3] != x.shape[:3] or score.shape[3] < 1:
             raise ValueError(
                 f"{name} is {shape_of(score)}: must be {[*x.shape[:3], 'E']}, like what it replaces"
@@ -82,9 +119,11 @@ def check_valid(valid: Tensor, q: Tensor) -> None:
     Raises:
         TypeError, ValueError: it is not.
     """
-    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        kind = shape_of(valid) if isinstance(valid, Tensor) else type(valid).__name__
-        raise TypeError(f"valid is {kind}: must be torch.bool {list(q.shape[:2])}, or None")
+    check_plain("valid", valid)
+    if valid.dtype != torch.bool:
+        raise TypeError(
+            f"valid is {shape_of(valid)}: must be torch.bool {list(q.shape[:2])}, or None"
+        )
     if valid.shape != q.shape[:2] or valid.device != q.device:
         raise ValueError(
             f"valid is {shape_of(valid)}: must be {list(q.shape[:2])} on {q.device}, this rank's "

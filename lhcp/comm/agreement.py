@@ -1,38 +1,127 @@
-"""One check across ranks, before the first messages: does everybody mean the same call?"""
+"""Do all ranks mean the same call? Asked before the first messages of a call that is new.
+
+Ranks that differ would read one another's messages as what they are not. So each rank posts what it
+was asked for to the store of its group, field by field, and reads what the others posted: once for
+each new kind of call, without a collective, so that it needs no GPU and nothing is in flight.
+"""
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from lhcp.comm.mesh import Ranks
+from lhcp.comm.torch_private import is_fake, store_of
+
+T = TypeVar("T")
+
+Fields = dict[str, str]
+"""What must be equal on all ranks, by name."""
+
+REFUSALS = (TypeError, ValueError, ImportError)
+"""What a rank raises where it was asked for something that it cannot do."""
 
 
-def check_agreement(ranks: Ranks, meaning: str, problem: Exception | None) -> None:
-    """Raise on every rank if any rank has a problem, or if ranks mean different calls.
+@dataclass
+class _Asked:
+    """What this rank has asked its group so far."""
 
-    A collective: every rank of the group must call it.
+    known: set[Hashable] = field(default_factory=set)
+    """Calls that all ranks agreed on."""
+    posts: int = 0
+
+
+_ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
+"""Of each group that is alive: what was agreed ends with the ranks that agreed."""
+
+
+def agreed(
+    ranks: Ranks, key: Hashable, prepare: Callable[[], T], fields: Callable[[T | None], Fields]
+) -> T:
+    """Return what `prepare` returns, when all ranks were asked for the same.
+
+    Every rank of the group calls it, in the same order. A key that was agreed on costs a look-up.
 
     Args:
-        meaning: everything that must be equal on all ranks, as text.
-        problem: what is wrong on this rank, if anything.
+        key: the call; equal where what it asks for is.
+        prepare: checks and plans, without a message.
+        fields: the call in words, with what was prepared, or None where that failed.
 
     Raises:
-        Exception: this rank's own `problem`.
-        ValueError: another rank has a problem, or means something else; the message says which and
-            what.
+        TypeError, ValueError, ImportError: from `prepare`; or ValueError, as `compare`.
     """
-    if ranks.world_size > 1:
-        said: list[tuple[str, str | None]] = [("", None)] * ranks.world_size
-        trouble = None if problem is None else f"{type(problem).__name__}: {problem}"
-        dist.all_gather_object(said, (meaning, trouble), group=ranks.flat)
-        if problem is None:
-            for rank, (_, other) in enumerate(said):
-                if other is not None:
-                    raise ValueError(f"rank {rank} of {ranks.world_size} cannot go on: {other}")
-            different = [rank for rank, (other, _) in enumerate(said) if other != said[0][0]]
-            if different:
-                raise ValueError(
-                    f"ranks do not agree on the call. Rank 0: {said[0][0]}. "
-                    f"Rank {different[0]}: {said[different[0]][0]}. "
-                    f"Ranks that differ from rank 0: {different}"
-                )
+    if ranks.flat is None or ranks.world_size == 1:
+        return prepare()
+    known = _ASKED.setdefault(ranks.flat, _Asked()).known
+    if key in known:
+        return prepare()
+    try:
+        prepared = prepare()
+    except REFUSALS as problem:
+        compare(ranks, fields(None), problem)
+        raise
+    compare(ranks, fields(prepared))
+    known.add(key)
+    return prepared
+
+
+def compare(ranks: Ranks, fields: Fields, problem: Exception | None = None) -> None:
+    """Compare with the other ranks what this one was asked for; all of them call it.
+
+    A rank with a problem posts that and returns at once, to raise it.
+
+    Raises:
+        ValueError: another rank has a problem, or was asked for something else; the message names
+            the rank and the fields. Or a rank did not come within the timeout of the store.
+    """
+    if ranks.flat is None or ranks.world_size == 1 or is_fake(ranks.flat):
+        return
+    asked = _ASKED.setdefault(ranks.flat, _Asked())
+    asked.posts += 1
+    store, number = store_of(ranks.flat), asked.posts
+    trouble = None if problem is None else f"{type(problem).__name__}: {problem}"
+    store.set(_key(number, ranks.rank), json.dumps([fields, trouble]))
     if problem is not None:
-        raise problem
+        return
+    posts = _read(store, number, ranks)
+    # All have posted this one, so all have read the last.
+    if number > 1:
+        store.delete_key(_key(number - 1, ranks.rank))
+    for rank, (_, other) in enumerate(posts):
+        if other is not None:
+            raise ValueError(f"rank {rank} of {ranks.world_size} cannot go on: {other}")
+    first, _ = posts[0]
+    differ = [rank for rank, (other, _) in enumerate(posts) if other != first]
+    if differ:
+        theirs, _ = posts[differ[0]]
+        names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        said = "; ".join(
+            f"{name}: {first.get(name, 'none')} on rank 0, {theirs.get(name, 'none')} on rank "
+            f"{differ[0]}"
+            for name in names
+        )
+        raise ValueError(
+            f"ranks were asked for different things: {said}. Ranks that differ from rank 0: "
+            f"{differ} of {ranks.world_size}; every rank must call with equal shapes and choices"
+        )
+
+
+def _key(number: int, rank: int) -> str:
+    return f"lhcp/{number}/{rank}"
+
+
+def _read(store: dist.Store, number: int, ranks: Ranks) -> list[tuple[Fields, str | None]]:
+    """Return what each rank posted as its post of this number; waits for them."""
+    keys = [_key(number, rank) for rank in range(ranks.world_size)]
+    try:
+        store.wait(keys)
+    except RuntimeError as error:
+        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise ValueError(
+            f"ranks {late} of {ranks.world_size} did not make this call within the timeout of the "
+            f"group's store ({error}): every rank must make the same calls in the same order"
+        ) from error
+    return [json.loads(store.get(key)) for key in keys]

@@ -1,5 +1,6 @@
 """Groups of ranks: what a user passes as `group`, turned into the process groups that lhcp uses."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,21 +119,26 @@ def unpack_cut(argument: str) -> tuple[Ranks, Layout, list[str]]:
     return ranks, make_layout(name, ranks.world_size), more
 
 
-def as_ranks(group: Group | Ranks) -> Ranks:
+def as_ranks(group: Group | Ranks, *, two_axes: bool = True) -> Ranks:
     """Turn what a user passes as `group` into `Ranks`.
 
     Args:
         group: a ProcessGroup; a DeviceMesh of one axis, or of two with the outer axis across nodes;
             or None for one rank.
+        two_axes: whether a mesh of two axes was asked for by name; without, it is more likely a
+            mesh of which one axis is meant.
 
     Raises:
         TypeError: anything else.
         ValueError: a mesh of more than two axes, a mesh of two that has no names for them or whose
-            ranks do not ascend, or a group or mesh that this rank is not in.
+            ranks do not ascend, or a group or mesh that this rank is not in; None in a process that
+            a launcher started beside others and that has not joined them.
     """
     if isinstance(group, Ranks):
         return group
     if group is None:
+        if not dist.is_initialized():
+            _check_alone()
         return Ranks()
     if isinstance(group, DeviceMesh):
         if group.ndim == 1:
@@ -144,6 +150,13 @@ def as_ranks(group: Group | Ranks) -> Ranks:
                 raise ValueError(
                     "group is a DeviceMesh of two axes without names: give it some, for example "
                     'mesh_dim_names=("node", "local")'
+                )
+            if not two_axes:
+                raise ValueError(
+                    f"group is a DeviceMesh of two axes {group.mesh_dim_names}, over all of which "
+                    "it would attend: pass the axis that shares a sequence, for example "
+                    f'mesh["{group.mesh_dim_names[1]}"]; two axes, the outer across nodes, are for '
+                    "rotation='hierarchical' by name"
                 )
             _check_order(group)
             flat = flat_group(group)
@@ -165,6 +178,23 @@ def as_ranks(group: Group | Ranks) -> Ranks:
     raise TypeError(
         f"group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}"
     )
+
+
+def _check_alone() -> None:
+    """Check that a process without a process group was started as the only one.
+
+    Before init_process_group, dist.group.WORLD is None, which means one rank here.
+
+    Raises:
+        ValueError: a launcher started others beside it.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > 1:
+        raise ValueError(
+            f"group is None, and this process is one of {started} (WORLD_SIZE) that have not "
+            "joined: call torch.distributed.init_process_group first, before which "
+            "dist.group.WORLD is None; then None means that each rank holds whole sequences"
+        )
 
 
 def _not_a_member(what: str) -> str:

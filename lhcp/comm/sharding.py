@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.checks import shape_of
+from lhcp.checks import check_plain, shape_of
+from lhcp.comm.agreement import agreed
 from lhcp.comm.collectives import all_gather, reduce_scatter
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
@@ -87,11 +88,21 @@ def unshard(
     Raises:
         ValueError: `x` has no such axis.
     """
-    _check_axis(x, dim)
     ranks = as_ranks(group)
+
+    def prepare() -> Layout:
+        _check_axis(x, dim)
+        return make_layout(layout, ranks.world_size)
+
+    if torch.compiler.is_compiling():
+        cut = prepare()
+    else:
+        sizes = (getattr(x, "shape", None), getattr(x, "dtype", None))
+        asked = {"unshard": str(sizes), "dim": str(dim), "layout": str(layout)}
+        cut = agreed(ranks, ("unshard", *sizes, dim, layout), prepare, lambda _: asked)
     if ranks.world_size == 1:
         return x.clone()
-    return _Unshard.apply(x, ranks, dim, make_layout(layout, ranks.world_size))
+    return _Unshard.apply(x, ranks, dim, cut)
 
 
 def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) -> Tensor:
@@ -144,6 +155,7 @@ def pad_to_length(x: Tensor, length: int, dim: int = 1, value: float = 0) -> Ten
 
 
 def _check_axis(x: Tensor, dim: int) -> None:
+    check_plain("x", x)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(
             f"dim={dim}: a tensor of shape {shape_of(x)} has no such axis; pass the axis of the "

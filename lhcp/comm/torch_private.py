@@ -108,6 +108,20 @@ def flat_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     return None if mesh.get_coordinate() is None else flat.get_group()
 
 
+def store_of(group: dist.ProcessGroup) -> dist.Store:
+    """Return the store through which the ranks of a group found each other.
+
+    Uses `torch.distributed.distributed_c10d._world.pg_map`.
+
+    Raises:
+        UnknownTorch: it is gone.
+    """
+    world = _need(dist.distributed_c10d, "_world", "torch.distributed.distributed_c10d._world")
+    groups = _need(world, "pg_map", "torch.distributed.distributed_c10d._world.pg_map")
+    store: dist.Store = groups[group][1]
+    return store
+
+
 FAKE = "fake"
 """torch's backend whose groups have ranks and sizes and nothing behind them."""
 

@@ -84,14 +84,12 @@ def prepare(batch: Mapping[str, Any], *, ignore_index: int, pad_to: int | None) 
     return WholeBatch(tokens, kept, seqlen)
 
 
-def describe(batch: Mapping[str, Any]) -> str:
-    """Return names, shapes, dtypes and integers of a batch as text, the same for equal ones."""
-    return ", ".join(f"{key} {_digest(batch[key])}" for key in sorted(batch))
+def describe(batch: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return shapes, dtypes and integers of a batch in words, the same for equal ones."""
+    return {f"batch[{key!r}]": _digest(x) for key, x in batch.items()}
 
 
-def _digest(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
+def _digest(value: Tensor) -> str:
     text = f"{list(value.shape)} {value.dtype}"
     if value.is_floating_point() or value.is_complex():
         return text

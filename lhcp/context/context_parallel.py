@@ -5,19 +5,19 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from lhcp.comm import sharding
-from lhcp.comm.agreement import check_agreement
+from lhcp.comm.agreement import compare
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.context import loss as losses
 from lhcp.context.batch import describe, prepare
-from lhcp.context.sdpa import as_autocast, check_sdpa
+from lhcp.context.sdpa import check_sdpa, in_torchs_dtype
 from lhcp.cost.calibration import Calibration
+from lhcp.layer.dense import ring_attention
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.plan import Choices
+from lhcp.layer.plan import Choices, by_name
 from lhcp.timing import Spans
 
 
@@ -54,17 +54,10 @@ class ContextParallel:
         timers: Spans | None = None,
         ignore_index: int = -100,
     ) -> None:
-        if isinstance(group, DeviceMesh) and group.ndim == 2 and rotation != "hierarchical":
-            raise ValueError(
-                f"group is a DeviceMesh of the axes {group.mesh_dim_names}: pass the axis whose "
-                'ranks share a sequence, for example mesh["cp"]; two axes, nodes and the ranks of '
-                'a node, are for rotation="hierarchical"'
-            )
-        self.ranks = as_ranks(group)
+        self.ranks = as_ranks(group, two_axes=by_name(rotation))
         self.cut = make_layout(layout, self.ranks.world_size)
         self.ignore_index = ignore_index
         self.choices = Choices(layout, rotation, backend, kernels, timers=timers)
-        self._dense: dict[float | None, LighthouseAttention] = {}
         self._agreed = False
 
     @property
@@ -146,14 +139,23 @@ class ContextParallel:
             [B, H, N / W, D].
 
         Raises:
-            TypeError, ValueError: what is asked for cannot be done across ranks; at the first call
-                also where another rank was asked for something else.
+            TypeError, ValueError: what is asked for cannot be done across ranks, or another rank
+                was asked for something else.
         """
         check_sdpa((query, key, value), attn_mask, dropout_p, is_causal, enable_gqa)
-        if scale not in self._dense:
-            self._dense[scale] = self.attention(None, scale=scale)
-        q, k, v = (as_autocast(x).transpose(1, 2) for x in (query, key, value))
-        out: Tensor = self._dense[scale](q, k, v)
+        q, k, v = (in_torchs_dtype(x).transpose(1, 2) for x in (query, key, value))
+        c = self.choices
+        out = ring_attention(
+            q,
+            k,
+            v,
+            group=self.ranks,
+            layout=c.layout,
+            rotation=c.rotation,
+            backend=c.backend,
+            scale=scale,
+            timers=c.spans,
+        )
         return out.transpose(1, 2)
 
     def positions(self, seqlen: int, device: torch.device | str | None = None) -> Tensor:
@@ -234,11 +236,10 @@ class ContextParallel:
         except (TypeError, ValueError) as error:
             problem = error
         if not self._agreed:
-            meaning = "" if problem is not None else f"batch of {describe(ready.tokens)}"
-            check_agreement(self.ranks, meaning, problem)
-            self._agreed = True
-        elif problem is not None:
+            compare(self.ranks, {} if problem else describe(ready.tokens), problem)
+        if problem is not None:
             raise problem
+        self._agreed = True
         index = self.positions(ready.seqlen)
         parts = {key: x.index_select(1, index.to(x.device)) for key, x in ready.tokens.items()}
         return {**ready.kept, **parts}

@@ -47,7 +47,7 @@ def check_sdpa(
         )
 
 
-def as_autocast(x: Tensor) -> Tensor:
+def in_torchs_dtype(x: Tensor) -> Tensor:
     """Return x in the dtype that torch's function takes it in under the caller's autocast."""
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x

@@ -4,11 +4,13 @@ from typing import Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
-from lhcp.checks import check_qkv
+from lhcp.checks import as_autocast, check_qkv
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.plan import Choices, carry_out, make_plan
+from lhcp.layer.call import Call
+from lhcp.layer.plan import Choices, by_name, carry_out, make_plan
+from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import Mask
 from lhcp.timing import UNTIMED, Spans
 
@@ -84,16 +86,26 @@ def ring_attention(
         ImportError: an explicit backend's package is missing.
     """
     choices = Choices(layout, rotation, backend, scale=scale, timers=timers)
-    out, lse = dense_attention((q, k, v), as_ranks(group), choices, Mask(causal))
+    ranks = as_ranks(group, two_axes=by_name(rotation))
+    out, lse = dense_attention((q, k, v), ranks, choices, Mask(causal))
     return (out, lse) if return_lse else out
 
 
 def dense_attention(
-    qkv: tuple[Tensor, Tensor, Tensor], ranks: Ranks, choices: Choices, mask: Mask
+    qkv: tuple[Tensor, Tensor, Tensor],
+    ranks: Ranks,
+    choices: Choices,
+    mask: Mask,
+    layer: object = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend as `ring_attention`, which has the rules; return (out, lse)."""
-    q, k, v = qkv
-    check_qkv(q, k, v)
-    plan = make_plan(q, k, ranks, choices, mask)
-    plan.layout.check_seqlen(plan.shape.seqlen)
+    """Attend as `ring_attention`, which has the rules; return (out, lse). `layer`: whose call."""
+    q, k, v = qkv = as_autocast(*qkv)
+
+    def prepare() -> RingPlan:
+        check_qkv(q, k, v)
+        plan = make_plan(q, k, ranks, choices, mask)
+        plan.layout.check_seqlen(plan.shape.seqlen)
+        return plan
+
+    plan = Call("dense", qkv, choices, (("mask", mask),), layer).agreed(ranks, prepare)
     return carry_out(q, k, v, plan, choices.spans)

@@ -1,17 +1,19 @@
 """`select` and `lighthouse_attention`: the local stages, then the ring, then scatter-back."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lhcp.checks import check_qk, check_qkv, check_scores, check_valid, shape_of
+from lhcp.checks import as_autocast, check_qk, check_qkv, check_scores, check_valid, shape_of
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.plan import Choices, carry_out, choose_kernels, make_plan
+from lhcp.layer.call import Call
+from lhcp.layer.plan import Choices, by_name, carry_out, choose_kernels, make_plan
 from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.autograd import GatherSubsequence
@@ -20,17 +22,39 @@ from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.score import SCORERS, ScoreInputs
 from lhcp.lighthouse.select import Selection
 from lhcp.operators import pack_integers
+from lhcp.ring.plan import RingPlan
 from lhcp.timing import UNTIMED, Spans
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a caller brings in place of what the layer would compute."""
 
     selection: Selection | None = None
     score_q: Tensor | None = None
     score_k: Tensor | None = None
     valid: Tensor | None = None
+
+    @property
+    def asked(self) -> tuple[tuple[str, Hashable], ...]:
+        """What ranks must agree on of it."""
+        given = self.selection is not None
+        scores = (getattr(x, "shape", None) for x in (self.score_q, self.score_k))
+        return ("selection given", given), *zip(("score_q", "score_k"), scores, strict=True)
+
+
+class Prepared(NamedTuple):
+    """What is made of a call before the first stage."""
+
+    geometry: Geometry
+    plan: RingPlan
+    kernels: str
+    score_q: Tensor
+    score_k: Tensor
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """What "auto" became."""
+        return self.plan.chosen | {"kernels taken": self.kernels}
 
 
 def scored_on(
@@ -174,26 +198,31 @@ def lighthouse_attention(
     """
     choices = Choices(layout, rotation, backend, kernels, scale, timers)
     given = Given(selection, score_q, score_k, valid)
-    return sparse_attention(QKV(q, k, v), config, as_ranks(group), choices, given)
+    ranks = as_ranks(group, two_axes=by_name(rotation))
+    return sparse_attention(QKV(q, k, v), config, ranks, choices, given)
 
 
 def sparse_attention(
-    qkv: QKV, config: LighthouseConfig, ranks: Ranks, choices: Choices, given: Given
+    qkv: QKV,
+    config: LighthouseConfig,
+    ranks: Ranks,
+    choices: Choices,
+    given: Given,
+    layer: object = None,
 ) -> Tensor:
-    """Attend as `lighthouse_attention`, which has the rules."""
-    q, k, v = qkv
-    check_qkv(q, k, v)
-    geom = local_geometry(config, q.shape[1], ranks, choices.layout)
-    plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence)
-    kernels = choose_kernels(choices.kernels, q.dtype, q.device)
-    score_q, score_k = scored_on(given, q, k, config)
+    """Attend as `lighthouse_attention`, which has the rules; `layer` is whose call it is."""
+    q, k, v = qkv = QKV(*as_autocast(*qkv))
+    call = Call("lighthouse", qkv, choices, (("config", config), *given.asked), layer)
+    prepared = call.agreed(ranks, lambda: prepare(qkv, config, ranks, choices, given))
+    geom, plan, kernels, score_q, score_k = prepared
     if geom.subsequence >= geom.num_tokens:
         warnings.warn(
             f"the sub-sequence has {geom.subsequence} entries for {geom.num_tokens} tokens a rank: "
             "this config shortens nothing; use a smaller topk or a longer sequence",
             stacklevel=3,
         )
-    scorer, selection, timers = SCORERS[config.scorer], given.selection, choices.spans
+    scorer, timers = SCORERS[config.scorer], choices.spans
+    selection = None if given.selection is None else without_inference(given.selection)
     integers = pack_integers(geom)
     with torch.no_grad():
         unchanged = score_q is q and score_k is k
@@ -206,8 +235,6 @@ def sparse_attention(
                     inputs = ScoreInputs(geom, config, kernels, plan.scale)
                     sq, sk = scorer.score(QKV(score_q, score_k, v), inputs)
                 selection = Selection(*operators.select_entries(sq, sk, integers, kernels))
-            else:
-                check_selection(selection, k, geom)
         del sq, sk
     with timers.span("gather", "compute", 0, q.device):
         qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, integers, kernels)
@@ -218,6 +245,30 @@ def sparse_attention(
         back = ScatterPlan(integers, kernels, ranks, plan.layout)
         scattered: Tensor = ScatterBack.apply(out, *selection, back, timers)
         return scattered
+
+
+def prepare(
+    qkv: QKV, config: LighthouseConfig, ranks: Ranks, choices: Choices, given: Given
+) -> Prepared:
+    """Check a call and make its plan; no communication.
+
+    Raises:
+        TypeError, ValueError, ImportError: see `lighthouse_attention`.
+    """
+    q, k, v = qkv
+    check_qkv(q, k, v)
+    geom = local_geometry(config, q.shape[1], ranks, choices.layout)
+    plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence)
+    kernels = choose_kernels(choices.kernels, q.dtype, q.device)
+    scores = scored_on(given, q, k, config)
+    if given.selection is not None:
+        check_selection(given.selection, k, geom)
+    return Prepared(geom, plan, kernels, *scores)
+
+
+def without_inference(selection: Selection) -> Selection:
+    """Return a selection that autograd can keep, whatever mode it was made in."""
+    return Selection(*(x.clone() if x.is_inference() else x for x in selection))
 
 
 def check_selection(selection: Selection, k: Tensor, geom: Geometry) -> None:

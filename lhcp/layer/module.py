@@ -2,18 +2,17 @@
 
 from typing import Literal
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lhcp.checks import check_qkv, check_scale
-from lhcp.comm.agreement import check_agreement
-from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.checks import check_scale
+from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
-from lhcp.layer.lighthouse import Given, local_geometry, scored_on, sparse_attention
-from lhcp.layer.plan import Choices, choose_kernels, make_plan
+from lhcp.layer.lighthouse import Given, sparse_attention
+from lhcp.layer.plan import Choices, by_name
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.shape import CAUSAL
@@ -25,9 +24,9 @@ Mode = Literal["lighthouse", "dense"]
 class LighthouseAttention(nn.Module):
     """Lighthouse attention for the first training stage, dense attention for the second.
 
-    Both modes take the same sharded tensors; `layer.mode = "dense"` switches. No parameters. At the
-    first call in each mode the ranks compare what they were asked to do, so that a wrong shape on
-    one rank is an error on all instead of a hang.
+    Both modes take the same sharded tensors; `layer.mode = "dense"` switches. No parameters. As in
+    the functions, ranks compare what they were asked for at each call that is new, so that a wrong
+    shape on one rank is an error on all instead of a hang.
 
     Args:
         config: the layer's sizes; None for a layer that is always dense.
@@ -53,14 +52,15 @@ class LighthouseAttention(nn.Module):
         # Here, because a module makes a parameter its own.
         check_scale(scale)
         self.config = config
-        self.ranks = as_ranks(group)
+        self.ranks = as_ranks(group, two_axes=by_name(rotation))
         self.layout: LayoutName = layout
         self.rotation = rotation
         self.backend = backend
         self.kernels = kernels
         self.scale = scale
         self.timers = UNTIMED if timers is None else timers
-        self._agreed: set[str] = set()
+        self._token = object()
+        self._made_alone = group is None and not dist.is_initialized()
         self._mode: Mode = "dense" if config is None else "lighthouse"
 
     @property
@@ -100,17 +100,17 @@ class LighthouseAttention(nn.Module):
         dense mode does not use them, nor need it: padding is at the end, which nobody before sees.
 
         Raises:
-            TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`; at the
-                first call also where another rank has a problem or was asked for something else.
+            TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
+            RuntimeError: the layer was made for one rank before this process joined others.
         """
         qkv, given = QKV(q, k, v), Given(selection, score_q, score_k, valid)
-        if not torch.compiler.is_compiling() and self._mode not in self._agreed:
-            self._agree(qkv, given)
+        if self._made_alone:
+            self._check_alone()
         if self._mode == "dense":
-            out, _ = dense_attention(qkv, self.ranks, self.choices, CAUSAL)
+            out, _ = dense_attention(qkv, self.ranks, self.choices, CAUSAL, self._token)
             return out
         assert self.config is not None
-        return sparse_attention(qkv, self.config, self.ranks, self.choices, given)
+        return sparse_attention(qkv, self.config, self.ranks, self.choices, given, self._token)
 
     def extra_repr(self) -> str:
         """Return what the layer was made with, for printing a model."""
@@ -121,29 +121,16 @@ class LighthouseAttention(nn.Module):
             f"layout={c.layout!r}, rotation={rotation!r}, backend={c.backend!r}"
         )
 
-    def _agree(self, qkv: QKV, given: Given) -> None:
-        """Compare with the other ranks what this one is asked to do in this mode."""
-        (q, k, v), choices = qkv, self.choices
-        meaning, problem = "", None
-        try:
-            check_qkv(q, k, v)
-            kernels, tokens = "none", q.shape[1]
-            if self._mode == "lighthouse":
-                assert self.config is not None
-                scored_on(given, q, k, self.config)
-                geom = local_geometry(self.config, tokens, self.ranks, choices.layout)
-                kernels = choose_kernels(choices.kernels, q.dtype, q.device)
-                tokens = geom.subsequence
-            else:
-                layout = make_layout(choices.layout, self.ranks.world_size)
-                layout.check_seqlen(tokens * self.ranks.world_size)
-            plan = make_plan(q, k, self.ranks, choices, tokens=tokens)
-            meaning = (
-                f"mode={self._mode} q={list(q.shape)} k={list(k.shape)} {q.dtype} {self.config} "
-                f"layout={choices.layout} rotation={plan.rotation} backend={plan.backend} "
-                f"kernels={kernels} scale={plan.scale}"
+    def _check_alone(self) -> None:
+        """Check that a layer that was made without a group, and before there were any, is alone.
+
+        Raises:
+            RuntimeError: the process has joined others since.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "this layer was made with group=None before init_process_group, when "
+                "dist.group.WORLD is None too: it would attend to this rank's tokens alone. Make "
+                "it after init_process_group, with the group that shares a sequence, or with None "
+                "where each rank holds whole sequences"
             )
-        except (TypeError, ValueError, ImportError) as error:
-            problem = error
-        check_agreement(self.ranks, meaning, problem)
-        self._agreed.add(self._mode)

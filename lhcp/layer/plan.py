@@ -75,6 +75,11 @@ class Choices:
         return q.shape[3] ** -0.5 if self.scale is None else self.scale
 
 
+def by_name(rotation: str | Calibration) -> bool:
+    """Return whether a rotation is one for a mesh of two axes, or a table that may take it."""
+    return not isinstance(rotation, str) or rotation == "hierarchical"
+
+
 def make_plan(
     q: Tensor,
     k: Tensor,

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lhcp.comm.agreement import check_agreement
+from lhcp.comm.agreement import REFUSALS, compare
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.lighthouse import local_geometry
-from lhcp.layer.plan import PACKAGE_RINGS, Choices, make_plan
+from lhcp.layer.plan import PACKAGE_RINGS, Choices, by_name, make_plan
 from lhcp.measure.report import PHASES, OverheadReport
 from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take_sample
 from lhcp.measure.summary import Samples, summarize
@@ -70,7 +70,7 @@ def measure_overhead(
     Raises:
         TypeError, ValueError, ImportError: as `lhcp.lighthouse_attention`, on every rank.
     """
-    ranks = as_ranks(group)
+    ranks = as_ranks(group, two_axes=by_name(rotation))
     job: Job | None = None
     problem: Exception | None = None
     try:
@@ -105,14 +105,22 @@ def measure_overhead(
             plan=plan,
             kernels=kernels,
         )
-    except (TypeError, ValueError, ImportError) as error:
+    except REFUSALS as error:
         problem = error
     named = rotation if isinstance(rotation, str) else rotation.name
-    meaning = (
-        f"measure_overhead({config}, {seqlen}, {num_heads}, {num_kv_heads}, {head_dim}, {batch}, "
-        f"{dtype}, {layout}, {named}, {backend}, {kernels}, {repeats}, {warmup}, {calls})"
-    )
-    check_agreement(ranks, meaning, problem)
+    asked = {
+        "call": "measure_overhead",
+        "config": config,
+        "seqlen": seqlen,
+        "heads": (num_heads, num_kv_heads, head_dim),
+        "batch": batch,
+        "dtype": dtype,
+        "choices": (layout, named, backend, kernels),
+        "effort": (repeats, warmup, calls),
+    }
+    compare(ranks, {name: str(value) for name, value in asked.items()}, problem)
+    if problem is not None:
+        raise problem
     assert job is not None
     spans = Recorder(job.device)
     buffers = RandomReceiveBuffers()

@@ -28,6 +28,11 @@ class RingPlan:
         """How the sequence is cut over the ranks."""
         return self.shape.layout
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """What "auto" became, by name."""
+        return {"rotation taken": self.rotation, "backend taken": self.backend}
+
     def on_one_rank(self, num_heads: int, num_kv_heads: int) -> "RingPlan":
         """Return the plan of the whole sequence on one rank, of so many heads."""
         shape = replace(

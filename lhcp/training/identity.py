@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from lhcp.comm.agreement import compare
+from lhcp.comm.mesh import Ranks
 from lhcp.training.files import Manifest
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, completed, total_steps
@@ -75,6 +78,19 @@ def identity(
         "data.files": manifest.digest,
         "stages": [[stage.mode, stage.steps] for stage in completed(stages, done)],
     }
+
+
+def agree(run: Run, manifest: Manifest) -> None:
+    """Check that all ranks were started with the same run and see the same files; all call it.
+
+    Raises:
+        ValueError: they were not, or do not; the message names the rank and what differs.
+    """
+    fields = {"data.files": manifest.digest}
+    for name, value in asdict(run).items():
+        inner = value.items() if isinstance(value, Mapping) else {}
+        fields |= {f"{name}.{key}": str(inside) for key, inside in inner} or {name: str(value)}
+    compare(Ranks(dist.group.WORLD), fields)
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training import checkpoint
 from lhcp.training.data import Sequences, TrainingData
-from lhcp.training.identity import Change, accepted_changes, identity
+from lhcp.training.identity import Change, accepted_changes, agree, identity
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, stage_at, total_steps
@@ -226,9 +226,11 @@ def train(
         watcher: Is told of everything as it happens.
 
     Raises:
-        ValueError: the checkpoint in `folder` belongs to another run.
+        ValueError: the checkpoint in `folder` belongs to another run, or ranks were started with
+            different ones or see different files.
         FloatingPointError: as `train_step`.
     """
+    agree(run, data.manifest)
     done, history = resume(run, trainee, data, stages, folder)
     watcher.on_start(done, folder)
     dtype = compute_dtype(run, trainee.placement.device)

@@ -28,7 +28,7 @@ def said_outside(group: Any, name: str) -> list[str]:
     for use in (
         lambda: lhcp.positions(64, part),
         lambda: lhcp.shard(torch.zeros(1, 64, 2), part),
-        lambda: lhcp.LighthouseAttention(None, part),
+        lambda: lhcp.LighthouseAttention(None, part, rotation="hierarchical"),
     ):
         try:
             use()

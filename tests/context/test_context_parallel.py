@@ -73,7 +73,7 @@ def test_sdpa_is_torchs(ranks: RankPool, layout: LayoutName, scale: float | None
 
 
 def test_sdpa_keeps_each_call_s_scale() -> None:
-    """Fails if a layer that was made for one scale serves another."""
+    """Fails if the scale of an earlier call stays."""
     cp = lhcp.ContextParallel()
     q, k, v, _ = (x.transpose(1, 2) for x in qkv(32))
     for scale in (0.1, 1.0, 0.1, None):

@@ -128,7 +128,7 @@ def test_a_model_learns_nothing_from_its_padding(ranks: RankPool, mode: Mode) ->
     [
         (torch.ones(2, SEQLEN), "must be torch.bool"),
         (torch.ones(2, 3, dtype=torch.bool), "valid is .2, 3."),
-        ([True], "valid is list"),
+        ([True], "valid must be a tensor, got list"),
     ],
     ids=["dtype", "shape", "type"],
 )

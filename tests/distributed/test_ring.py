@@ -226,29 +226,42 @@ def test_is_the_reference_used_by_lighthouse() -> None:
     assert torch.equal(dense, reference.causal_attention(q, k, v, 0.4))
 
 
-def on_meshes(group: Any, case: Dense) -> list[bool]:
-    """Compare DeviceMeshes of one and two axes with the group, bit for bit."""
-    names = ("node", "local")
-    meshes: list[DeviceMesh] = [init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))]
-    meshes += [init_device_mesh("cpu", shape, mesh_dim_names=names) for shape in ((2, 2), (4, 1))]
-    by_group = ring(group, case)
-    same = [
-        all(torch.equal(*pair) for pair in zip(ring(mesh, case), by_group, strict=True))
-        for mesh in meshes
-    ]
-    # Two axes of three, as a user slices them from a larger mesh.
-    three = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", *names))
-    sliced = ring(three[names], case)
-    same.append(all(torch.equal(*pair) for pair in zip(sliced, by_group, strict=True)))
-    return same
+def on_mesh(group: Any, case: Dense) -> bool:
+    """Whether a DeviceMesh of one axis is the group, bit for bit."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    return all(torch.equal(*pair) for pair in zip(ring(mesh, case), ring(group, case), strict=True))
 
 
 @pytest.mark.parametrize("rotation", ["p2p", "allgather"])
 def test_a_mesh_is_its_group(ranks: RankPool, rotation: str) -> None:
     """Fails if a DeviceMesh gives other ranks, or another order of ranks, than its group."""
-    case = Dense(world_size=4, rotation=rotation, chunk=3)
-    for same in ranks.run(on_meshes, 4, case):
-        assert all(same)
+    assert all(ranks.run(on_mesh, 4, Dense(world_size=4, rotation=rotation, chunk=3)))
+
+
+def on_two_axes(group: Any, case: Dense) -> list[bool]:
+    """Compare meshes of two axes with the group, bit for bit; and what is said of them."""
+    names = ("node", "local")
+    # Two axes of three, as a user slices them from a larger mesh, among them.
+    three = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", *names))
+    meshes: list[DeviceMesh] = [three[names]]
+    meshes += [init_device_mesh("cpu", shape, mesh_dim_names=names) for shape in ((2, 2), (4, 1))]
+    found = []
+    for mesh in meshes:
+        by_mesh, by_ranks = ring(mesh, case), ring(as_ranks(mesh), case)
+        found.append(all(torch.equal(*pair) for pair in zip(by_mesh, by_ranks, strict=True)))
+        for other in ("auto", "p2p", "allgather"):
+            with pytest.raises(ValueError, match=r'pass the axis .* mesh\["local"\]'):
+                ring(mesh, replace(case, rotation=other))
+            with pytest.raises(ValueError, match="two axes"):
+                lhcp.LighthouseAttention(None, mesh, rotation=other)
+    return found
+
+
+def test_two_axes_are_for_hierarchical_by_name(ranks: RankPool) -> None:
+    """Fails if a layer given ("dp", "cp") attends across dp, or if nodes cannot be given."""
+    case = Dense(world_size=4, rotation="hierarchical", chunk=3)
+    for same in ranks.run(on_two_axes, 4, case):
+        assert same == [True] * 3
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4])

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import lhcp
 from lhcp.testing.inputs import qkv, small_config
@@ -169,8 +171,142 @@ def copies(group: Any) -> tuple[bool, str]:
 
 def test_a_layer_can_be_copied(ranks: RankPool) -> None:
     """Fails if a copy, a pickle or an average of a layer with a group is an error."""
-    for same, said in ranks.run(copies, 2):
+    # On all ranks of the pool: those without the group would name later ones apart.
+    for same, said in ranks.run(copies, 4):
         assert same and "load a state_dict instead" in said
     alone = lhcp.LighthouseAttention(CONFIG, timers=lhcp.Timers())
     again = pickle.loads(pickle.dumps(alone))
     assert again.ranks == alone.ranks and again.timers.spans() == []
+
+
+def mixed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k as rotary tables in float32 leave them under autocast, and v of lower precision."""
+    q, k, v, _ = qkv(SEQLEN, num_kv_heads=2, dtype=torch.float32)
+    return q, k, v.to(dtype)
+
+
+@pytest.mark.parametrize("attend", CALLS[:2])
+def test_rotary_tables_in_float32_under_autocast(attend: Any) -> None:
+    """Fails if what torch's own attention takes is refused, or taken in another precision."""
+    q, k, v = (x.requires_grad_() for x in mixed(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attend(q.bfloat16(), k.bfloat16(), v))
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("attend", CALLS[:2])
+def test_two_dtypes_without_autocast(attend: Any) -> None:
+    """Fails if the remedy does not come first."""
+    with pytest.raises(TypeError, match=r"^q, k, v must have one dtype: cast them, .*rotary"):
+        attend(*mixed(torch.bfloat16))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"v is torch\.int32"),
+    ):
+        attend(*mixed(torch.int32))
+
+
+def with_dtensors(group: Any) -> list[str]:
+    """Pass DTensors wherever a tensor goes in; return what is said."""
+    mesh = DeviceMesh("cpu", list(range(4)), mesh_dim_names=("tp",))
+    q, k, v, _ = (distribute_tensor(x, mesh, [Shard(2)]) for x in qkv(SEQLEN, num_kv_heads=4))
+    said = []
+    for use in (
+        lambda: dense(q, k, v),
+        lambda: sparse(q, k, v),
+        lambda: sparse(*(x.to_local() for x in (q, k, v)), score_q=q),
+        lambda: lhcp.select(q, k, config=CONFIG),
+        lambda: lhcp.shard(q),
+        lambda: lhcp.unshard(q),
+        lambda: lhcp.pad_to_multiple(q, 3),
+    ):
+        with pytest.raises(TypeError) as error:
+            use()
+        said.append(str(error.value))
+    return said
+
+
+def test_dtensors_are_refused_in_our_words(ranks: RankPool) -> None:
+    """Fails if torch says of one of our operators that it has no sharding strategy."""
+    for said in ranks.run(with_dtensors, 4):
+        assert all("is a DTensor: pass" in text and ".to_local()" in text for text in said), said
+
+
+def test_the_world_before_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if dist.group.WORLD, which is None before init, is taken for one rank in silence."""
+    q, k, v, _ = qkv(SEQLEN, num_kv_heads=2)
+    early = lhcp.LighthouseAttention(None, dist.group.WORLD)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for use in (
+        lambda: lhcp.LighthouseAttention(CONFIG, dist.group.WORLD),
+        lambda: lhcp.positions(64, dist.group.WORLD),
+        lambda: dense(q, k, v, group=dist.group.WORLD),
+    ):
+        with pytest.raises(ValueError, match=r"one of 4 \(WORLD_SIZE\).*init_process_group first"):
+            use()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    with pytest.raises(RuntimeError, match="made with group=None before init_process_group"):
+        early(q, k, v)
+    # Made after it, None is a choice.
+    assert lhcp.LighthouseAttention(None)(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize("attend", [sparse, dilated])
+def test_a_selection_of_inference_mode(attend: Any) -> None:
+    """Fails if a selection made without autograd cannot be trained with, or differs."""
+    config, seqlen = (DILATED, DILATED_SEQLEN) if attend is dilated else (CONFIG, SEQLEN)
+    q, k, v, do = qkv(seqlen, num_kv_heads=2)
+    with torch.inference_mode():
+        selection = lhcp.select(q, k, v=v, config=config)
+    q.requires_grad_()
+    outs = [attend(q, k, v, selection=selection), attend(q, k, v)]
+    grads = [torch.autograd.grad(out, q, do)[0] for out in outs]
+    assert torch.equal(*outs) and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("frozen", ["kv", "q", "v"])
+@pytest.mark.parametrize("attend", CALLS)
+def test_frozen_inputs(attend: Any, frozen: str) -> None:
+    """Fails if the gradient of one input depends on whether another's is wanted."""
+    seqlen = DILATED_SEQLEN if attend is dilated else SEQLEN
+    *inputs, do = qkv(seqlen, num_kv_heads=2)
+    for x in inputs:
+        x.requires_grad_()
+    full = dict(zip("qkv", torch.autograd.grad(attend(*inputs), inputs, do), strict=True))
+    free = [name for name in "qkv" if name not in frozen]
+    parts = [x if name in free else x.detach() for name, x in zip("qkv", inputs, strict=True)]
+    wanted = [x for name, x in zip("qkv", parts, strict=True) if name in free]
+    grads = torch.autograd.grad(attend(*parts), wanted, do)
+    assert all(torch.equal(full[name], g) for name, g in zip(free, grads, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("attend", CALLS)
+def test_both_kinds_of_checkpointing(attend: Any, reentrant: bool) -> None:
+    """Fails if what is recomputed is another selection, or another result."""
+    seqlen = DILATED_SEQLEN if attend is dilated else SEQLEN
+    *inputs, do = qkv(seqlen, num_kv_heads=2)
+    for x in inputs:
+        x.requires_grad_()
+    plain = torch.autograd.grad(attend(*inputs), inputs, do)
+    again = checkpoint(attend, *inputs, use_reentrant=reentrant)
+    torch.autograd.backward(again, do)
+    assert all(torch.equal(g, x.grad) for g, x in zip(plain, inputs, strict=True))
+
+
+def in_a_part(group: Any) -> float:
+    """Attend in the group of ranks 1 and 3, with sizes that are nobody's power of two."""
+    part, others = dist.new_group([1, 3]), dist.new_group([0, 2])
+    own = part if group.rank() % 2 else others
+    q, k, v, _ = (x[..., :5].contiguous() for x in qkv(12, num_heads=3, num_kv_heads=1, batch=3))
+    ours = lhcp.ring_attention(*(lhcp.shard(x, own) for x in (q, k, v)), group=own)
+    return (lhcp.unshard(ours, own) - lhcp.ring_attention(q, k, v)).abs().max().item()
+
+
+def test_a_part_of_the_world_and_odd_sizes(ranks: RankPool) -> None:
+    """Fails if ranks of the world are taken for ranks of the group."""
+    assert all(error < 1e-12 for error in ranks.run(in_a_part, 4))

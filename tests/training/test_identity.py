@@ -227,3 +227,48 @@ def test_sgd_has_no_decay_and_no_betas() -> None:
         OptimConfig(kind="sgd", weight_decay=0.2)
     with pytest.raises(ValueError, match="betas="):
         OptimConfig(kind="sgd", betas=(0.8, 0.9))
+
+
+def differ(group: Any, run: Run, texts: Path, what: str) -> str:
+    """Train with another learning rate, or other files, on rank 1."""
+    if group.rank() == 1 and what == "lr":
+        run = replace(run, optim=replace(run.optim, lr=1.0))
+    mine = texts / "0*.txt" if group.rank() == 1 and what == "files" else texts / "*.txt"
+    data = DataConfig(text=(str(mine),), heldout=0.3)
+    with pytest.raises(ValueError) as error:
+        do(replace(run, data=data), Silent())
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["lr", "files"])
+def test_ranks_of_other_runs_are_named(
+    run_ranks: Callable[..., list[Any]], small_run: Run, texts: Path, tmp_path: Path, what: str
+) -> None:
+    """Fails if a node with other files, or other arguments, trains along."""
+    run = replace(small_run, seqlen=256, out=str(tmp_path / "out"))
+    for said in run_ranks(2, differ, run, texts, what):
+        assert ("optim.lr: 0.003 on rank 0, 1.0 on rank 1" in said) == (what == "lr")
+        assert ("data.files: " in said) == (what == "files")
+
+
+def tied(run: Run) -> Run:
+    return replace(run, model=replace(run.model, tied=True))
+
+
+@pytest.mark.parametrize("change", [tied, lambda run: replace(run, compile=False)])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(
+    one_rank: None, small_run: Run, texts: Path, tmp_path: Path, change: Callable[[Run], Run]
+) -> None:
+    """Fails if the order of an epoch, or a weight of two names, is not what it was."""
+    data = DataConfig(text=(f"{texts}/*.txt",), heldout=0.2)
+    run = change(replace(small_run, seqlen=512, data=data, checkpoint_every=3))
+    # 41 sequences an epoch, 4 a step: the checkpoints are in the middle of the first and second.
+    run = replace(run, lighthouse_steps=8, dense_steps=9)
+    ours, history = do(replace(run, out=str(tmp_path / "whole")), Silent())
+    stopped = replace(run, out=str(tmp_path / "stopped"))
+    for step in (7, 14):
+        with pytest.raises(InterruptedError):
+            do(stopped, Silent(stop_after=step))
+    theirs, more = do(stopped, Silent())
+    assert [r.loss for r in history.steps] == [r.loss for r in more.steps]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,0 +1,93 @@
+"""`Call`: what one call of an attention asks for, and that all ranks ask for the same."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lhcp.comm.agreement import Fields, agreed
+from lhcp.comm.mesh import Ranks
+from lhcp.cost.calibration import Calibration
+from lhcp.layer.plan import Choices
+
+
+class Prepared(Protocol):
+    """What is made of a call before anything is sent."""
+
+    @property
+    def chosen(self) -> Fields:
+        """What "auto" became."""
+
+
+P = TypeVar("P", bound=Prepared)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, as its caller made it: nothing is checked yet."""
+
+    mode: str
+    """"lighthouse" or "dense"."""
+    qkv: tuple[Any, ...]
+    choices: Choices
+    more: tuple[tuple[str, Hashable], ...]
+    """What else ranks must agree on: names, and records or numbers."""
+    layer: object = None
+    """Whose call it is: of each layer the first is new, for it may be the one that is wrong."""
+
+    def agreed(self, ranks: Ranks, prepare: Callable[[], P]) -> P:
+        """Return what `prepare` makes of the call, when all ranks make the same one.
+
+        Raises:
+            TypeError, ValueError, ImportError: as `lhcp.comm.agreement.agreed`.
+        """
+        if torch.compiler.is_compiling() or ranks.world_size == 1:
+            return prepare()
+        return agreed(ranks, self.key, prepare, self.fields)
+
+    @property
+    def key(self) -> Hashable:
+        """What is looked up at every call."""
+        c = self.choices
+        rotation = c.rotation if isinstance(c.rotation, Calibration) else str(c.rotation)
+        tensors = tuple(
+            (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else type(x)
+            for x in self.qkv
+        )
+        names = (str(c.layout), rotation, str(c.backend), str(c.kernels), repr(c.scale))
+        return self.layer, self.mode, tensors, names, self.more, self.with_gradient
+
+    @property
+    def with_gradient(self) -> bool:
+        """Whether a backward may follow, whose messages every rank must then expect."""
+        return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in self.qkv)
+
+    def fields(self, prepared: Prepared | None) -> Fields:
+        """Return what ranks must agree on, in words; None: the call cannot be made."""
+        c = self.choices
+        table = c.rotation.text if isinstance(c.rotation, Calibration) else str(c.rotation)
+        said = {
+            name: f"{list(x.shape)} {x.dtype} on {x.device.type}"
+            if isinstance(x, Tensor)
+            else type(x).__name__
+            for name, x in zip("qkv", self.qkv, strict=True)
+        }
+        said |= {
+            "mode": self.mode,
+            "layout": str(c.layout),
+            "rotation": table,
+            "backend": str(c.backend),
+            "kernels": str(c.kernels),
+            "scale": repr(c.scale),
+            "a gradient": "wanted" if self.with_gradient else "not wanted",
+        }
+        for name, value in self.more:
+            if is_dataclass(value):
+                inner = ((f.name, getattr(value, f.name)) for f in dataclass_fields(value))
+                said |= {f"{name}.{field}": repr(inside) for field, inside in inner}
+            else:
+                said[name] = repr(value)
+        return said | ({} if prepared is None else prepared.chosen)
