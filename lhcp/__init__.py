@@ -10,6 +10,7 @@ from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import read_calibration
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
+from lhcp.layer.graphed import graphed, ungraphed
 from lhcp.layer.lighthouse import lighthouse_attention, select
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
@@ -31,6 +32,7 @@ __all__ = [
     "OverheadReport",
     "Selection",
     "Timers",
+    "graphed",
     "lighthouse_attention",
     "measure_overhead",
     "pad_to_length",
@@ -41,5 +43,6 @@ __all__ = [
     "select",
     "set_mode",
     "shard",
+    "ungraphed",
     "unshard",
 ]

@@ -2,9 +2,6 @@
 
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from bench.common.clock import copy_bandwidth
 from bench.common.links import link
 from bench.common.page import command, today
 from lhcp.comm.mesh import Ranks
+from lhcp.machine import commit, cpu_name, installed
 
 
 def card(device: torch.device, ranks: Ranks) -> dict[str, Any]:
@@ -54,33 +52,3 @@ def shown_card(device: torch.device, ranks: Ranks, **more: Any) -> dict[str, Any
             print(f"{name:<12} {value}")
         print("-" * 100, flush=True)
     return facts
-
-
-def installed(package: str) -> str:
-    """Return the version of a package that may not be there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def cpu_name() -> str:
-    """Return the processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.machine())
-
-
-def commit() -> str:
-    """Return the checkout's commit, with "+" if files differ from it; "" outside a checkout."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -10,9 +11,11 @@ from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
+from lhcp.layer.call import Call
 from lhcp.layer.dense import dense_attention
 from lhcp.layer.lighthouse import Given, sparse_attention
 from lhcp.layer.plan import Choices, by_name
+from lhcp.layer.recording import Graphs
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.shape import CAUSAL
@@ -60,6 +63,8 @@ class LighthouseAttention(nn.Module):
         self.scale = scale
         self.timers = UNTIMED if timers is None else timers
         self._token = object()
+        self.graphs: Graphs | None = None
+        """Of `lhcp.graphed`."""
         self._made_alone = group is None and not dist.is_initialized()
         self._mode: Mode = "dense" if config is None else "lighthouse"
 
@@ -103,14 +108,44 @@ class LighthouseAttention(nn.Module):
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
             RuntimeError: the layer was made for one rank before this process joined others.
         """
-        qkv, given = QKV(q, k, v), Given(selection, score_q, score_k, valid)
         if self._made_alone:
             self._check_alone()
+        given = Given(selection, score_q, score_k, valid)
+        if self.graphs is None:
+            return self.attend(q, k, v, given)
+        return self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Given) -> Tensor:
+        """Attend in the mode that is set, without a graph."""
+        qkv = QKV(q, k, v)
         if self._mode == "dense":
             out, _ = dense_attention(qkv, self.ranks, self.choices, CAUSAL, self._token)
             return out
         assert self.config is not None
         return sparse_attention(qkv, self.config, self.ranks, self.choices, given, self._token)
+
+    def _by_graph(self, graphs: Graphs, qkv: QKV, given: Given) -> Tensor:
+        """Attend by a graph where that can be."""
+        names = [name for name in given._fields if getattr(given, name) is not None]
+        picked = given.selection if given.selection is not None else ()
+        others = [x for x in (given.score_q, given.score_k, given.valid) if x is not None]
+
+        def attend(*tensors: Tensor) -> Tensor:
+            q, k, v, *more = tensors
+            selection = Selection(more.pop(0), more.pop(0)) if "selection" in names else None
+            rest = iter(more)
+            again = (next(rest) if name in names else None for name in given._fields[1:])
+            return self.attend(q, k, v, Given(selection, *again))
+
+        tensors = [*qkv, *picked, *others]
+        call = Call(
+            self._mode, qkv, self.choices, (("config", self.config), ("given", tuple(names)))
+        )
+        kind = qkv.q.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        if self.timers is not UNTIMED:
+            return graphs.as_it_is("timers measure each call", attend, tensors)
+        return graphs.call(attend, tensors, self._token, (call.key, autocast))
 
     def extra_repr(self) -> str:
         """Return what the layer was made with, for printing a model."""

@@ -9,6 +9,8 @@ then the list shows it, and the one before it is taken.
 import json
 import pickle
 import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ ALLOWED = {
     ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
     ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
 }
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a run takes from another run's checkpoints, and leaves to others in its own."""
+
+    begin: Path | None = None
+    """A checkpoint to begin from where the run's own folder has none."""
+    marks: frozenset[int] = frozenset()
+    """Steps after which the run is evaluated, and its checkpoint kept for good."""
+
+
+ALONE = Sharing()
+"""Nothing is shared."""
 
 
 class UnsafeCheckpointError(RuntimeError):
@@ -117,8 +133,9 @@ def save(
     *,
     beside: dict[str, Any],
     keep: int,
+    marks: Collection[int] = (),
 ) -> Path:
-    """Write the state after `step` steps and drop all but the last `keep` checkpoints.
+    """Write the state after `step` steps and drop all but the last `keep` and marked checkpoints.
 
     Every rank calls it with the same arguments.
 
@@ -129,6 +146,7 @@ def save(
         optimizer: The optimiser of `model`.
         beside: Goes into complete.json and comes back from `read_beside`.
         keep: How many to keep, at least 1.
+        marks: Steps of checkpoints that stay beside those.
     """
     final = folder / f"step-{step:08d}"
     unfinished = final.with_suffix(UNFINISHED)
@@ -146,7 +164,8 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-            shutil.rmtree(old)
+            if int(old.name.removeprefix("step-")) not in marks:
+                shutil.rmtree(old)
     dist.barrier()
     return final
 
@@ -160,17 +179,30 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Path, begin: Path | None = None) -> Path | None:
     """Return the newest whole checkpoint, or None; unfinished and damaged ones are passed over.
 
     Every rank calls it; rank 0 looks and tells the others, so that they cannot disagree.
+
+    Args:
+        folder: Holds the checkpoints of one run.
+        begin: The checkpoint to begin from where `folder` has none.
+
+    Raises:
+        ValueError: `folder` has none, and `begin` is given but not a whole checkpoint.
     """
-    found: list[str | None] = [None]
+    found: list[Path | None] = [None]
     if dist.get_rank() == 0:
-        whole = (p for p in sorted(folder.glob("step-*[0-9]"), reverse=True) if is_whole(p))
-        found = [next((path.name for path in whole), None)]
+        own = sorted(folder.glob("step-*[0-9]"), reverse=True)
+        there = own if begin is None else [*own, begin]
+        found = [next((path for path in there if is_whole(path)), None)]
     dist.broadcast_object_list(found)
-    return None if found[0] is None else folder / found[0]
+    if found[0] is None and begin is not None:
+        raise ValueError(
+            f"{begin}: no whole checkpoint, from which the run in {folder} was to begin; train "
+            f"the run in {begin.parent} again, in another --out or with that folder removed"
+        )
+    return found[0]
 
 
 def read_beside(path: Path) -> tuple[int, dict[str, Any]]:

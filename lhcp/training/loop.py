@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training import checkpoint
+from lhcp.training.checkpoint import ALONE, Sharing
 from lhcp.training.data import Sequences, TrainingData
 from lhcp.training.identity import Change, accepted_changes, agree, identity
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
@@ -178,15 +179,14 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
 
 
 def resume(
-    run: Run, trainee: Trainee, data: TrainingData, stages: Sequence[Stage], folder: Path
+    run: Run, trainee: Trainee, data: TrainingData, stages: Sequence[Stage], found: Path | None
 ) -> tuple[int, History]:
-    """Load the newest whole checkpoint of `folder`; return the steps done and their history.
+    """Load the checkpoint `found`, if there is one; return the steps done and their history.
 
     Raises:
         ValueError: the checkpoint belongs to another run, and `run.accept` does not say that it
             may; the message names what differs.
     """
-    found = checkpoint.latest(folder)
     if found is None:
         return 0, History()
     done, beside = checkpoint.read_beside(found)
@@ -211,6 +211,7 @@ def train(
     stages: Sequence[Stage],
     folder: Path,
     watcher: Watcher,
+    sharing: Sharing = ALONE,
 ) -> History:
     """Train through `stages` from the newest checkpoint in `folder` on, or from the start.
 
@@ -224,14 +225,17 @@ def train(
         stages: The stages in order; one optimiser and one order of data go through all of them.
         folder: Holds the checkpoints.
         watcher: Is told of everything as it happens.
+        sharing: Where to begin if `folder` has no checkpoint, and steps after which the held-out
+            text is evaluated and the checkpoint kept too.
 
     Raises:
-        ValueError: the checkpoint in `folder` belongs to another run, or ranks were started with
-            different ones or see different files.
+        ValueError: the checkpoint belongs to another run, or the one to begin from is not whole;
+            or ranks were started with different runs or see different files.
         FloatingPointError: as `train_step`.
     """
     agree(run, data.manifest)
-    done, history = resume(run, trainee, data, stages, folder)
+    found = checkpoint.latest(folder, sharing.begin)
+    done, history = resume(run, trainee, data, stages, found)
     watcher.on_start(done, folder)
     dtype = compute_dtype(run, trainee.placement.device)
     end = total_steps(stages)
@@ -243,20 +247,26 @@ def train(
         watcher.on_step(record, stages)
         done += 1
         stage_ends = done == end or stage_at(stages, done) is not stage
-        if stage_ends or done % run.eval_every == 0:
+        marked = done in sharing.marks
+        if stage_ends or marked or done % run.eval_every == 0:
             modes: tuple[Mode, ...] = ("lighthouse", "dense")
             for mode in modes if stage.mode == "lighthouse" else modes[1:]:
                 loss = evaluate(run, trainee, data.heldout, mode)
                 history.evals.append(EvalRecord(done, stage.name, mode, loss))
                 watcher.on_eval(history.evals[-1])
-        if done == end or done % run.checkpoint_every == 0:
+        if done == end or marked or done % run.checkpoint_every == 0:
             beside = {
                 "identity": identity(run, stages, data.manifest, dtype, done),
                 "files": data.manifest.to_json(),
                 "history": asdict(history),
             }
-            keep = run.keep_checkpoints
             checkpoint.save(
-                folder, done, trainee.model, trainee.optimizer, beside=beside, keep=keep
+                folder,
+                done,
+                trainee.model,
+                trainee.optimizer,
+                beside=beside,
+                keep=run.keep_checkpoints,
+                marks=sharing.marks,
             )
     return history

@@ -71,6 +71,16 @@ def test_on_ranks_as_on_one(ranks: RankPool, layout: Any, one_thread: None) -> N
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
+def test_in_one_graph(one_thread: None) -> None:
+    """Fails if a compiled model breaks its graph at the padding."""
+    layer = lhcp.ContextParallel().attention(CONFIG)
+    q, k, v, _ = qkv(SEQLEN, num_kv_heads=2)
+    valid = (torch.arange(SEQLEN) < REAL).expand(q.shape[0], -1)
+    torch._dynamo.reset()
+    graph = torch.compile(lambda *x: layer(*x[:3], valid=x[3]), fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(q, k, v, valid), layer(q, k, v, valid=valid))
+
+
 def test_padding_is_taken_last() -> None:
     """Fails if an entry of padding alone is taken while one with a real token is left."""
     q, k, _, _ = qkv(SEQLEN, num_kv_heads=2)

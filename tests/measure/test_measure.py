@@ -86,7 +86,11 @@ def too_many_heads(group: dist.ProcessGroup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [(disagree, "do not agree"), (too_many_heads, "3 kv heads do not divide")]
+    ("wrong", "message"),
+    [
+        (disagree, "asked for different things: seqlen"),
+        (too_many_heads, "3 kv heads do not divide"),
+    ],
 )
 def test_errors_on_every_rank(ranks: RankPool, wrong: object, message: str) -> None:
     """Fails if a bad call hangs, or is an error on one rank only."""

@@ -158,6 +158,25 @@ def test_only_the_last_are_kept(one_rank: None, small_run: Run, tmp_path: Path) 
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000005"]
 
 
+def test_marked_checkpoints_stay(one_rank: None, small_run: Run, tmp_path: Path) -> None:
+    """Fails if a checkpoint that others begin from is dropped, or another one is not."""
+    trainee = build(small_run, torch.device("cpu"))
+    for step in range(1, 5):
+        state = trainee.model, trainee.optimizer
+        checkpoint.save(tmp_path, step, *state, beside={}, keep=1, marks={2})
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_begins_from_another_only_while_it_has_nothing(saved: Path) -> None:
+    """Fails if a run goes back to where it began, or starts anew where that is damaged."""
+    begin, own = saved / "step-00000004", saved / "own"
+    assert checkpoint.latest(own, begin) == begin
+    assert checkpoint.latest(saved, begin) == saved / "step-00000005"
+    cut_short(begin)
+    with pytest.raises(ValueError, match=r"step-00000004: no whole checkpoint.*own was to begin"):
+        checkpoint.latest(own, begin)
+
+
 class Attack:
     """Makes a folder when it is unpickled."""
 

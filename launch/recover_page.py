@@ -1,0 +1,38 @@
+"""Merge results of launch/recover.py into one page: `python launch/recover_page.py FOLDER ...`.
+
+Seeds may have come on different days and machines. Needs no GPU.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lhcp.training import recovery_page, recovery_results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to merge, and where to write it."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Results files, or folders of them, of one experiment."""
+    page: Path
+    """Folder of the page (dated .md), its numbers (.json) and its pictures (.png)."""
+
+
+def main(arguments: Arguments) -> None:
+    """Merge, write, and print the page."""
+    results = recovery_results.merge(recovery_results.find(arguments.results))
+    page = recovery_page.write(results, arguments.page)
+    print(page.read_text(encoding="utf-8"))
+    print(f"page: {page}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"launch/recover_page.py: {error}")

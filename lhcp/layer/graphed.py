@@ -1,0 +1,51 @@
+"""`graphed`: a model's attention as CUDA graphs, in one call."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lhcp.layer.module import LighthouseAttention
+from lhcp.layer.recording import Graphs
+
+
+def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = False) -> Graphs:
+    """Let the attention of all layers of a model run as CUDA graphs, messages included.
+
+    Call it once, before training; it changes the layers in place, which have no parameters, so FSDP
+    may move weights as before. The first two calls of a layer run as they are, then it is recorded,
+    and anew when `mode` or a size changes. A layer then keeps its q, k, v, output and gradients in
+    place: an output or a gradient that you keep is overwritten by the layer's next run, so copy it.
+
+    What cannot be a graph runs as it is and is counted by reason in `Graphs.eager` (and logged
+    once each): calls without a gradient, on a CPU, with timers, or inside another graph. A model
+    that runs two forwards before the first one's backward, as in a pipeline, gets an error in that
+    backward.
+
+    Args:
+        model: Any module that holds `LighthouseAttention` layers, or the layers.
+        shared: one pair of graphs for all layers of equal calls, for a model whose layers all are
+            inside activation checkpointing: memory is that of one layer.
+
+    Returns:
+        The `Graphs`; `release()` them before you destroy the process group.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else model
+    layers = [module for module in modules if isinstance(module, LighthouseAttention)]
+    if not layers:
+        raise ValueError("model holds no lhcp.LighthouseAttention, whose calls would be graphs")
+    graphs = Graphs(shared)
+    for layer in layers:
+        layer.graphs = graphs
+    return graphs
+
+
+def ungraphed(model: nn.Module | Iterable[LighthouseAttention]) -> None:
+    """Take back what `graphed` did, and the memory of its graphs."""
+    modules = model.modules() if isinstance(model, nn.Module) else model
+    for module in modules:
+        if isinstance(module, LighthouseAttention) and module.graphs is not None:
+            module.graphs.release()
+            module.graphs = None

@@ -1,0 +1,283 @@
+"""`Graphs`: the attention of a model's layers as CUDA graphs, messages included.
+
+A call of a layer launches dozens of short kernels and messages, which takes the host longer than a
+GPU takes to carry them out at the lengths that a rank holds. A graph launches them at once. The
+layers have no parameters, so whatever moves weights (FSDP) does not concern their graphs.
+
+A layer's first calls run as they are; then its forward and its backward are recorded, each into a
+graph of its own. What a forward keeps for its backward stays where the graph put it. What is free
+again after a recording is used by the recordings after it: so graphs run in the order in which a
+training step does, forwards as recorded and backwards the other way round, and whatever would read
+what another order has overwritten is an error.
+"""
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Attend = Callable[..., Tensor]
+"""(q, k, v, *others) -> o: what is recorded. `others` get no gradient."""
+
+CALLS_BEFORE = 2
+"""Calls that run as they are before a layer is recorded: kernels are compiled in them, ranks agree,
+and NCCL connects. An even number, so that no recording falls to a checkpoint's recomputation."""
+
+_log = logging.getLogger("lhcp")
+
+
+class Recorder(Protocol):
+    """Records what a function does to the tensors it reads, so that it can be done again."""
+
+    def refuses(self, device: torch.device) -> str | None:
+        """Return why nothing can be recorded now; None if it can."""
+
+    def record(
+        self, function: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """Call the function; return its results and what computes them again, into them."""
+
+
+class CudaRecorder:
+    """Records into CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def refuses(self, device: torch.device) -> str | None:
+        """Return why nothing can be recorded now; None if it can."""
+        if device.type != "cuda":
+            return f"inputs are on {device.type}: graphs need a GPU"
+        if torch.cuda.is_current_stream_capturing():
+            return "another graph is being recorded around the layer"
+        return None
+
+    def record(
+        self, function: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """Capture a call of the function. Its kernels run at each replay, the first time too."""
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph, stream, current = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream()
+        assert stream is not None
+        stream.wait_stream(current)
+        with _no_collection(), torch.cuda.stream(stream):
+            # Other threads, such as NCCL's watchdog, ask for events meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                results = function()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return results, graph.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from ending other graphs or events while one is recorded."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _call(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Call a function; what torch.compile is told not to trace."""
+    return function(*args)
+
+
+@dataclass(eq=False)
+class _Record:
+    """One layer's graphs: what they read and write stays in place."""
+
+    number: int
+    """How many were recorded before."""
+    inputs: list[Tensor]
+    out: Tensor
+    dout: Tensor
+    grads: tuple[Tensor, ...]
+    """Of those inputs that require one, in order."""
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+    kept: list[Tensor]
+    """Holds the output whose autograd graph holds what the forward keeps."""
+    runs: int = 0
+    """Forwards so far. A backward belongs to one of them."""
+
+
+class Graphs:
+    """The graphs of some layers, in one pool of memory.
+
+    Args:
+        shared: one pair of graphs for all layers whose calls are alike: for layers inside
+            activation checkpointing, whose forward runs again just before its backward. Memory is
+            then that of one layer.
+        recorder: what records; None: into CUDA graphs.
+    """
+
+    def __init__(self, shared: bool = False, recorder: Recorder | None = None) -> None:
+        self.shared = shared
+        self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
+        self.eager: Counter[str] = Counter()
+        """Calls that ran without a graph, by reason."""
+        self._records: dict[Hashable, _Record] = {}
+        self._calls: Counter[Hashable] = Counter()
+        self._made = 0
+        # torch.compile breaks its own graph here. Not as a decorator, which imports the compiler.
+        self.outside: Callable[..., Tensor] = torch.compiler.disable(_call)
+
+    def __deepcopy__(self, memo: object) -> "Graphs":
+        """Return these graphs: a copy of a layer records its own among them."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as graphs of which none is recorded yet."""
+        return type(self), (self.shared,)
+
+    def call(self, attend: Attend, tensors: list[Tensor], layer: object, key: Hashable) -> Tensor:
+        """Attend by a graph if there is one or can be, else as it is.
+
+        Args:
+            tensors: q, k, v and what else `attend` reads.
+            layer: whose call it is.
+            key: what `attend` does with tensors of such sizes and needs of gradients.
+        """
+        reason = self.recorder.refuses(tensors[0].device)
+        if reason is None and not (
+            torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
+        ):
+            reason = "no gradient is wanted"
+        if reason is not None:
+            return self.as_it_is(reason, attend, tensors)
+        key = (key, tuple((x.shape, x.dtype, x.requires_grad) for x in tensors))
+        own = key if self.shared else (layer, key)
+        record = self._records.get(own)
+        if record is None:
+            self._calls[layer, key] += 1
+            if self._calls[layer, key] <= CALLS_BEFORE:
+                return self.as_it_is("first calls", attend, tensors)
+            if not self.shared:
+                # After a switch of mode its other graphs are not replayed.
+                for other in [k for k in self._records if isinstance(k, tuple) and k[0] is layer]:
+                    del self._records[other]
+            record = self._records[own] = self._record(attend, tensors)
+        out: Tensor = _Replay.apply(self, record, *tensors)
+        return out
+
+    def as_it_is(self, reason: str, attend: Attend, tensors: list[Tensor]) -> Tensor:
+        """Attend without a graph, and say why where that is new."""
+        if reason not in self.eager:
+            _log.info("attention without a graph: %s", reason)
+        self.eager[reason] += 1
+        return attend(*tensors)
+
+    def release(self) -> None:
+        """Drop all graphs and their memory; later calls record anew.
+
+        Before a process group is destroyed: NCCL waits for graphs that hold its messages.
+        """
+        self._records.clear()
+        self._calls.clear()
+
+    def _record(self, attend: Attend, tensors: list[Tensor]) -> _Record:
+        inputs = [
+            torch.empty_like(x).copy_(x.detach()).requires_grad_(x.requires_grad) for x in tensors
+        ]
+        wanted = [x for x in inputs[:3] if x.requires_grad]
+        kept: list[Tensor] = []
+
+        def forward() -> tuple[Tensor, ...]:
+            # Whoever packs what is saved around the layer, such as a checkpoint, packs no graph's.
+            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                kept[:] = [attend(*inputs)]
+            return (kept[0].detach(),)
+
+        (out,), again = self.recorder.record(forward)
+        dout = torch.empty_like(out)
+
+        def backward() -> tuple[Tensor, ...]:
+            # Kept, so that what the forward saved is not given to graphs recorded later.
+            return torch.autograd.grad(kept[0], wanted, dout, retain_graph=True)
+
+        grads, back = self.recorder.record(backward)
+        self._made += 1
+        return _Record(self._made, inputs, out, dout, grads, again, back, kept)
+
+    def begin(self, record: _Record) -> int:
+        """Note that a forward runs; return which of its runs it is."""
+        self._overwrite(record)
+        record.runs += 1
+        return record.runs
+
+    def end(self, record: _Record, run: int) -> None:
+        """Note that the backward of a forward runs.
+
+        Raises:
+            RuntimeError: what that forward kept is overwritten.
+        """
+        if record.runs != run:
+            raise RuntimeError(
+                "what this attention kept for its backward is overwritten: with CUDA graphs a "
+                "layer's forward runs once before its backward, and backwards run in the reverse "
+                "order of forwards. Run each micro-batch's backward before the next forward, use "
+                "shared=True only around activation checkpointing, or take the graphs off"
+            )
+        self._overwrite(record)
+
+    def _overwrite(self, record: _Record) -> None:
+        """Note that a graph runs: what was recorded after it may have used its memory since."""
+        for other in self._records.values():
+            if other.number > record.number:
+                other.runs += 1
+
+
+class _Replay(torch.autograd.Function):
+    """A record's forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: Graphs, record: _Record, *tensors: Tensor) -> Tensor:
+        for static, given in zip(record.inputs, tensors, strict=True):
+            static.detach().copy_(given)
+        ctx.graphs, ctx.record = graphs, record
+        run = graphs.begin(record)
+        record.forward()
+        # As a tensor: a checkpoint runs the forward again for what was saved, and hands the
+        # backward what that saved.
+        ctx.save_for_backward(torch.tensor((run, record.out._version)))
+        return record.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *dout: Tensor) -> Any:
+        graphs, record = ctx.graphs, ctx.record
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "lhcp does not differentiate twice, and a CUDA graph's gradients have no graph: "
+                "leave create_graph out"
+            )
+        run, version = ctx.saved_tensors[0].tolist()
+        graphs.end(record, run)
+        if record.out._version != version:
+            raise RuntimeError(
+                "the output of an attention was changed in place, and its backward needs it: "
+                "change a copy, or take the graphs off"
+            )
+        record.dout.copy_(dout[0])
+        record.backward()
+        # Themselves, not views: autograd adds to what nobody else holds, and keeps it. Of a graph
+        # that another layer runs next, copies: a sum may wait for them.
+        grads = iter(x.clone() if graphs.shared else x for x in record.grads)
+        return None, None, *(next(grads) if x.requires_grad else None for x in record.inputs)
