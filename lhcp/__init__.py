@@ -3,14 +3,16 @@
 Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains the method.
 """
 
-from lhcp.comm.sharding import pad_to_multiple, positions, shard, unshard
+from lhcp.comm.sharding import pad_to_length, pad_to_multiple, positions, shard, unshard
 from lhcp.config import LighthouseConfig
+from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import read_calibration
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.graphed import graphed, ungraphed
 from lhcp.layer.lighthouse import lighthouse_attention, select
+from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import PACKAGE_RINGS
 from lhcp.lighthouse.select import Selection
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "ContextParallel",
     "LighthouseAttention",
     "LighthouseConfig",
     "OverheadReport",
@@ -32,11 +35,13 @@ __all__ = [
     "graphed",
     "lighthouse_attention",
     "measure_overhead",
+    "pad_to_length",
     "pad_to_multiple",
     "positions",
     "read_calibration",
     "ring_attention",
     "select",
+    "set_mode",
     "shard",
     "ungraphed",
     "unshard",

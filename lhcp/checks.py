@@ -113,6 +113,24 @@ def check_scores(
     return score_q, score_k
 
 
+def check_valid(valid: Tensor, q: Tensor) -> None:
+    """Check that valid, which tokens are real, is bool [B, n] on the device of q [B, n, H, D].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    check_plain("valid", valid)
+    if valid.dtype != torch.bool:
+        raise TypeError(
+            f"valid is {shape_of(valid)}: must be torch.bool {list(q.shape[:2])}, or None"
+        )
+    if valid.shape != q.shape[:2] or valid.device != q.device:
+        raise ValueError(
+            f"valid is {shape_of(valid)}: must be {list(q.shape[:2])} on {q.device}, this rank's "
+            "tokens, true for those that are not padding"
+        )
+
+
 def check_scale(scale: float | None) -> None:
     """Check that the factor of the logits is a plain number, or None for the default.
 

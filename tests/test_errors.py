@@ -68,14 +68,21 @@ def test_numpys_integers_are_integers() -> None:
     assert type(config.num_levels) is int and type(config.topk) is int
 
 
-@pytest.mark.parametrize("seqlen", [0, 1, 100, 1000, 98_303, 98_305])
-def test_seqlen_that_does_not_cut_names_neighbours_that_do(seqlen: int) -> None:
+@pytest.mark.parametrize("seqlen", [0, 1, 100, 1000, 24_577, 98_303, 98_305])
+def test_seqlen_that_does_not_cut_names_what_keeps_every_rule(seqlen: int) -> None:
+    """Fails if a length or a config that the message offers is refused in its turn."""
     config = LighthouseConfig()
     with pytest.raises(ValueError, match=f"seqlen={seqlen}: must be a positive multiple") as raised:
         config.subsequence_length(seqlen)
-    text = str(raised.value).split("for example")[1].split(";")[0]
-    for offered in map(int, re.findall(r"\d+", text)):
-        assert offered % config.seqlen_multiple == 0 and abs(offered - seqlen) <= 256
+    lengths, _, other = str(raised.value).split("for example")[1].partition("; or ")
+    for offered in map(int, re.findall(r"\d+", lengths.split(";")[0])):
+        assert config.subsequence_length(offered) > 0
+        assert abs(offered - seqlen) <= 256 or offered == config.min_seqlen
+    assert bool(other) == (0 < seqlen < config.min_seqlen)
+    if other:
+        length, topk = map(int, re.findall(r"(?:seqlen|topk)=(\d+)", other))
+        assert seqlen <= length < config.min_seqlen
+        assert replace(config, topk=topk).subsequence_length(length) < length
 
 
 def test_seqlen_too_short_for_topk_offers_a_topk_that_fits() -> None:

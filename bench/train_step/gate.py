@@ -5,7 +5,9 @@ from torch import Tensor
 
 from bench.train_step.trainer import Trainer, random_bytes
 from lhcp.config import LighthouseConfig
-from lhcp.training.model import Mode, ModelConfig, set_mode
+from lhcp.layer.mode import set_mode
+from lhcp.layer.module import Mode
+from lhcp.training.model import ModelConfig
 
 
 def gate(

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.train_step.trainer import Trainer
-from lhcp.training.model import Mode
+from lhcp.layer.module import Mode
 
 _RULES = (
     (

@@ -26,9 +26,11 @@ from bench.common.page import last_line, write
 from bench.common.ranks import all_ranks, gathered, run_on_ranks
 from launch.recipes import RECIPES
 from lhcp.comm.mesh import Ranks
+from lhcp.layer.mode import set_mode
+from lhcp.layer.module import Mode
 from lhcp.training.data import Sequences, open_data
 from lhcp.training.loop import StepRecord, train_step
-from lhcp.training.model import Mode, flops_per_token, num_parameters, set_mode
+from lhcp.training.model import flops_per_token, num_parameters
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage

@@ -108,8 +108,7 @@ def unshard(
 def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) -> Tensor:
     """Pad a whole tensor at its end, so that the length along `dim` is a multiple of `multiple`.
 
-    Causal attention never lets an earlier token see the padding, but lighthouse selection looks
-    ahead inside a stratum: zeros score lowest, and lose every tie to earlier entries.
+    As `pad_to_length`, which is for a config's lengths: those have a least one too.
 
     Args:
         x: whole tensor.
@@ -125,7 +124,29 @@ def pad_to_multiple(x: Tensor, multiple: int, dim: int = 1, value: float = 0) ->
         raise ValueError(
             f"multiple={multiple}: must be at least 1, for example LighthouseConfig.seqlen_multiple"
         )
-    missing = -x.shape[dim] % multiple
+    return pad_to_length(x, x.shape[dim] + -x.shape[dim] % multiple, dim, value)
+
+
+def pad_to_length(x: Tensor, length: int, dim: int = 1, value: float = 0) -> Tensor:
+    """Pad a whole tensor at its end to `length` tokens along `dim`, such as a config's length.
+
+    `LighthouseConfig.padded_length` and `ContextParallel.padded_length` know what fits. Causal
+    attention never lets an earlier token see the padding; so that selection does not either, give
+    the layer `valid`.
+
+    Args:
+        x: whole tensor.
+        length: tokens along `dim` afterwards.
+        dim: the axis of the tokens.
+        value: what the new places hold.
+
+    Raises:
+        ValueError: `x` is longer already, or has no such axis.
+    """
+    _check_axis(x, dim)
+    missing = length - x.shape[dim]
+    if missing < 0:
+        raise ValueError(f"length={length}: must be at least the {x.shape[dim]} tokens of x")
     if not missing:
         return x
     shape = list(x.shape)

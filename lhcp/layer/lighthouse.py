@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lhcp.checks import as_autocast, check_qk, check_qkv, check_scores, shape_of
+from lhcp.checks import as_autocast, check_qk, check_qkv, check_scores, check_valid, shape_of
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
@@ -32,6 +32,7 @@ class Given(NamedTuple):
     selection: Selection | None = None
     score_q: Tensor | None = None
     score_k: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def asked(self) -> tuple[tuple[str, Hashable], ...]:
@@ -54,6 +55,30 @@ class Prepared(NamedTuple):
     def chosen(self) -> dict[str, str]:
         """What "auto" became."""
         return self.plan.chosen | {"kernels taken": self.kernels}
+
+
+def scored_on(
+    given: Given, q: Tensor, k: Tensor, config: LighthouseConfig
+) -> tuple[Tensor, Tensor]:
+    """Return what to score in place of q and k: padding is zero, so that it is taken last.
+
+    An entry's score is the largest of its tokens', so that padding changes no score of an entry
+    that has a real token; a tie goes to the lower index, and padding is at the end.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes do not fit, or the scorer attends.
+    """
+    score_q, score_k = check_scores(given.score_q, given.score_k, q, k)
+    if given.valid is None:
+        return score_q, score_k
+    check_valid(given.valid, q)
+    if SCORERS[config.scorer].needs_values:
+        raise ValueError(
+            f"valid with scorer={config.scorer!r}: it scores what it attends to, which for padding "
+            'is not zero; use scorer="norm", or sequences without padding'
+        )
+    real = given.valid[:, :, None, None]
+    return score_q.detach().where(real, 0), score_k.detach().where(real, 0)
 
 
 def local_geometry(
@@ -80,6 +105,7 @@ def select(
     kernels: str = "auto",
     v: Tensor | None = None,
     scale: float | None = None,
+    valid: Tensor | None = None,
 ) -> Selection:
     """Select this rank's entries, without communication: steps 1 to 4 of the method.
 
@@ -94,6 +120,7 @@ def select(
         score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k.
         kernels: "triton", "torch" or "auto".
         v, scale: values [B, N / W, Hk, D] and logit scale; the "dilated" scorer needs v.
+        valid: as in `lighthouse_attention`.
 
     Returns:
         Selection, which carries no gradient.
@@ -106,7 +133,7 @@ def select(
     else:
         check_qkv(q, k, v)
     geom = local_geometry(config, q.shape[1], as_ranks(group), layout)
-    score_q, score_k = check_scores(score_q, score_k, q, k)
+    score_q, score_k = scored_on(Given(None, score_q, score_k, valid), q, k, config)
     kernels = choose_kernels(kernels, q.dtype, q.device)
     scorer = SCORERS[config.scorer]
     if scorer.needs_values and v is None:
@@ -132,6 +159,7 @@ def lighthouse_attention(
     selection: Selection | None = None,
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
+    valid: Tensor | None = None,
     timers: Spans = UNTIMED,
 ) -> Tensor:
     """Attend by Lighthouse attention (arXiv 2605.06554) over a sequence that ranks share.
@@ -156,6 +184,8 @@ def lighthouse_attention(
         selection: what `select` returned for these sizes, in place of selecting here.
         score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k: for
             models that normalise q and k, whose norms say little.
+        valid: bool [B, N / W], false for padding, which is at the end of a sequence: real tokens
+            then do not depend on what it holds. With the "norm" scorer.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
 
     Returns:
@@ -167,7 +197,7 @@ def lighthouse_attention(
         ImportError: an explicit backend's package is missing.
     """
     choices = Choices(layout, rotation, backend, kernels, scale, timers)
-    given = Given(selection, score_q, score_k)
+    given = Given(selection, score_q, score_k, valid)
     ranks = as_ranks(group, two_axes=by_name(rotation))
     return sparse_attention(QKV(q, k, v), config, ranks, choices, given)
 
@@ -195,7 +225,7 @@ def sparse_attention(
     selection = None if given.selection is None else without_inference(given.selection)
     integers = pack_integers(geom)
     with torch.no_grad():
-        unchanged = given.score_q is None and given.score_k is None
+        unchanged = score_q is q and score_k is k
         on_the_way = selection is None and scorer.comes_with_pooling and unchanged
         with timers.span("pool", "compute", 0, q.device):
             *pooled, sq, sk = operators.pool_and_score(q, k, v, integers, on_the_way, kernels)
@@ -230,7 +260,7 @@ def prepare(
     geom = local_geometry(config, q.shape[1], ranks, choices.layout)
     plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence)
     kernels = choose_kernels(choices.kernels, q.dtype, q.device)
-    scores = check_scores(given.score_q, given.score_k, q, k)
+    scores = scored_on(given, q, k, config)
     if given.selection is not None:
         check_selection(given.selection, k, geom)
     return Prepared(geom, plan, kernels, *scores)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lhcp.checks import check_scale
 from lhcp.comm.layout import LayoutName
-from lhcp.comm.mesh import Group, as_ranks
+from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.call import Call
@@ -42,7 +42,7 @@ class LighthouseAttention(nn.Module):
     def __init__(
         self,
         config: LighthouseConfig | None,
-        group: Group = None,
+        group: Group | Ranks = None,
         *,
         layout: LayoutName = "zigzag",
         rotation: str | Calibration = "auto",
@@ -97,10 +97,12 @@ class LighthouseAttention(nn.Module):
         selection: Selection | None = None,
         score_q: Tensor | None = None,
         score_k: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Attend: q [B, N / W, H, D], k and v [B, N / W, Hk, D] -> [B, N / W, H, D].
 
-        The keyword arguments are for the lighthouse mode; the dense mode does not use them.
+        The keyword arguments, as in `lhcp.lighthouse_attention`, are for the lighthouse mode; the
+        dense mode does not use them, nor need it: padding is at the end, which nobody before sees.
 
         Raises:
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
@@ -108,10 +110,10 @@ class LighthouseAttention(nn.Module):
         """
         if self._made_alone:
             self._check_alone()
-        others = (selection, score_q, score_k)
+        given = Given(selection, score_q, score_k, valid)
         if self.graphs is None:
-            return self.attend(q, k, v, Given(*others))
-        return self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), Given(*others))
+            return self.attend(q, k, v, given)
+        return self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Given) -> Tensor:
         """Attend in the mode that is set, without a graph."""
@@ -126,16 +128,16 @@ class LighthouseAttention(nn.Module):
         """Attend by a graph where that can be."""
         names = [name for name in given._fields if getattr(given, name) is not None]
         picked = given.selection if given.selection is not None else ()
-        scores = [x for x in (given.score_q, given.score_k) if x is not None]
+        others = [x for x in (given.score_q, given.score_k, given.valid) if x is not None]
 
         def attend(*tensors: Tensor) -> Tensor:
             q, k, v, *more = tensors
             selection = Selection(more.pop(0), more.pop(0)) if "selection" in names else None
             rest = iter(more)
-            score_q, score_k = (next(rest) if n in names else None for n in given._fields[1:])
-            return self.attend(q, k, v, Given(selection, score_q, score_k))
+            again = (next(rest) if name in names else None for name in given._fields[1:])
+            return self.attend(q, k, v, Given(selection, *again))
 
-        tensors = [*qkv, *picked, *scores]
+        tensors = [*qkv, *picked, *others]
         call = Call(
             self._mode, qkv, self.choices, (("config", self.config), ("given", tuple(names)))
         )

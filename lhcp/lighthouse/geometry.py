@@ -40,14 +40,7 @@ class Geometry:
                 the strata do not divide over the chunks of all ranks.
         """
         config.check_seqlen(num_tokens * world_size)
-        all_chunks = world_size * num_chunks
-        if config.num_strata % all_chunks:
-            low = config.num_strata // all_chunks * all_chunks
-            fits = f"{low} or {low + all_chunks}" if low else f"{all_chunks}"
-            raise ValueError(
-                f"num_strata={config.num_strata}: must be a multiple of {all_chunks}, the chunks "
-                f"of {world_size} ranks with {num_chunks} each, for example num_strata={fits}"
-            )
+        config.check_chunks(world_size * num_chunks)
         return cls(
             num_tokens=num_tokens,
             num_strata=config.num_strata // world_size,

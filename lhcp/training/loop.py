@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lhcp.layer.mode import set_mode
+from lhcp.layer.module import Mode
 from lhcp.training import checkpoint
 from lhcp.training.checkpoint import ALONE, Sharing
 from lhcp.training.data import Sequences, TrainingData
 from lhcp.training.identity import Change, accepted_changes, agree, identity
-from lhcp.training.model import Mode, set_mode
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, stage_at, total_steps

@@ -5,7 +5,6 @@ Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_d
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lhcp.config import LighthouseConfig
-
-Mode = Literal["lighthouse", "dense"]
+from lhcp.layer.mode import set_mode
 
 AttentionFactory = Callable[[bool], nn.Module]
 """Is asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D]."""
@@ -231,15 +229,6 @@ class Decoder(nn.Module):
             else:
                 deviation = by_depth if name.endswith(("out.weight", "down.weight")) else 0.02
                 parameter.normal_(0.0, deviation, generator=generator)
-
-
-def set_mode(model: Decoder, mode: Mode) -> None:
-    """Switch every layer that is not always dense to `mode`."""
-    for block in model.blocks:
-        assert isinstance(block, DecoderLayer)
-        if not block.always_dense:
-            core: Any = block.attention.core
-            core.mode = mode
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -63,18 +63,15 @@ def attention_factory(
 ) -> AttentionFactory:
     """Return what makes one layer's attention on `group`; see `AttentionFactory`."""
 
-    def make(always_dense: bool) -> nn.Module:
-        return lhcp.LighthouseAttention(
-            None if always_dense else run.lighthouse,
-            group=group,
-            layout=run.layout,
-            rotation=run.rotation,
-            backend=run.backend,
-            kernels=run.kernels,
-            timers=timers,
-        )
-
-    return make
+    cp = lhcp.ContextParallel(
+        group,
+        layout=run.layout,
+        rotation=run.rotation,
+        backend=run.backend,
+        kernels=run.kernels,
+        timers=timers,
+    )
+    return lambda always_dense: cp.attention(None if always_dense else run.lighthouse)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -132,7 +129,7 @@ def build(run: Run, device: torch.device) -> Trainee:
     sharded.append(fully_shard(model, mesh=everyone, mp_policy=policy))
     for module in sharded:
         # The loss is already divided by the tokens of the global batch, so gradients are summed,
-        # over dp and cp alike. Plain SUM: gloo has no AVG and no PREMUL_SUM.
+        # over dp and cp alike. A plain sum: of a divide factor, gloo does not know PREMUL_SUM.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # Recomputed layers run again just before their backward: one pair of graphs serves them all.

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from lhcp.training.model import Mode
+from lhcp.layer.module import Mode
 from lhcp.training.recovery_report import (
     Curve,
     band,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lhcp.comm.layout import make_layout
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
 from lhcp.training.model import ModelConfig
@@ -119,9 +120,4 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self.lighthouse.check_seqlen(self.seqlen)
-        chunks = 1 if self.cp == 1 else (2 if self.layout == "zigzag" else 1) * self.cp
-        if self.lighthouse.num_strata % chunks:
-            raise ValueError(
-                f"lighthouse.num_strata={self.lighthouse.num_strata}: must be a multiple of "
-                f"{chunks} for cp={self.cp} with layout {self.layout}"
-            )
+        self.lighthouse.check_chunks(make_layout(self.layout, self.cp).num_chunks)

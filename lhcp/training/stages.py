@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lhcp.training.model import Mode
+from lhcp.layer.module import Mode
 
 
 @dataclass(frozen=True, kw_only=True)

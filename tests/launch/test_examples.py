@@ -71,6 +71,15 @@ def test_fsdp2_steps_equal_one_rank(ranks: int) -> None:
     assert losses[0] - losses[2] > 0.1, printed
 
 
+def test_an_existing_model_trains_as_with_torch_alone() -> None:
+    """Fails if three changed lines change what is computed."""
+    printed = run("existing_model")
+    found = differences(printed)
+    assert len(found) == 3 and max(found) < 1e-5, printed
+    losses = [float(x) for x in re.findall(r"loss (\S+),", printed)]
+    assert losses[0] - losses[2] > 0.1, printed
+
+
 def test_measure_rotation_prints_its_table() -> None:
     """Fails if a row is missing, or the overhead is not that of its own times."""
     printed = run("measure_rotation")

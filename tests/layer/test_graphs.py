@@ -205,14 +205,15 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(out, leaves, do, create_graph=True)
 
 
-@pytest.mark.parametrize("what", ["selection", "score_q", "score_k"])
+@pytest.mark.parametrize("what", ["selection", "score_q", "score_k", "valid"])
 def test_what_is_given_is_read_anew(what: str) -> None:
-    """Fails if a graph keeps the selection, or the scores, that it was recorded with."""
+    """Fails if a graph keeps the selection, scores or padding that it was recorded with."""
     layer, _ = layer_with_graph()
     plain = lhcp.LighthouseAttention(CONFIG)
     for seed in range(4):
         q, k, _, _ = qkv(SEQLEN, num_kv_heads=2, seed=100 + seed)
-        scores = {"score_q": q, "score_k": k}
+        valid = (torch.arange(SEQLEN) < SEQLEN - 20 * seed).expand(q.shape[0], -1)
+        scores = {"score_q": q, "score_k": k, "valid": valid}
         given = scores.get(what, lhcp.select(q, k, config=CONFIG) if what == "selection" else None)
         ours, leaves, do = called(layer, seed, **{what: given})
         theirs, others, _ = called(plain, seed, **{what: given})

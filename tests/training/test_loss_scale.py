@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lhcp.layer.mode import set_mode
+from lhcp.layer.module import Mode
 from lhcp.training.data import open_data
 from lhcp.training.loop import evaluate, train_step
-from lhcp.training.model import Mode, set_mode
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig, Stage

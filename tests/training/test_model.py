@@ -5,10 +5,9 @@ from math import prod
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lhcp import LighthouseConfig
+from lhcp import LighthouseAttention, LighthouseConfig
 from lhcp.training.model import (
     Decoder,
     ModelConfig,
@@ -17,7 +16,6 @@ from lhcp.training.model import (
     num_parameters,
     rope_table,
     rotate,
-    set_mode,
 )
 
 SMALL = ModelConfig(
@@ -25,22 +23,13 @@ SMALL = ModelConfig(
 )
 
 
-class PlainAttention(nn.Module):
-    """Whole causal attention in the place of the library's."""
-
-    def __init__(self, always_dense: bool) -> None:
-        super().__init__()
-        self.mode = "dense" if always_dense else "lighthouse"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+def dense_attention(always_dense: bool) -> nn.Module:
+    """Whole causal attention, in any mode."""
+    return LighthouseAttention(None)
 
 
 def small(config: ModelConfig = SMALL, **options: bool) -> Decoder:
-    model = Decoder(config, PlainAttention, **options)
+    model = Decoder(config, dense_attention, **options)
     model.initialize(0)
     return model
 
@@ -84,16 +73,6 @@ def test_recomputing_changes_no_gradient() -> None:
     assert all(map(torch.equal, *grads))
 
 
-def test_set_mode_leaves_dense_layers_alone() -> None:
-    model = small()
-    modes = lambda: [block.attention.core.mode for block in model.blocks]  # noqa: E731
-    assert modes() == ["lighthouse", "lighthouse", "dense"]
-    set_mode(model, "dense")
-    assert modes() == ["dense"] * 3
-    set_mode(model, "lighthouse")
-    assert modes() == ["lighthouse", "lighthouse", "dense"]
-
-
 def test_tied_head_is_the_embedding() -> None:
     untied, tied = small(), small(replace(SMALL, tied=True))
     assert num_parameters(untied) - num_parameters(tied) == 256 * 32
@@ -102,7 +81,7 @@ def test_tied_head_is_the_embedding() -> None:
 
 def test_the_papers_size() -> None:
     with torch.device("meta"):
-        model = Decoder(ModelConfig(), PlainAttention)
+        model = Decoder(ModelConfig(), dense_attention)
     assert num_parameters(model) == pytest.approx(267e6, rel=0.005)
 
 

@@ -39,7 +39,7 @@ def test_small_recipes_have_sizes_that_work(name: str) -> None:
         ({"global_batch": 3}, 2, r"global_batch=3: .*for example 2"),
         ({"accumulate": 3}, 1, r"global_batch=4: .*for example 3"),
         ({"eval_sequences": 3}, 2, r"eval_sequences=3: .*for example 2"),
-        ({"cp": 8}, 8, r"num_strata=8: must be a multiple of 16 for cp=8"),
+        ({"cp": 8}, 8, r"num_strata=8: must be a multiple of 16"),
         ({"seqlen": 500}, 1, r"seqlen=500: .*multiple"),
         ({"checkpoint_every": 0}, 1, r"checkpoint_every=0"),
     ],

@@ -1,0 +1,1 @@
+"""Context parallelism for a model and its training step: one object that knows group and layout."""
