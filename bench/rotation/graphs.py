@@ -73,7 +73,7 @@ def make(args: argparse.Namespace, mode: Any, rotation: str, ranks: Ranks) -> Li
     """Return a layer in a mode."""
     layer = LighthouseAttention(
         config_of(args),
-        ranks,  # type: ignore[arg-type]
+        ranks,
         rotation=rotation if ranks.world_size > 1 else "auto",
         backend=args.backend,
     )

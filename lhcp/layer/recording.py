@@ -5,8 +5,8 @@ GPU takes to carry them out at the lengths that a rank holds. A graph launches t
 layers have no parameters, so whatever moves weights (FSDP) does not concern their graphs.
 
 A layer's first calls run as they are; then its forward and its backward are recorded, each into a
-graph of its own. What a forward keeps for its backward stays where the graph put it, and so does its
-output; inputs and gradients are copied, from and to memory that all layers use. What is free again
+graph of its own. What a forward keeps for its backward stays where the graph put it, as its output
+does; inputs and gradients are copied, from and to memory that all layers use. What is free again
 after a recording is used by the recordings after it: so graphs run in the order in which a
 training step does, forwards as recorded and backwards the other way round, and whatever would read
 what another order has overwritten is an error.
