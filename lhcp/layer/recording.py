@@ -181,7 +181,8 @@ class Graphs:
 
         def note(x: Tensor) -> Tensor:
             saved.add(x.untyped_storage().data_ptr())
-            return x
+            # Not itself: an output that its own node keeps would keep the node.
+            return x.detach()
 
         def forward() -> tuple[Tensor, ...]:
             # Whoever packs what is saved around the layer, such as a checkpoint, packs no graph's.

@@ -5,7 +5,9 @@ tests/gpu/test_graphs.py has the real one.
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -294,6 +296,23 @@ def test_taken_off_it_is_as_before() -> None:
     lhcp.ungraphed(nn.Sequential(layer))
     warm(layer)
     assert layer.graphs is None and graphs.recorder.recorded == 2
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_released_graphs_hold_no_memory(mode: Mode) -> None:
+    """Fails if what a recording saved outlives it: a stage's graphs beside the next one's."""
+    layer, graphs = layer_with_graph()
+    layer.mode = mode
+    warm(layer)
+    (record,) = graphs._records.values()
+    ctx = record.kept[0].grad_fn
+    while "RingAttention" not in ctx.name():
+        ctx = ctx.next_functions[0][0]
+    alive = [weakref.ref(record), weakref.ref(ctx)]
+    del record, ctx
+    graphs.release()
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
 
 
 def test_copies_of_a_layer_record_their_own() -> None:
