@@ -120,7 +120,7 @@ def compare(
         *(() if alone else (("one_", Ranks(), seqlen),)),
     ):
         layer, by_graph = (make(args, mode, rotation, these) for _ in range(2))
-        graphs = lhcp.graphed([by_graph])
+        graphs = lhcp.graphed([by_graph], always=True)
 
         def inputs(seed: int, tokens: int = tokens) -> list[Tensor]:
             return draw(args, tokens, 100 * seed + ranks.rank, device)

@@ -8,7 +8,9 @@ from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.recording import Graphs
 
 
-def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = False) -> Graphs:
+def graphed(
+    model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = False, always: bool = False
+) -> Graphs:
     """Let the attention of all layers of a model run as CUDA graphs, messages included.
 
     Call it once, before training; it changes the layers in place, which have no parameters, so FSDP
@@ -16,6 +18,11 @@ def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = 
     and anew when `mode` or a size changes (of up to four sizes the graphs stay). An output that you
     keep is overwritten by the layer's next run, so copy it. Memory is that of the step without
     graphs and one layer's inputs and gradients more.
+
+    Calls that take the GPU longer than the host are left as they are, unless `always`: there is
+    nothing to gain, and a graph's copies of inputs and gradients cost some percent of the call.
+    Which it is, each rank measures in the second call; ranks may differ in it, for the messages are
+    the same either way.
 
     What cannot be a graph runs as it is and is counted by reason in `Graphs.eager` (and logged
     once each): calls without a gradient, on a CPU, with timers, or inside another graph. A model
@@ -26,6 +33,7 @@ def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = 
         model: Any module that holds `LighthouseAttention` layers, or the layers.
         shared: one pair of graphs for all layers of equal calls, for a model whose layers all are
             inside activation checkpointing: memory is that of one layer.
+        always: record also what takes the GPU longer than the host.
 
     Returns:
         The `Graphs`; `release()` them before you destroy the process group.
@@ -37,7 +45,7 @@ def graphed(model: nn.Module | Iterable[LighthouseAttention], *, shared: bool = 
     layers = [module for module in modules if isinstance(module, LighthouseAttention)]
     if not layers:
         raise ValueError("model holds no lhcp.LighthouseAttention, whose calls would be graphs")
-    graphs = Graphs(shared)
+    graphs = Graphs(shared, always)
     for layer in layers:
         layer.graphs = graphs
     return graphs

@@ -1,6 +1,7 @@
 """Recording what a function does to tensors: `Recorder`, and the one that makes CUDA graphs."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,23 @@ class Recorder(Protocol):
 
     def borrow(self, x: Tensor) -> Tensor:
         """Return a result's memory without keeping it from being used by later recordings."""
+
+    def watch(self, function: Callable[[], Tensor]) -> tuple[Tensor, "Watch"]:
+        """Call the function; return its result, and what tells how long it took."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How long a call took its host and its device, in ms."""
+
+    host: float
+    device: Callable[[], float]
+    """Waits until the call is over there."""
+
+    @property
+    def host_sets_the_pace(self) -> bool:
+        """Whether the device was done about when the host was: it waited for launches."""
+        return self.device() < 1.15 * self.host
 
 
 class CudaRecorder:
@@ -68,6 +86,21 @@ class CudaRecorder:
         current.wait_stream(stream)
         self._graphs.add(graph)
         return results, graph.replay
+
+    def watch(self, function: Callable[[], Tensor]) -> tuple[Tensor, Watch]:
+        """Call the function, on the host's clock and on the GPU's."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        begin = time.perf_counter()
+        result = function()
+        host = 1e3 * (time.perf_counter() - begin)
+        stop.record()
+
+        def device() -> float:
+            stop.synchronize()
+            return start.elapsed_time(stop)
+
+        return result, Watch(host, device)
 
     def borrow(self, x: Tensor) -> Tensor:
         """Return a result's memory without keeping it from being used by later recordings."""

@@ -16,12 +16,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lhcp.layer.recorder import CudaRecorder, Recorder
+from lhcp.layer.recorder import CudaRecorder, Recorder, Watch
 
 Attend = Callable[..., Tensor]
 """(q, k, v, *others) -> o: what is recorded. `others` get no gradient."""
@@ -87,16 +88,22 @@ class Graphs:
         shared: one pair of graphs for all layers whose calls are alike: for layers inside
             activation checkpointing, whose forward runs again just before its backward. Memory is
             then that of one layer.
+        always: record also what takes the GPU longer than the host: then there is nothing to gain,
+            and copying inputs and gradients costs some percent of the call.
         recorder: what records; None: into CUDA graphs.
     """
 
-    def __init__(self, shared: bool = False, recorder: Recorder | None = None) -> None:
-        self.shared = shared
+    def __init__(
+        self, shared: bool = False, always: bool = False, recorder: Recorder | None = None
+    ) -> None:
+        self.shared, self.always = shared, always
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self.eager: Counter[str] = Counter()
         """Calls that ran without a graph, by reason."""
         self._records: dict[tuple[object, Hashable], _Record] = {}
         self._calls: Counter[Hashable] = Counter()
+        self._watches: dict[Hashable, Watch] = {}
+        """Of the last of a kind's first calls."""
         self._buffers: dict[Hashable, Tensor] = {}
         """What all layers' graphs read inputs from and write gradients to, by use and size."""
         self._made = 0
@@ -109,7 +116,7 @@ class Graphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as graphs of which none is recorded yet."""
-        return type(self), (self.shared,)
+        return type(self), (self.shared, self.always)
 
     def call(self, attend: Attend, tensors: list[Tensor], layer: object, kind: Kind) -> Tensor:
         """Attend by a graph if there is one or can be, else as it is.
@@ -132,12 +139,20 @@ class Graphs:
         if record is None:
             self._calls[layer, key] += 1
             if self._calls[layer, key] <= CALLS_BEFORE:
-                return self.as_it_is("first calls", attend, tensors)
-            if (reason := self._full(own[0], kind.mode)) is not None:
+                watched = partial(self.as_it_is, "first calls", attend, tensors)
+                out, self._watches[key] = self.recorder.watch(watched)
+                return out
+            if (reason := self._useless(key) or self._full(own[0], kind.mode)) is not None:
                 return self.as_it_is(reason, attend, tensors)
             record = self._records[own] = self._record(attend, tensors, kind.mode)
-        out: Tensor = _Replay.apply(self, record, *tensors)
-        return out
+        replayed: Tensor = _Replay.apply(self, record, *tensors)
+        return replayed
+
+    def _useless(self, key: Hashable) -> str | None:
+        """Return why a graph of such calls gains nothing, by the last one that was watched."""
+        if self.always or self._watches[key].host_sets_the_pace:
+            return None
+        return "the GPU takes longer than the host"
 
     def _full(self, layer: object, mode: str) -> str | None:
         """Drop a layer's graphs of other modes; return why it may have none more in this."""
@@ -165,6 +180,7 @@ class Graphs:
         self._records.clear()
         self._calls.clear()
         self._buffers.clear()
+        self._watches.clear()
 
     def _buffer(self, use: str, like: Tensor) -> Tensor:
         """Return memory that the graphs of all layers use for this, one after another."""

@@ -78,7 +78,7 @@ def test_the_same_bits_through_both_stages(problem, checkpointed, shared):
     """Fails if graphs that share memory overwrite what another still reads."""
     plain = Model(problem, checkpointed=checkpointed)
     model = Model(problem, checkpointed=checkpointed)
-    graphs = lhcp.graphed(model, shared=shared)
+    graphs = lhcp.graphed(model, shared=shared, always=True)
     for index, pair in enumerate(zip(steps(plain, problem), steps(model, problem), strict=True)):
         assert torch.equal(*pair), divmod(index, 7)
     assert set(graphs.eager) == {"first calls"}
@@ -87,7 +87,7 @@ def test_the_same_bits_through_both_stages(problem, checkpointed, shared):
 def test_evaluation_between_steps_changes_nothing():
     """Fails if calls without a gradient run in a graph's memory."""
     plain, model = Model(PROBLEM), Model(PROBLEM)
-    graphs = lhcp.graphed(model)
+    graphs = lhcp.graphed(model, always=True)
     for seed in range(5):
         q, k, v, dout = PROBLEM.draw(seed)
         outs = [one(q, k, v) for one in (plain, model)]
@@ -100,7 +100,7 @@ def test_evaluation_between_steps_changes_nothing():
 
 def test_other_lengths_have_graphs_of_their_own():
     layer, plain = (layer_of(PROBLEM) for _ in range(2))
-    lhcp.graphed(layer)
+    lhcp.graphed(layer, always=True)
     double = dataclasses.replace(PROBLEM, seqlen=2 * PROBLEM.seqlen)
     for seed in range(4):
         for problem in (PROBLEM, double):
@@ -139,7 +139,7 @@ def test_compiled_around_graphs(mode):
     torch._dynamo.reset()
     plain, model = Model(LONG), Model(LONG)
     plain.layers = nn.ModuleList(map(Untraced, plain.layers))
-    graphs = lhcp.graphed(model)
+    graphs = lhcp.graphed(model, always=True)
     for one in (plain, model):
         one.block = torch.compile(one.block)
     modes = [mode] * 6
@@ -186,7 +186,7 @@ def test_torchs_own_graphs(mode):
 def test_inside_another_graph_it_is_part_of_that():
     """Fails if a layer with graphs cannot be captured with what is around it."""
     layer, plain = (layer_of(PROBLEM) for _ in range(2))
-    graphs: Graphs = lhcp.graphed(layer)
+    graphs: Graphs = lhcp.graphed(layer, always=True)
     static = PROBLEM.draw(0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -213,7 +213,7 @@ def test_memory_of_shared_graphs_is_one_layers():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         model = Model(LONG, checkpointed=True)
-        graphs = None if shared is None else lhcp.graphed(model, shared=shared)
+        graphs = None if shared is None else lhcp.graphed(model, shared=shared, always=True)
         for _ in steps(model, LONG, MODES[:4]):
             pass
         peaks.append(torch.cuda.max_memory_allocated() - before)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lhcp
 from lhcp.layer.module import LighthouseAttention, Mode
+from lhcp.layer.recorder import Watch
 from lhcp.layer.recording import Graphs
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
@@ -30,6 +31,7 @@ class Again:
 
     def __init__(self) -> None:
         self.recorded = 0
+        self.device_ms = 2.0
 
     def refuses(self, device: torch.device) -> str | None:
         return None
@@ -51,6 +53,9 @@ class Again:
 
     def borrow(self, x: Tensor) -> Tensor:
         return x
+
+    def watch(self, function: Callable[[], Tensor]) -> tuple[Tensor, Watch]:
+        return function(), Watch(2.0, lambda: self.device_ms)
 
 
 class Model(nn.Module):
@@ -76,7 +81,7 @@ class Model(nn.Module):
 
 
 def with_graphs(model: nn.Module, *, shared: bool = False) -> Graphs:
-    graphs = Graphs(shared, Again())
+    graphs = Graphs(shared, recorder=Again())
     for layer in model.modules():
         if isinstance(layer, LighthouseAttention):
             layer.graphs = graphs
@@ -288,6 +293,17 @@ def test_what_runs_without_a_graph_says_why() -> None:
     assert dict(graphs.eager) == {"no gradient is wanted": 1, "timers measure each call": 3}
     with pytest.raises(ValueError, match=r"holds no lhcp\.LighthouseAttention"):
         lhcp.graphed(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_what_the_gpu_takes_longer_for_gets_no_graph(always: bool) -> None:
+    """Fails if a graph's copies are paid where the host is not what a call waits for."""
+    layer, graphs = layer_with_graph()
+    graphs.recorder.device_ms, graphs.always = 5.0, always
+    warm(layer)
+    warm(layer)
+    assert graphs.recorder.recorded == (2 if always else 0)
+    assert graphs.eager["the GPU takes longer than the host"] == (0 if always else 4)
 
 
 def test_taken_off_it_is_as_before() -> None:
