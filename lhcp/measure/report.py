@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PHASES = ("forward", "backward", "both")
+DERIVED = ("overhead", "exposed", "overlap", "contention", "host_sets_the_pace")
+"""Properties of a phase that go into the JSON beside its fields."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class PhaseReport:
     bytes_per_rank: int | None
     """What one rank sends; None where the cost model does not know the rotation."""
     world_size: int
+    host: float | None = None
+    """Seconds that T's slowest host takes to launch a call; None where it computes itself."""
+
+    @property
+    def host_sets_the_pace(self) -> bool:
+        """Whether T is what the host takes: then neither messages nor compute are what costs."""
+        return self.host is not None and self.real.median < 1.15 * self.host
 
     @property
     def overhead(self) -> float | None:
@@ -147,6 +156,7 @@ class OverheadReport:
             _row("ms", "T", "C", "M", "T1/W", "overhead", "exposed", "overlap", "contention")
             + f"{'MB/rank':>10}{'GB/s':>8}",
             *(_phase_row(p) for p in self.phases),
+            *_host_rows(self.phases),
         ]
         if self.extrapolated:
             lines.append(
@@ -154,7 +164,7 @@ class OverheadReport:
             )
         if self.layer:
             lines.append("the whole layer")
-            lines += [_phase_row(p) for p in self.layer]
+            lines += [*(_phase_row(p) for p in self.layer), *_host_rows(self.layer)]
         lines.append(_row("step", "T", "C", "M"))
         lines += self._step_rows()
         return "\n".join(lines)
@@ -180,7 +190,7 @@ class OverheadReport:
         whole = asdict(self)
         for name in ("phases", "layer"):
             for row, phase in zip(whole[name], getattr(self, name), strict=True):
-                for derived in ("overhead", "exposed", "overlap", "contention"):
+                for derived in DERIVED:
                     row[derived] = getattr(phase, derived)
                 row["gigabytes_per_second"] = phase.gigabytes_per_second
         whole["extrapolated"] = self.extrapolated
@@ -194,7 +204,10 @@ class OverheadReport:
         def phases(rows: list[dict[str, Any]]) -> tuple[PhaseReport, ...]:
             made = []
             for row in rows:
-                fields = {name: row[name] for name in PhaseReport.__dataclass_fields__}
+                # A report of before has no host.
+                fields = {"host": None} | {
+                    name: row[name] for name in PhaseReport.__dataclass_fields__ if name in row
+                }
                 for name in ("real", "compute", "communication", "single"):
                     fields[name] = fields[name] and Timing(**fields[name])
                 made.append(PhaseReport(**fields))
@@ -218,6 +231,18 @@ def _ms(seconds: float) -> str:
 
 def _row(head: str, *cells: str) -> str:
     return f"{head:<28}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _host_rows(phases: Sequence[PhaseReport]) -> list[str]:
+    """Say of which phases the host, not the GPU, is what is measured."""
+    slow = [p for p in phases if p.host_sets_the_pace]
+    if not slow:
+        return []
+    times = ", ".join(f"{p.phase} {_ms(p.host or 0.0)}" for p in slow)
+    return [
+        f"The host sets the pace: ms to launch {times}. The GPUs wait for it, so these times say "
+        "little of messages; in training, lhcp.graphed(model) launches a layer at once."
+    ]
 
 
 def _phase_row(p: PhaseReport) -> str:

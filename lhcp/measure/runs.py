@@ -26,7 +26,7 @@ class Recorder(Spans):
     """Spans with their place in time, of one measurement on this rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda = self.launches = device.type == "cuda"
         self._device = device
         self._spans: list[tuple[str, str, int, Any, Any]] = []
         self._begin: Any = None
@@ -76,6 +76,8 @@ class Sample:
     spans: list[SpanRecord]
     """Of all calls."""
     calls: int
+    host: float | None = None
+    """Of the first call, until the host had launched it; None where the host computes itself."""
 
     @property
     def first_call(self) -> list[SpanRecord]:
@@ -116,10 +118,14 @@ def filled(runner: Runner, buffers: RandomReceiveBuffers) -> Runner:
 def take_sample(runner: Runner, phase: str, spans: Recorder, calls: int) -> Sample:
     """Time `calls` runs in a row."""
     spans.begin()
-    for _ in range(calls):
+    begin = time.perf_counter()
+    runner.run(phase)
+    # Of the first call alone: a host that is far ahead of its GPU has to wait for it.
+    host = time.perf_counter() - begin if spans.launches else None
+    for _ in range(calls - 1):
         runner.run(phase)
     seconds, records = spans.end()
-    return Sample(seconds / calls, records, calls)
+    return Sample(seconds / calls, records, calls, host)
 
 
 def differentiable(

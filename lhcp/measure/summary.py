@@ -65,6 +65,14 @@ def _slowest(by_rank: Sequence[Samples], name: str, phase: str) -> list[float]:
     return [max(sample.seconds for sample in repeat) for repeat in repeats]
 
 
+def _host(by_rank: Sequence[Samples], name: str, phase: str) -> float | None:
+    """Return the median over repeats of the slowest host's launches; None without any."""
+    repeats = zip(*(samples[name, phase] for samples in by_rank), strict=True)
+    slowest = [max((s.host for s in r if s.host is not None), default=None) for r in repeats]
+    found = [host for host in slowest if host is not None]
+    return Timing.of(found).median if found else None
+
+
 class RunNames(NamedTuple):
     """What the runs of one report are called in the samples."""
 
@@ -98,6 +106,7 @@ def _phase(
         communication=Timing.of(_slowest(by_rank, names.communication, phase)),
         single=None if alone is None else Timing.of([s.seconds * factor for s in alone]),
         waited=waited,
+        host=_host(by_rank, names.real, phase),
         bytes_per_rank=num_bytes,
         world_size=len(by_rank),
     )

@@ -1,5 +1,7 @@
 """`measure_overhead` on real ranks: its report, its agreement, its arithmetic."""
 
+import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -118,6 +120,62 @@ def test_derived_numbers() -> None:
     assert phase.gigabytes_per_second == pytest.approx(2.0)
     silent = replace(phase, communication=Timing.of([0.0]), single=None, waited=None)
     assert silent.overlap is silent.overhead is silent.contention is None
+
+
+def test_a_host_that_sets_the_pace_is_said() -> None:
+    """Fails if a host-bound run reads as one that its messages slow, or the other way round."""
+    phase = PhaseReport(
+        phase="both",
+        real=Timing.of([5.6e-3]),
+        compute=Timing.of([5.0e-3]),
+        communication=Timing.of([1.0e-3]),
+        single=None,
+        waited=None,
+        bytes_per_rank=None,
+        world_size=2,
+        host=5.5e-3,
+    )
+    report = OverheadReport(
+        setting=dict.fromkeys(
+            (
+                *("rotation", "layout", "batch", "num_heads", "num_kv_heads", "head_dim"),
+                *("dtype", "backend", "device", "repeats", "calls", "world_size"),
+            ),
+            1,
+        )
+        | {"subsequence": 64, "seqlen": 64},
+        phases=(phase,) * 3,
+        layer=(replace(phase, host=2e-3),) * 3,
+        steps=(),
+        timeline=(),
+        single_seqlen=64,
+    )
+    text = report.table()
+    assert text.count("The host sets the pace: ms to launch both 5.500") == 1
+    assert "lhcp.graphed(model)" in text
+    again = OverheadReport.from_json(report.to_json())
+    assert again == report and again.phases[0].host_sets_the_pace
+    assert not again.layer[0].host_sets_the_pace
+    # One of before has no host.
+    old = json.loads(report.to_json())
+    for row in (*old["phases"], *old["layer"]):
+        del row["host"]
+    assert OverheadReport.from_json(json.dumps(old)).phases[0].host is None
+
+
+def test_the_host_is_timed_at_the_first_call() -> None:
+    """Fails if a host that waits for a full queue counts as one that is slow."""
+    spans = Recorder(torch.device("cpu"))
+    assert take_sample(Runner(lambda: None, lambda: None), "both", spans, 1).host is None
+    spans.launches = True
+    calls: list[float] = []
+
+    def slower() -> None:
+        time.sleep(0.02 if calls else 0.0)
+        calls.append(0.0)
+
+    sample = take_sample(Runner(slower, lambda: None), "both", spans, 3)
+    assert sample.host is not None and sample.host < 0.02 <= sample.seconds * 3 / 2
 
 
 def test_quartiles() -> None:
