@@ -62,7 +62,7 @@ class Kind:
 
 
 @dataclass(eq=False)
-class _Record:
+class _Recording:
     """One layer's graphs: what they read and write stays in place."""
 
     number: int
@@ -100,7 +100,7 @@ class Graphs:
         self.recorder: Recorder = CudaRecorder() if recorder is None else recorder
         self.eager: Counter[str] = Counter()
         """Calls that ran without a graph, by reason."""
-        self._records: dict[tuple[object, Hashable], _Record] = {}
+        self._records: dict[tuple[object, Hashable], _Recording] = {}
         self._calls: Counter[Hashable] = Counter()
         self._watches: dict[Hashable, Watch] = {}
         """Of the last of a kind's first calls."""
@@ -189,7 +189,7 @@ class Graphs:
             self._buffers[key] = torch.empty_like(like).requires_grad_(like.requires_grad)
         return self._buffers[key]
 
-    def _record(self, attend: Attend, tensors: list[Tensor], mode: str) -> _Record:
+    def _record(self, attend: Attend, tensors: list[Tensor], mode: str) -> _Recording:
         inputs = [self._buffer(f"input {i}", x) for i, x in enumerate(tensors)]
         _fill(inputs, tensors)
         kept: list[Tensor] = []
@@ -221,15 +221,15 @@ class Graphs:
         grads, back = self.recorder.record(backward)
         borrowed = tuple(self.recorder.borrow(x) for x in grads)
         self._made += 1
-        return _Record(self._made, mode, inputs, out, dout, borrowed, again, back, kept)
+        return _Recording(self._made, mode, inputs, out, dout, borrowed, again, back, kept)
 
-    def begin(self, record: _Record) -> int:
+    def begin(self, record: _Recording) -> int:
         """Note that a forward runs; return which of its runs it is."""
         self._overwrite(record)
         record.runs += 1
         return record.runs
 
-    def end(self, record: _Record, run: int) -> None:
+    def end(self, record: _Recording, run: int) -> None:
         """Note that the backward of a forward runs.
 
         Raises:
@@ -244,7 +244,7 @@ class Graphs:
             )
         self._overwrite(record)
 
-    def _overwrite(self, record: _Record) -> None:
+    def _overwrite(self, record: _Recording) -> None:
         """Note that a graph runs: what was recorded after it may have used its memory since."""
         for other in self._records.values():
             if other.number > record.number:
@@ -255,7 +255,7 @@ class _Replay(torch.autograd.Function):
     """A record's forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: Graphs, record: _Record, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, graphs: Graphs, record: _Recording, *tensors: Tensor) -> Tensor:
         _fill(record.inputs, tensors)
         ctx.graphs, ctx.record = graphs, record
         run = graphs.begin(record)
