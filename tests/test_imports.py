@@ -201,7 +201,8 @@ def test_the_library_needs_neither_its_oracle_nor_its_programs() -> None:
 
 
 def test_the_oracle_shares_only_the_config() -> None:
-    assert INSIDE["lhcp.reference"] == {"lhcp.config"}
+    assert INSIDE["lhcp.reference"] == {"lhcp.config", "lhcp.reference_documents"}
+    assert INSIDE["lhcp.reference_documents"] == {"lhcp.config"}
 
 
 def test_kernels_are_imported_only_where_they_are_used() -> None:
