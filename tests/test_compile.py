@@ -1,12 +1,14 @@
 """torch.compile in one graph around a transformer block, in both modes, on every device."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import lhcp
-from lhcp.testing.inputs import qkv
+from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
 from tests.devices import PLACES, Place
@@ -89,3 +91,29 @@ def lengths_across_ranks(group: Any, dynamic: bool | None) -> bool:
 def test_another_length_across_ranks(ranks: RankPool, dynamic: bool | None) -> None:
     """Fails if the choice of a rotation, which depends on the length, is asked for a symbol."""
     assert ranks.run(lengths_across_ranks, 2, dynamic) == [True, True]
+
+
+def compile_with_another_scale(group: Any, what: str) -> str:
+    """Compile a layer that means something else on rank 1, at equal sizes; return what is said."""
+    torch._dynamo.reset()
+    own = dist.new_group(range(4))
+    config, seqlen = small_config(num_strata=8)
+    if own.rank() == 1 and what == "config.topk":
+        config = dataclasses.replace(config, topk=2 * config.topk)
+    scale = 0.7 if own.rank() == 1 and what == "scale" else 0.5
+    layer = lhcp.LighthouseAttention(config, own, scale=scale)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    q, k, v, _ = (lhcp.shard(x, own) for x in qkv(2 * seqlen, num_kv_heads=2))
+    try:
+        compiled(q, k, v)
+    except Exception as error:
+        # Dynamo wraps what a constant of it raises.
+        return f"{error} {error.__cause__}"
+    return "nothing said"
+
+
+@pytest.mark.parametrize("what", ["scale", "config.topk"])
+def test_ranks_that_trace_for_different_things_are_told_so(ranks: RankPool, what: str) -> None:
+    """Fails if compiled layers of equal sizes and other meanings attend to one another."""
+    for said in ranks.run(compile_with_another_scale, 4, what):
+        assert f"ranks were asked for different things: {what}: " in said and "on rank 1" in said

@@ -10,8 +10,12 @@ from torch import Tensor
 
 from lhcp.comm.agreement import Fields, agreed
 from lhcp.comm.mesh import Ranks
+from lhcp.comm.torch_private import resolve_group
+from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.plan import Choices
+
+CONFIG_FIELDS = tuple(field.name for field in dataclass_fields(LighthouseConfig))
 
 
 class Prepared(Protocol):
@@ -23,6 +27,27 @@ class Prepared(Protocol):
 
 
 P = TypeVar("P", bound=Prepared)
+
+
+def agree_while_tracing(group: str, *said: str | int | float | None) -> None:
+    """Compare, with the other ranks of a group, what a graph is traced for.
+
+    Plain arguments, since torch.compile calls it while it traces: once for each graph.
+
+    Args:
+        group: name of the process group.
+        said: names and values, in turn.
+
+    Raises:
+        ValueError: as `lhcp.comm.agreement.compare`.
+    """
+    values = zip(said[::2], said[1::2], strict=True)
+    fields = {str(name): str(value) for name, value in values}
+    agreed(Ranks(resolve_group(group)), ("traced", said), lambda: None, lambda _: fields)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
+agree_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -44,8 +69,12 @@ class Call:
         Raises:
             TypeError, ValueError, ImportError: as `lhcp.comm.agreement.agreed`.
         """
-        if torch.compiler.is_compiling() or ranks.world_size == 1:
+        if ranks.world_size == 1:
             return prepare()
+        if torch.compiler.is_compiling():
+            prepared = prepare()
+            agree_while_tracing(ranks.names[0], *self.constants(prepared))
+            return prepared
         return agreed(ranks, self.key, prepare, self.fields)
 
     @property
@@ -59,6 +88,19 @@ class Call:
         )
         names = (str(c.layout), rotation, str(c.backend), str(c.kernels), repr(c.scale))
         return self.layer, self.mode, tensors, names, self.more, self.with_gradient
+
+    def constants(self, prepared: Prepared) -> tuple[str | int | float | None, ...]:
+        """Return names and values of what is no size: a graph may be traced for all of them."""
+        c = self.choices
+        said: list[str | int | float | None] = ["mode", self.mode, "dtype", str(self.qkv[0].dtype)]
+        said += ["layout", c.layout, "kernels", c.kernels, "scale", c.scale]
+        for name, taken in prepared.chosen.items():
+            said += [name, taken]
+        for name, value in self.more:
+            if isinstance(value, LighthouseConfig):
+                for field in CONFIG_FIELDS:
+                    said += [f"{name}.{field}", getattr(value, field)]
+        return tuple(said)
 
     @property
     def with_gradient(self) -> bool:
