@@ -33,6 +33,7 @@ MAY_CHANGE = {
     "checkpoint_every": "what is kept",
     "keep_checkpoints": "what is kept",
     "sample_bytes": "what is logged",
+    "diagnose": "what is logged",
 }
 """Fields of `Run` that may differ when it goes on, and why."""
 
@@ -73,6 +74,9 @@ def identity(
     if run.optim.decay != "constant":
         # The rate of each step follows from how many there will be.
         found["optim.decay_over"] = total_steps(stages)
+    if run.data.passkey:
+        # Only where there is some: checkpoints from before it was there have no such field.
+        found["data.passkey"] = run.data.passkey
     return found | {
         "dtype": str(dtype).removeprefix("torch."),
         "data.heldout": run.data.heldout,
@@ -114,9 +118,10 @@ def accepted_changes(
     Raises:
         ValueError: a difference is not in `accept`, or `accept` has a name that is no field's.
     """
-    unknown = [name for name in accept if name not in now]
+    known = {**now, **before}
+    unknown = [name for name in accept if name not in known]
     if unknown:
-        raise ValueError(f"accept: no field is called {', '.join(unknown)}; there are {list(now)}")
+        raise ValueError(f"accept: no field is called {', '.join(unknown)}; there are {[*known]}")
     changes = [
         Change(done, name, before.get(name, "not recorded"), now.get(name, "none"))
         for name in {**now, **before}
