@@ -75,7 +75,7 @@ def demo() -> Run:
 
 
 def retrieve_tiny() -> Run:
-    """Minutes on one CPU core: a small dense model learns the passkey test of launch/retrieve.py."""
+    """Minutes on one CPU core: a small dense model learns the test of launch/retrieve.py."""
     return Run(
         name="retrieve_tiny",
         model=ModelConfig(

@@ -67,7 +67,7 @@ def count(scored: ScoredSelection, layout: Layout, rank: int) -> Counts:
 
     wide = [mask.double() for mask in masks]
     per_level = [near_ties(scored, level, masks[level - 1]) for level in levels]
-    finite = [torch.stack([m for m in _moments(score, geom)]) for score in (scored.sq, scored.sk)]
+    finite = [torch.stack(_moments(score, geom)) for score in (scored.sq, scored.sk)]
     lost = [(~score.isfinite()).sum().double() for score in (scored.sq, scored.sk)]
     counts = Counts(
         moments=torch.stack(finite),
@@ -107,7 +107,7 @@ def _moments(score: Tensor, geom: Geometry) -> list[Tensor]:
 
 
 def taken_at(scored: ScoredSelection, level: int) -> Tensor:
-    """Return which entries of `level` are taken: bool [B, Hk, level_size]. Their children are in."""
+    """Return which entries of `level` are taken, their children in: bool [B, Hk, level_size]."""
     geom, rows = scored.geometry, scored.selection.row_of_entry
     below = slice(geom.offset(level - 1), geom.offset(level))
     return rows[:, :, below].unflatten(2, (-1, geom.pool_factor))[..., 0] >= 0

@@ -10,7 +10,7 @@ import numpy as np
 FILLER = b"abcdefghijklmnopqrstuvwxyz0123456789"
 DIGITS = b"0123456789"
 MARK = b"\n#"
-NEAREST = 16
+NEAREST = 4
 """Bytes that the closest two mentions of a training sequence may be apart."""
 PASSKEY = 0x9A55
 """Keeps these draws apart from those of other things with the same seed and index."""
@@ -29,10 +29,11 @@ def filler(draw: np.random.Generator, count: int) -> np.ndarray:
 def training_sequence(seed: int, index: int, seqlen: int) -> np.ndarray:
     """Return passkey text to learn from, uint8 [seqlen + 1]: a pure function of its arguments.
 
-    Its one digit is the last byte, after the question, and is mentioned at places before: from
-    mention to mention, backwards, the distance is drawn evenly on a logarithmic scale between
-    `NEAREST` and the whole sequence. So the last question is as often near its answer as far from
-    it, and short distances, which are learnt first, are there from the start.
+    Its one digit is the last byte, after the question, and is mentioned at places before, so that
+    it is asked for more than once. From mention to mention, backwards, the distance is drawn evenly
+    on a logarithmic scale, from `NEAREST` to the whole sequence in one half of the sequences, to a
+    limit drawn in the same way in the other half. So some have one mention far away, as the test,
+    and some have many close by, from which the task is learnt first.
 
     Raises:
         ValueError: the sequence is too short for a key and a question.
@@ -44,8 +45,11 @@ def training_sequence(seed: int, index: int, seqlen: int) -> np.ndarray:
     last = seqlen + 1 - len(mention)
     text[last:] = mention
     place = last
+    longest = last + 1.0
+    if draw.random() < 0.5:
+        longest = np.exp(draw.uniform(np.log(NEAREST), np.log(longest)))
     while True:
-        gap = int(np.exp(draw.uniform(np.log(NEAREST), np.log(last + 1))))
+        gap = int(np.exp(draw.uniform(np.log(NEAREST), np.log(longest))))
         # A last question always has its answer somewhere before.
         if place < gap and place < last:
             break
@@ -84,7 +88,7 @@ def check_length(count: int) -> None:
     Raises:
         ValueError: they do not.
     """
-    least = 2 * NEAREST
+    least = 4 * NEAREST
     if count < least:
         raise ValueError(
             f"a passkey text of {count} bytes: must have at least {least}, for a key, filler and "
