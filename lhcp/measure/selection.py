@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.comm.agreement import agreed
+from lhcp.comm.agreement import REFUSALS, compare
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layer.lighthouse import Given, ScoredSelection, scored_selection
+from lhcp.layer.lighthouse import Given, scored_selection
 from lhcp.layer.plan import Choices
 from lhcp.measure.selection_counts import count
 from lhcp.measure.selection_report import SelectionReport, summarize
@@ -63,10 +63,13 @@ def diagnose(
         "scores given": str(given.asked),
     }
 
-    def prepare() -> ScoredSelection:
-        return scored_selection(q, k, v, config, ranks, choices, given)
-
-    scored = agreed(ranks, tuple(asked.values()), prepare, lambda _: asked)
+    try:
+        scored = scored_selection(q, k, v, config, ranks, choices, given)
+    except REFUSALS as problem:
+        compare(ranks, asked, problem)
+        raise
+    # At every call and not at new ones alone, since nobody diagnoses in a hurry.
+    compare(ranks, asked)
     counts = count(scored, make_layout(layout, ranks.world_size), ranks.rank)
     if ranks.flat is not None and ranks.world_size > 1:
         total = counts.packed()

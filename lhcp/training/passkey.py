@@ -10,8 +10,8 @@ import numpy as np
 FILLER = b"abcdefghijklmnopqrstuvwxyz0123456789"
 DIGITS = b"0123456789"
 MARK = b"\n#"
-NEAREST = 4
-"""Bytes that the closest two mentions of a training sequence may be apart."""
+NEAREST = 3
+"""Bytes from one mention of a training sequence to the next at the least: the length of one."""
 PASSKEY = 0x9A55
 """Keeps these draws apart from those of other things with the same seed and index."""
 
@@ -49,7 +49,7 @@ def training_sequence(seed: int, index: int, seqlen: int) -> np.ndarray:
     if draw.random() < 0.5:
         longest = np.exp(draw.uniform(np.log(NEAREST), np.log(longest)))
     while True:
-        gap = int(np.exp(draw.uniform(np.log(NEAREST), np.log(longest))))
+        gap = max(int(np.exp(draw.uniform(np.log(NEAREST), np.log(longest)))), NEAREST)
         # A last question always has its answer somewhere before.
         if place < gap and place < last:
             break
@@ -83,12 +83,13 @@ def asked_at(seed: int, depth: float, trial: int, context: int) -> tuple[np.ndar
 
 
 def check_length(count: int) -> None:
-    """Check that a key, `NEAREST` bytes and a question fit.
+    """Check that a key, a question and some filler fit.
 
     Raises:
         ValueError: they do not.
     """
-    least = 4 * NEAREST
+    # Three mentions and as much filler.
+    least = 6 * NEAREST
     if count < least:
         raise ValueError(
             f"a passkey text of {count} bytes: must have at least {least}, for a key, filler and "
