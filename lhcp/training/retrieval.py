@@ -1,8 +1,7 @@
 """The passkey test of a trained model: which of the ten digits it gives, by context and depth."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +145,19 @@ def trained_run(path: Path, world_size: int) -> tuple[Run, int, list[tuple[str, 
         dense_steps=done,
         cp=world_size,
         dtype="bf16" if known["dtype"] == "bfloat16" else "fp32",
+        # Each context would record graphs of its own for a few forwards.
+        graphs="off",
     )
     return run, done, [(mode, steps) for mode, steps in known["stages"]]
 
 
-def retrieve(place: Path, asked: Asked, device: torch.device, **choices: str) -> Found:
+def retrieve(place: Path, asked: Asked, device: torch.device) -> Found:
     """Load a checkpoint and ask it; every rank calls it, and all share each text.
 
     Args:
         place: A checkpoint, or a folder with checkpoints of one arm of a run.
         asked: The test.
         device: Of this rank.
-        choices: Fields of `Run` that say how attention is computed: layout, rotation, backend.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -165,7 +165,6 @@ def retrieve(place: Path, asked: Asked, device: torch.device, **choices: str) ->
     """
     path = find_checkpoint(place)
     run, done, stages = trained_run(path, dist.get_world_size())
-    run = replace(run, graphs="off", **choices)
     asked.check(run)
     trainee = build(run, device)
     checkpoint.load(path, trainee.model, trainee.optimizer)
@@ -204,8 +203,3 @@ def batches(
 ) -> list[Sequence[tuple[np.ndarray, int]]]:
     """Return the texts in runs of at most `size`."""
     return [drawn[start : start + size] for start in range(0, len(drawn), size)]
-
-
-def to_json(found: Sequence[Found], about: dict[str, Any]) -> str:
-    """Return what several models answered as JSON."""
-    return json.dumps({"about": about, "found": [f.to_json() for f in found]}, indent=1)
