@@ -6,8 +6,8 @@
         --contexts 4096 8192 16384 32768 --out runs/retrieve_32k
     torchrun --standalone --nproc-per-node 2 launch/retrieve.py FOLDER --contexts 128 256
 
-A folder is a checkpoint, or holds the checkpoints of one arm of train.py or recover.py; the newest is
-taken. Everything else of the model is read from the checkpoint. Under torchrun all ranks share
+A folder is a checkpoint, or holds those of one arm of train.py or recover.py, of which the newest
+is taken. Everything else of the model is read from the checkpoint. Under torchrun all ranks share
 each text. The models must have seen such text: train them with --data.passkey 0.25.
 """
 

@@ -77,7 +77,7 @@ class SelectionReport:
     def table(self) -> str:
         """Return the numbers as text, a row a level; of heads and strata mean and lowest."""
         titles = ("level", "spread q", "spread k", "overlap", "near-ties", "with picks below")
-        rows = [titles]
+        rows: list[tuple[str, ...]] = [titles]
         for level in self.levels:
             both = (f"{mean(x):.3g} ({min(x):.3g})" for x in (level.spread_q, level.spread_k))
             rest = (_percent(x) for x in (level.overlap, level.near_ties, level.parents))

@@ -64,7 +64,7 @@ def asked_at(seed: int, depth: float, trial: int, context: int) -> tuple[np.ndar
     Args:
         seed: Of the whole test.
         depth: Where the key is: 0 at the text's start, 1 right before the question.
-        trial: Number of the draw of filler and digit.
+        trial: Number of the draw of filler and digit, among those of its context and depth.
         context: Bytes of the text.
 
     Raises:
@@ -73,7 +73,8 @@ def asked_at(seed: int, depth: float, trial: int, context: int) -> tuple[np.ndar
     check_length(context)
     if not 0 <= depth <= 1:
         raise ValueError(f"depth={depth}: must lie in 0 to 1, for example 0.5")
-    draw = np.random.default_rng((seed, trial, PASSKEY, 3))
+    # Each cell's texts are its own, so that what cells say adds up.
+    draw = np.random.default_rng((seed, trial, context, round(depth * 1e6), PASSKEY, 3))
     text, digit = filler(draw, context), int(draw.integers(len(DIGITS)))
     key, question = MARK + bytes([DIGITS[digit]]), MARK
     start = round(depth * (context - len(key) - len(question)))

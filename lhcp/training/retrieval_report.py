@@ -26,8 +26,8 @@ def table(found: Found) -> str:
         rows.append([f"{context:,}", *(f"{cell:.2f}" for cell in cells), f"{average:.3f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
-    cells = len(asked.contexts) * len(asked.depths) * asked.trials
-    last = f"mean {found.mean:.3f} of {cells} questions; chance {CHANCE:g}"
+    questions = len(asked.contexts) * len(asked.depths) * asked.trials
+    last = f"mean {found.mean:.3f} of {questions} questions; chance {CHANCE:g}"
     return "\n".join([title(found), *lines, last])
 
 

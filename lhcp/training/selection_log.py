@@ -93,7 +93,7 @@ def watched(run: Run, trainee: Trainee) -> Iterator[dict[int, SelectionReport]]:
         return look
 
     for layer, block in enumerate(trainee.model.blocks):
-        core = block.attention.core
+        core = block.get_submodule("attention.core")
         if isinstance(core, LighthouseAttention) and core.config is not None:
             handles.append(core.register_forward_pre_hook(hook(layer, core.config)))
     try:
