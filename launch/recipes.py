@@ -210,6 +210,24 @@ def recover_64k() -> Recovery:
     return replace(base, run=run)
 
 
+def retrieve_32k() -> Recovery:
+    """`recover_32k` with a quarter of passkey text, for launch/retrieve.py; wants --data.text."""
+    base = recover_32k()
+    return replace(base, run=replace(base.run, name="retrieve_32k", data=DataConfig(passkey=0.25)))
+
+
+def retrieve_16k() -> Recovery:
+    """`retrieve_32k` at 16,384 tokens, four sequences a step, as many tokens in all."""
+    # k = N / 32: 1,024 coarsest entries, 64 a stratum.
+    lighthouse = LighthouseConfig(num_levels=3, pool_factor=4, topk=512, num_strata=16)
+    base = retrieve_32k()
+    run = replace(
+        base.run, name="retrieve_16k", lighthouse=lighthouse, seqlen=16_384, global_batch=4
+    )
+    return replace(base, run=run)
+
+
 RECOVERIES: dict[str, Callable[[], Recovery]] = {
-    recipe.__name__: recipe for recipe in (recover_tiny, recover_32k, recover_64k)
+    recipe.__name__: recipe
+    for recipe in (recover_tiny, recover_32k, recover_64k, retrieve_32k, retrieve_16k)
 }
