@@ -10,8 +10,10 @@ import numpy as np
 FILLER = b"abcdefghijklmnopqrstuvwxyz0123456789"
 DIGITS = b"0123456789"
 MARK = b"\n#"
-NEAREST = 3
-"""Bytes from one mention of a training sequence to the next at the least: the length of one."""
+NEAREST = 4
+"""Bytes from the start of one mention to the start of the next at the least: one is filler."""
+SHORTEST = 18
+"""Bytes of a text at the least, for a key, filler and the question."""
 PASSKEY = 0x9A55
 """Keeps these draws apart from those of other things with the same seed and index."""
 
@@ -63,7 +65,8 @@ def asked_at(seed: int, depth: float, trial: int, context: int) -> tuple[np.ndar
 
     Args:
         seed: Of the whole test.
-        depth: Where the key is: 0 at the text's start, 1 right before the question.
+        depth: Where the key is: 0 at the text's start, 1 where the question follows after
+            `NEAREST` bytes, the least that training has.
         trial: Number of the draw of filler and digit, among those of its context and depth.
         context: Bytes of the text.
 
@@ -77,7 +80,7 @@ def asked_at(seed: int, depth: float, trial: int, context: int) -> tuple[np.ndar
     draw = np.random.default_rng((seed, trial, context, round(depth * 1e6), PASSKEY, 3))
     text, digit = filler(draw, context), int(draw.integers(len(DIGITS)))
     key, question = MARK + bytes([DIGITS[digit]]), MARK
-    start = round(depth * (context - len(key) - len(question)))
+    start = round(depth * (context - NEAREST - len(question)))
     text[start : start + len(key)] = np.frombuffer(key, np.uint8)
     text[context - len(question) :] = np.frombuffer(question, np.uint8)
     return text, digit
@@ -89,10 +92,8 @@ def check_length(count: int) -> None:
     Raises:
         ValueError: they do not.
     """
-    # Three mentions and as much filler.
-    least = 6 * NEAREST
-    if count < least:
+    if count < SHORTEST:
         raise ValueError(
-            f"a passkey text of {count} bytes: must have at least {least}, for a key, filler and "
-            f"the question; for example {max(least, 256)}"
+            f"a passkey text of {count} bytes: must have at least {SHORTEST}, for a key, filler and "
+            f"the question; for example 256"
         )

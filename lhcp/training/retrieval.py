@@ -29,7 +29,7 @@ class Asked:
     contexts: tuple[int, ...]
     """Bytes of the text, the question included; each at most what was trained."""
     depths: tuple[float, ...] = tuple(step / 10 for step in range(11))
-    """Where the key is, from 0, the start, to 1, right before the question."""
+    """Where the key is, from 0, the start, to 1, before the question."""
     trials: int = 10
     """Texts of each cell, with fillers and digits of their own."""
     mode: Mode = "dense"

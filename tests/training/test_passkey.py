@@ -56,7 +56,7 @@ def test_a_question_has_one_key_at_its_depth(context: int, depth: float) -> None
         (key,) = MENTION.finditer(bytes(text))
         assert int(key[1]) == digit and len(text) == context
         assert bytes(text).endswith(MARK) and bytes(text).count(MARK) == 2
-        assert key.start() == round(depth * (context - 5))
+        assert key.start() == round(depth * (context - 2 - NEAREST))
 
 
 @pytest.mark.parametrize(
