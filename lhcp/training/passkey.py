@@ -94,6 +94,6 @@ def check_length(count: int) -> None:
     """
     if count < SHORTEST:
         raise ValueError(
-            f"a passkey text of {count} bytes: must have at least {SHORTEST}, for a key, filler and "
-            f"the question; for example 256"
+            f"a passkey text of {count} bytes: must have at least {SHORTEST}, for a key, "
+            "filler and the question; for example 256"
         )
