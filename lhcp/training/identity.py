@@ -39,6 +39,9 @@ MAY_CHANGE = {
 
 Identity = dict[str, Any]
 
+ADDED: Identity = {"data.passkey": 0.0}
+"""What younger fields were in runs of before there were such fields."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -74,12 +77,10 @@ def identity(
     if run.optim.decay != "constant":
         # The rate of each step follows from how many there will be.
         found["optim.decay_over"] = total_steps(stages)
-    if run.data.passkey:
-        # Only where there is some: checkpoints from before it was there have no such field.
-        found["data.passkey"] = run.data.passkey
     return found | {
         "dtype": str(dtype).removeprefix("torch."),
         "data.heldout": run.data.heldout,
+        "data.passkey": run.data.passkey,
         "data.files": manifest.digest,
         "stages": [[stage.mode, stage.steps] for stage in completed(stages, done)],
     }
@@ -118,10 +119,10 @@ def accepted_changes(
     Raises:
         ValueError: a difference is not in `accept`, or `accept` has a name that is no field's.
     """
-    known = {**now, **before}
-    unknown = [name for name in accept if name not in known]
+    unknown = [name for name in accept if name not in now]
     if unknown:
-        raise ValueError(f"accept: no field is called {', '.join(unknown)}; there are {[*known]}")
+        raise ValueError(f"accept: no field is called {', '.join(unknown)}; there are {list(now)}")
+    before = ADDED | before
     changes = [
         Change(done, name, before.get(name, "not recorded"), now.get(name, "none"))
         for name in {**now, **before}
