@@ -35,6 +35,12 @@ class Arguments:
     out: Path | None = None
     """Folder of retrieval.json and retrieval.png; none: the first of the models'."""
 
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise ValueError(
+                "folders=(): must be at least one, for example runs/retrieve_tiny/two_stages"
+            )
+
 
 def main(arguments: Arguments, own: Process) -> None:
     """Ask one model after another, all of them the same; then show what they said."""

@@ -43,12 +43,14 @@ def diagnose_layers(
 ) -> list[SelectionRecord]:
     """Return the records of all lighthouse layers after `step` steps; every rank calls it.
 
-    One forward of one held-out sequence for each data-parallel rank, in `mode`, whose attention
-    cores are watched. It draws nothing and leaves weights and gradients alone.
+    One forward in `mode` of the first part of an evaluation, of its size so that CUDA graphs and
+    memory are those of evaluations, whose attention cores are watched. It draws nothing and leaves
+    weights and gradients alone.
     """
     set_mode(trainee.model, mode)
     place = trainee.placement
-    tokens, _ = heldout.batch(0, place.dp_rank, place.dp_size, place.dp_size)
+    whole, _ = heldout.batch(0, place.dp_rank, place.dp_size, run.eval_sequences)
+    tokens = whole[: max(run.global_batch // place.dp_size // run.accumulate, 1)]
     with watched(run, trainee) as reports, torch.compiler.set_stance("force_eager"):
         trainee.model(tokens.to(place.device)[:, place.positions], place.positions)
     trainee.sharded.reshard()
