@@ -93,7 +93,7 @@ def retrieve_tiny() -> Run:
         seqlen=256,
         global_batch=16,
         lighthouse_steps=0,
-        dense_steps=3000,
+        dense_steps=2500,
         eval_every=500,
         eval_sequences=16,
         checkpoint_every=500,
