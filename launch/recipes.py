@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lhcp.config import LighthouseConfig
+from lhcp.training.data import DataConfig
 from lhcp.training.model import ModelConfig
 from lhcp.training.recovery import Recovery
 from lhcp.training.run import Run
@@ -73,6 +74,33 @@ def demo() -> Run:
     )
 
 
+def retrieve_tiny() -> Run:
+    """Minutes on one CPU core: a small dense model learns the test of launch/retrieve.py."""
+    return Run(
+        name="retrieve_tiny",
+        model=ModelConfig(
+            dim=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=16,
+            hidden_dim=128,
+            dense_layers=(),
+        ),
+        lighthouse=LighthouseConfig(num_levels=2, pool_factor=4, topk=16, num_strata=4),
+        optim=OptimConfig(lr=4e-3, warmup_steps=50),
+        data=DataConfig(passkey=0.9),
+        seqlen=256,
+        global_batch=16,
+        lighthouse_steps=0,
+        dense_steps=2500,
+        eval_every=500,
+        eval_sequences=16,
+        checkpoint_every=500,
+        sample_bytes=0,
+    )
+
+
 def paper_98k() -> Run:
     """The paper's decoder at 98,304 tokens, 10k + 6k steps (2605.06554); wants --data.text."""
     return Run(
@@ -120,7 +148,7 @@ def paper_1m_cp8() -> Run:
 
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
-    for recipe in (tiny, tiny_cp4, demo, paper_98k, paper_256k_cp8, paper_1m_cp8)
+    for recipe in (tiny, tiny_cp4, demo, retrieve_tiny, paper_98k, paper_256k_cp8, paper_1m_cp8)
 }
 
 
@@ -182,6 +210,24 @@ def recover_64k() -> Recovery:
     return replace(base, run=run)
 
 
+def retrieve_32k() -> Recovery:
+    """`recover_32k` with a quarter of passkey text, for launch/retrieve.py; wants --data.text."""
+    base = recover_32k()
+    return replace(base, run=replace(base.run, name="retrieve_32k", data=DataConfig(passkey=0.25)))
+
+
+def retrieve_16k() -> Recovery:
+    """`retrieve_32k` at 16,384 tokens, four sequences a step, as many tokens in all."""
+    # k = N / 32: 1,024 coarsest entries, 64 a stratum.
+    lighthouse = LighthouseConfig(num_levels=3, pool_factor=4, topk=512, num_strata=16)
+    base = retrieve_32k()
+    run = replace(
+        base.run, name="retrieve_16k", lighthouse=lighthouse, seqlen=16_384, global_batch=4
+    )
+    return replace(base, run=run)
+
+
 RECOVERIES: dict[str, Callable[[], Recovery]] = {
-    recipe.__name__: recipe for recipe in (recover_tiny, recover_32k, recover_64k)
+    recipe.__name__: recipe
+    for recipe in (recover_tiny, recover_32k, recover_64k, retrieve_32k, retrieve_16k)
 }

@@ -16,7 +16,7 @@ from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import PACKAGE_RINGS
 from lhcp.lighthouse.select import Selection
-from lhcp.measure import OverheadReport, measure_overhead
+from lhcp.measure import OverheadReport, SelectionReport, diagnose, measure_overhead
 from lhcp.timing import Timers
 
 # Here the rooms meet: integrations are above the layer, which takes their rings by name.
@@ -31,7 +31,9 @@ __all__ = [
     "LighthouseConfig",
     "OverheadReport",
     "Selection",
+    "SelectionReport",
     "Timers",
+    "diagnose",
     "graphed",
     "lighthouse_attention",
     "measure_overhead",

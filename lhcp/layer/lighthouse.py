@@ -128,20 +128,46 @@ def select(
     Raises:
         TypeError, ValueError: shapes, dtypes or sizes that do not fit, or v missing.
     """
+    choices = Choices(layout, kernels=kernels, scale=scale)
+    given = Given(None, score_q, score_k, valid)
+    return scored_selection(q, k, v, config, as_ranks(group), choices, given).selection
+
+
+class ScoredSelection(NamedTuple):
+    """A selection, and the scores of levels 1 to L-1 that it was made by."""
+
+    geometry: Geometry
+    sq: Tensor
+    """[B, Hk, pooled_size], wide, level 1 first; so is sk."""
+    sk: Tensor
+    selection: Selection
+
+
+def scored_selection(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: LighthouseConfig,
+    ranks: Ranks,
+    choices: Choices,
+    given: Given,
+) -> ScoredSelection:
+    """Select as `select`, which has the rules; return the scores too."""
     if v is None:
         check_qk(q, k)
     else:
         check_qkv(q, k, v)
-    geom = local_geometry(config, q.shape[1], as_ranks(group), layout)
-    score_q, score_k = scored_on(Given(None, score_q, score_k, valid), q, k, config)
-    kernels = choose_kernels(kernels, q.dtype, q.device)
+    geom = local_geometry(config, q.shape[1], ranks, choices.layout)
+    score_q, score_k = scored_on(given, q, k, config)
+    kernels = choose_kernels(choices.kernels, q.dtype, q.device)
     scorer = SCORERS[config.scorer]
     if scorer.needs_values and v is None:
         raise ValueError(f"scorer={config.scorer!r} attends with the values: pass v=")
-    inputs = ScoreInputs(geom, config, kernels, Choices(scale=scale).scale_of(q))
+    inputs = ScoreInputs(geom, config, kernels, choices.scale_of(q))
     with torch.no_grad():
         sq, sk = scorer.score(QKV(score_q, score_k, k if v is None else v), inputs)
-        return Selection(*operators.select_entries(sq, sk, pack_integers(geom), kernels))
+        picked = operators.select_entries(sq, sk, pack_integers(geom), kernels)
+        return ScoredSelection(geom, sq, sk, Selection(*picked))
 
 
 def lighthouse_attention(

@@ -1,4 +1,4 @@
-"""What the rotation costs, measured against its own twins.
+"""What the rotation costs, measured against its own twins; and whether a selection is alive.
 
 Three runs take turns in every repeat, each after a barrier: the real thing (T), the same code on
 groups that send nothing (C), and the same messages without attention (M). Then rank 0 runs the
@@ -7,12 +7,17 @@ whole sub-sequence alone (T1) while the others wait. A repeat counts its slowest
 
 from lhcp.measure.measure import measure_overhead
 from lhcp.measure.report import Mark, OverheadReport, PhaseReport, StepReport, Timing
+from lhcp.measure.selection import diagnose
+from lhcp.measure.selection_report import LevelReport, SelectionReport
 
 __all__ = [
+    "LevelReport",
     "Mark",
     "OverheadReport",
     "PhaseReport",
+    "SelectionReport",
     "StepReport",
     "Timing",
+    "diagnose",
     "measure_overhead",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lhcp.training.files import Manifest, TextFile, find_files, read_manifest, standard_library
+from lhcp.training.passkey import is_passkey, training_sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,15 @@ class DataConfig:
     """Paths or globs (`**` goes into folders); none: the Python standard library's own sources."""
     heldout: float = 0.05
     """Share of the text's bytes that is never trained on, strictly between 0 and 1."""
+    passkey: float = 0.0
+    """Share of the training sequences that are passkey text (`lhcp.training.passkey`), 0 to 1. The
+    held-out text has none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout < 1:
             raise ValueError(f"heldout={self.heldout}: must lie between 0 and 1, for example 0.05")
+        if not 0 <= self.passkey <= 1:
+            raise ValueError(f"passkey={self.passkey}: must lie in 0 to 1, for example 0.25")
 
 
 @dataclass(frozen=True)
@@ -126,23 +132,40 @@ class Sequences:
     Sequence g of the run is number g % count of epoch g // count; every epoch draws its own order
     and its own start. So any step of any rank can be read without those before it.
 
+    Args:
+        corpus: The text.
+        seqlen: N, tokens of a sequence.
+        seed: Of the order.
+        part: What errors call it.
+        passkey: Share of sequences that are passkey text instead; the others stay as they are.
+
     Raises:
         ValueError: the corpus is shorter than one sequence and the byte after it.
     """
 
-    def __init__(self, corpus: Corpus, seqlen: int, seed: int, part: str = "training") -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        seqlen: int,
+        seed: int,
+        part: str = "training",
+        *,
+        passkey: float = 0.0,
+    ) -> None:
         if len(corpus) <= seqlen:
             raise ValueError(
                 f"the {part} text has {len(corpus)} bytes, seqlen={seqlen} needs at least "
                 f"{seqlen + 1}: name more text with --data.text, shorten --seqlen"
                 + (", or raise --data.heldout" if part == "held-out" else "")
             )
-        self.corpus, self.seqlen, self.seed = corpus, seqlen, seed
+        self.corpus, self.seqlen, self.seed, self.passkey = corpus, seqlen, seed, passkey
         self.count = (len(corpus) - 1) // seqlen
         self._epoch, self._start, self._order = -1, 0, np.empty(0, np.int64)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return sequence `index` of the run, uint8 [seqlen + 1]."""
+        if self.passkey and is_passkey(self.seed, index, self.passkey):
+            return training_sequence(self.seed, index, self.seqlen)
         epoch, number = divmod(index, self.count)
         if epoch != self._epoch:
             draw = np.random.default_rng((self.seed, epoch))
@@ -191,5 +214,7 @@ def open_data(config: DataConfig, seqlen: int, seed: int) -> TrainingData:
     """
     train, heldout, manifest = open_corpus(config)
     return TrainingData(
-        Sequences(train, seqlen, seed), Sequences(heldout, seqlen, seed, "held-out"), manifest
+        Sequences(train, seqlen, seed, passkey=config.passkey),
+        Sequences(heldout, seqlen, seed, "held-out"),
+        manifest,
     )

@@ -33,10 +33,14 @@ MAY_CHANGE = {
     "checkpoint_every": "what is kept",
     "keep_checkpoints": "what is kept",
     "sample_bytes": "what is logged",
+    "diagnose": "what is logged",
 }
 """Fields of `Run` that may differ when it goes on, and why."""
 
 Identity = dict[str, Any]
+
+ADDED: Identity = {"data.passkey": 0.0}
+"""What younger fields were in runs of before there were such fields."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def identity(
     return found | {
         "dtype": str(dtype).removeprefix("torch."),
         "data.heldout": run.data.heldout,
+        "data.passkey": run.data.passkey,
         "data.files": manifest.digest,
         "stages": [[stage.mode, stage.steps] for stage in completed(stages, done)],
     }
@@ -117,6 +122,7 @@ def accepted_changes(
     unknown = [name for name in accept if name not in now]
     if unknown:
         raise ValueError(f"accept: no field is called {', '.join(unknown)}; there are {list(now)}")
+    before = ADDED | before
     changes = [
         Change(done, name, before.get(name, "not recorded"), now.get(name, "none"))
         for name in {**now, **before}

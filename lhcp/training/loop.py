@@ -20,6 +20,7 @@ from lhcp.training.data import Sequences, TrainingData
 from lhcp.training.identity import Change, accepted_changes, agree, identity
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
+from lhcp.training.selection_log import SelectionRecord, diagnose_layers
 from lhcp.training.stages import Stage, stage_at, total_steps
 
 
@@ -63,6 +64,8 @@ class History:
     evals: list[EvalRecord] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     """What differs from the run as it was started, by its user's word."""
+    selections: list[SelectionRecord] = field(default_factory=list)
+    """Of a run that diagnoses its layers."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "History":
@@ -71,6 +74,7 @@ class History:
             [StepRecord(**item) for item in record["steps"]],
             [EvalRecord(**item) for item in record["evals"]],
             [Change(**item) for item in record.get("changes", [])],
+            [SelectionRecord(**item) for item in record.get("selections", [])],
         )
 
 
@@ -219,6 +223,7 @@ def train(
 
     Every rank calls it. The held-out text is evaluated every `eval_every` steps and at the end of
     each stage: densely, and after a lighthouse step in lighthouse mode too, on the same sequences.
+    A run with `diagnose` looks at its layers' selections then, and before the first step.
 
     Args:
         run: The run.
@@ -236,11 +241,14 @@ def train(
         FloatingPointError: as `train_step`.
     """
     agree(run, data.manifest)
-    found = checkpoint.latest(folder, sharing.begin)
-    done, history = resume(run, trainee, data, stages, found)
+    newest = checkpoint.latest(folder, sharing.begin)
+    done, history = resume(run, trainee, data, stages, newest)
     watcher.on_start(done, folder)
     dtype = compute_dtype(run, trainee.placement.device)
     end = total_steps(stages)
+    if run.diagnose and done == 0 and end:
+        mode = stage_at(stages, 0).mode
+        history.selections += diagnose_layers(run, trainee, data.heldout, mode, 0)
     while done < end:
         stage = stage_at(stages, done)
         set_mode(trainee.model, stage.mode)
@@ -256,6 +264,9 @@ def train(
                 loss = evaluate(run, trainee, data.heldout, mode)
                 history.evals.append(EvalRecord(done, stage.name, mode, loss))
                 watcher.on_eval(history.evals[-1])
+            if run.diagnose:
+                found = diagnose_layers(run, trainee, data.heldout, stage.mode, done)
+                history.selections += found
         if done == end or marked or done % run.checkpoint_every == 0:
             beside = {
                 "identity": identity(run, stages, data.manifest, dtype, done),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lhcp.machine import commit, cpu_name, installed
-from lhcp.training.identity import Identity
+from lhcp.training.identity import ADDED, Identity
 from lhcp.training.loop import EvalRecord, History
 from lhcp.training.run import Run
 
@@ -170,7 +170,7 @@ def merge(paths: Sequence[Path]) -> list[ArmResult]:
 
 def check_alike(one: ArmResult, other: ArmResult) -> None:
     """Raise a ValueError that names what differs, unless both are of one experiment."""
-    a, b = (r.identity | {"recipe": r.recipe} for r in (one, other))
+    a, b = (ADDED | r.identity | {"recipe": r.recipe} for r in (one, other))
     free = ("seed", "stages", "data.files")
     differs = [name for name in {**a, **b} if name not in free and a.get(name) != b.get(name)]
     if differs:

@@ -16,6 +16,7 @@ from rich.table import Table
 from lhcp.training.loop import EvalRecord, History, StepRecord
 from lhcp.training.model import flops_per_token
 from lhcp.training.run import Run
+from lhcp.training.selection_picture import draw_selections
 from lhcp.training.stages import Stage, total_steps
 
 STEPS_A_LINE = 10
@@ -272,12 +273,15 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 def write(summary: dict[str, Any], folder: Path) -> None:
     """Print the sample and the table, and write report.json and curves.png into `folder`.
 
-    The last line names the picture.
+    Of a run that diagnosed its layers selection.png too. The last line names the curves.
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / "report.json", folder / "curves.png"
     numbers.write_text(json.dumps(summary, indent=1))
     draw(summary, picture)
+    selections = summary["history"]["selections"]
+    if selections:
+        draw_selections(selections, folder / "selection.png")
     # Without a terminal rich would wrap the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 100)
     if summary["sample"]:
@@ -285,4 +289,6 @@ def write(summary: dict[str, Any], folder: Path) -> None:
         console.print(summary["sample"], markup=False, highlight=False)
     console.print(table(summary))
     # Not by rich, which would wrap a long path.
+    if selections:
+        print(f"selection by layer: {folder / 'selection.png'}")
     print(f"all numbers: {numbers}\npicture: {picture}", flush=True)

@@ -61,6 +61,9 @@ class Run:
     """Steps between held-out evaluations."""
     eval_sequences: int = 8
     """Sequences of one held-out evaluation."""
+    diagnose: bool = False
+    """Whether to log, before the first step and at each evaluation, if the selection of each
+    lighthouse layer is alive: `lhcp.diagnose` of its q and k on held-out text."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step of a run writes one too."""
     keep_checkpoints: int = 2
