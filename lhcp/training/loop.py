@@ -20,7 +20,9 @@ from lhcp.training.data import Sequences, TrainingData
 from lhcp.training.identity import Change, accepted_changes, agree, identity
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
+from lhcp.training.shared_folder import prove_shared
 from lhcp.training.stages import Stage, stage_at, total_steps
+from lhcp.training.together import together
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class Watcher(Protocol):
 
     def on_start(self, done: int, folder: Path) -> None:
         """Hear that the run begins; `done` steps were restored from `folder`."""
+
+    def on_passed_over(self, said: str) -> None:
+        """Hear that a checkpoint is damaged, and why the one before it is tried."""
 
     def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
         """Hear of a step that is done."""
@@ -181,17 +186,20 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
 
 
 def resume(
-    run: Run, trainee: Trainee, data: TrainingData, stages: Sequence[Stage], found: Path | None
+    run: Run,
+    trainee: Trainee,
+    data: TrainingData,
+    stages: Sequence[Stage],
+    found: Path,
 ) -> tuple[int, History]:
-    """Load the checkpoint `found`, if there is one; return the steps done and their history.
+    """Load the checkpoint `found`; return the steps done and their history.
 
     Raises:
         ValueError: the checkpoint belongs to another run, and `run.accept` does not say that it
             may; the message names what differs.
+        RanksFailed: it cannot be loaded.
     """
-    if found is None:
-        return 0, History()
-    done, beside = checkpoint.read_beside(found)
+    done, beside = together(lambda: checkpoint.read_beside(found))[0]
     now = identity(run, stages, data.manifest, compute_dtype(run, trainee.placement.device), done)
     changes = accepted_changes(
         beside["identity"],
@@ -236,8 +244,14 @@ def train(
         FloatingPointError: as `train_step`.
     """
     agree(run, data.manifest)
-    found = checkpoint.latest(folder, sharing.begin)
-    done, history = resume(run, trainee, data, stages, found)
+    prove_shared(folder)
+    resumed = [(0, History())]
+
+    def take(path: Path) -> None:
+        resumed.append(resume(run, trainee, data, stages, path))
+
+    checkpoint.take_newest(folder, sharing.begin, watcher.on_passed_over, take)
+    done, history = resumed[-1]
     watcher.on_start(done, folder)
     dtype = compute_dtype(run, trainee.placement.device)
     end = total_steps(stages)

@@ -49,6 +49,10 @@ class Progress:
         if done:
             self.say(f"{folder}: found a checkpoint, going on after step {done}")
 
+    def on_passed_over(self, said: str) -> None:
+        """Print which checkpoint is not taken, and why."""
+        self.say(said)
+
     def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
         """Print the step's line, if it is one that has a line."""
         # The time from line to line counts evaluations and checkpoints too.

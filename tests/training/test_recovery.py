@@ -44,6 +44,9 @@ class Teller:
     def on_start(self, done: int, folder: Path) -> None:
         pass
 
+    def on_passed_over(self, said: str) -> None:
+        self.say(said)
+
     def on_step(self, record: StepRecord, stages: Any) -> None:
         self.steps += 1
         if self.steps == self.stop_after:
