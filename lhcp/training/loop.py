@@ -17,12 +17,12 @@ from lhcp.layer.module import Mode
 from lhcp.training import checkpoint
 from lhcp.training.checkpoint import ALONE, Sharing
 from lhcp.training.data import Sequences, TrainingData
-from lhcp.training.identity import Change, accepted_changes, agree, identity
+from lhcp.training.identity import Change, Identity, accepted_changes, agree, identity
 from lhcp.training.parallel import Placement, Trainee, compute_dtype
 from lhcp.training.run import Run
 from lhcp.training.shared_folder import prove_shared
 from lhcp.training.stages import Stage, stage_at, total_steps
-from lhcp.training.together import together
+from lhcp.training.stopping import Stop, Stopped, stoppable
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,16 @@ def clip(trainee: Trainee, limit: float) -> float:
 
 
 def train_step(
-    run: Run, trainee: Trainee, data: Sequences, stages: Sequence[Stage], step: int
+    run: Run,
+    trainee: Trainee,
+    data: Sequences,
+    stages: Sequence[Stage],
+    step: int,
+    stop: Stop | None = None,
 ) -> StepRecord:
     """Do step `step` (from 0) and return its record.
+
+    `stop` is told how many ranks were asked to stop, with the sum that the loss needs anyway.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite, on all ranks alike; the weights
@@ -154,7 +161,10 @@ def train_step(
     trainee.optimizer.zero_grad()
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
-    loss, waited = sum_over_ranks((share, waited), trainee.placement.device)
+    asked = 0.0 if stop is None else stop.asked
+    loss, waited, asked = sum_over_ranks((share, waited, asked), trainee.placement.device)
+    if stop is not None:
+        stop.hear(asked)
     norm = clip(trainee, run.optim.clip)
     stage = stage_at(stages, step).name
     if not torch.tensor((loss, norm)).isfinite().all():
@@ -185,30 +195,43 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
     return loss / (run.eval_sequences * run.seqlen)
 
 
-def resume(
-    run: Run,
-    trainee: Trainee,
-    data: TrainingData,
-    stages: Sequence[Stage],
-    found: Path,
-) -> tuple[int, History]:
+@dataclass(frozen=True)
+class Training:
+    """What is trained: the run, what it changes, its text and its stages."""
+
+    run: Run
+    trainee: Trainee
+    data: TrainingData
+    stages: Sequence[Stage]
+
+    def identity(self, done: int) -> Identity:
+        """Return what a checkpoint after `done` steps must share with whoever goes on."""
+        dtype = compute_dtype(self.run, self.trainee.placement.device)
+        return identity(self.run, self.stages, self.data.manifest, dtype, done)
+
+    def beside(self, done: int, history: History) -> dict[str, Any]:
+        """Return what a checkpoint after `done` steps has beside the tensors."""
+        files = self.data.manifest.to_json()
+        return {"identity": self.identity(done), "files": files, "history": asdict(history)}
+
+
+def resume(training: Training, found: Path) -> tuple[int, History]:
     """Load the checkpoint `found`; return the steps done and their history.
 
     Raises:
-        ValueError: the checkpoint belongs to another run, and `run.accept` does not say that it
-            may; the message names what differs.
+        ValueError: the checkpoint belongs to another run, and the run's `accept` does not say
+            that it may; the message names what differs.
         RanksFailed: it cannot be loaded.
     """
-    done, beside = together(lambda: checkpoint.read_beside(found))[0]
-    now = identity(run, stages, data.manifest, compute_dtype(run, trainee.placement.device), done)
+    done, beside = checkpoint.read_beside(found)
     changes = accepted_changes(
         beside["identity"],
-        now,
-        run.accept,
+        training.identity(done),
+        training.run.accept,
         done,
-        details=data.manifest.changes(beside.get("files", [])),
+        details=training.data.manifest.changes(beside.get("files", [])),
     )
-    checkpoint.load(found, trainee.model, trainee.optimizer)
+    checkpoint.load(found, training.trainee.model, training.trainee.optimizer)
     history = History.from_json(beside["history"])
     history.changes += changes
     return done, history
@@ -241,24 +264,36 @@ def train(
     Raises:
         ValueError: the checkpoint belongs to another run, or the one to begin from is not whole;
             or ranks were started with different runs or see different files.
-        FloatingPointError: as `train_step`.
+        FloatingPointError: as `train_step`; or weights are not finite when they are to be saved.
+        NoCheckpointLeft: there are checkpoints, and all of them are damaged.
+        FolderNotShared: a rank cannot write to `folder`, or sees another one there.
+        SaveFailed: a checkpoint could not be written.
+        Stopped: SIGTERM or SIGUSR1 came to a rank; the step in progress is done and saved.
     """
+    with stoppable() as stop:
+        return train_until(stop, Training(run, trainee, data, stages), folder, watcher, sharing)
+
+
+def train_until(
+    stop: Stop, training: Training, folder: Path, watcher: Watcher, sharing: Sharing
+) -> History:
+    """Do what `train` does, until the end or until `stop` is asked for."""
+    run, trainee, data, stages = training.run, training.trainee, training.data, training.stages
     agree(run, data.manifest)
     prove_shared(folder)
     resumed = [(0, History())]
 
     def take(path: Path) -> None:
-        resumed.append(resume(run, trainee, data, stages, path))
+        resumed.append(resume(training, path))
 
     checkpoint.take_newest(folder, sharing.begin, watcher.on_passed_over, take)
     done, history = resumed[-1]
     watcher.on_start(done, folder)
-    dtype = compute_dtype(run, trainee.placement.device)
     end = total_steps(stages)
     while done < end:
         stage = stage_at(stages, done)
         set_mode(trainee.model, stage.mode)
-        record = train_step(run, trainee, data.train, stages, done)
+        record = train_step(run, trainee, data.train, stages, done, stop)
         history.steps.append(record)
         watcher.on_step(record, stages)
         done += 1
@@ -270,20 +305,19 @@ def train(
                 loss = evaluate(run, trainee, data.heldout, mode)
                 history.evals.append(EvalRecord(done, stage.name, mode, loss))
                 watcher.on_eval(history.evals[-1])
-        if done == end or marked or done % run.checkpoint_every == 0:
-            beside = {
-                "identity": identity(run, stages, data.manifest, dtype, done),
-                "files": data.manifest.to_json(),
-                "history": asdict(history),
-            }
-            checkpoint.save(
+        stops = stop.agreed is not None
+        if done == end or marked or stops or done % run.checkpoint_every == 0:
+            path = checkpoint.save(
                 folder,
                 done,
                 trainee.model,
                 trainee.optimizer,
-                beside=beside,
+                beside=training.beside(done, history),
                 keep=run.keep_checkpoints,
                 marks=sharing.marks,
             )
+            if stop.agreed is not None:
+                trainee.release()
+                raise Stopped(done, path, stop.agreed)
     trainee.release()
     return history

@@ -1,4 +1,4 @@
-"""Is a folder the same, and writable, for all ranks? Asked before a step is done that it may lose."""
+"""Is a folder the same, and writable, for all ranks? Asked before the first step."""
 
 import contextlib
 import secrets

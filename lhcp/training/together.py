@@ -79,7 +79,8 @@ def causes(error: BaseException) -> list[BaseException]:
 def is_full(error: BaseException) -> bool:
     """Tell whether an error is, or came from, a full disk."""
     return any(
-        isinstance(one, OSError) and one.errno in NO_SPACE or "No space left on device" in str(one)
+        # torch's zip writer keeps of it the text alone.
+        getattr(one, "errno", None) in NO_SPACE or "No space left on device" in str(one)
         for one in causes(error)
     )
 
