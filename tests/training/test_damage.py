@@ -1,8 +1,9 @@
 """Checkpoints that were damaged, or cannot be written: passed over, kept and said, never silent."""
 
 import errno
+import json
 import os
-import shutil
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem
 
 from lhcp.training import checkpoint, checkpoint_files
 from lhcp.training.checkpoint import NoCheckpointLeft, SaveFailed
@@ -54,7 +54,7 @@ def forget_tensor(path: Path) -> None:
     found = checkpoint.TensorReader(path).read_metadata()
     found.state_dict_metadata.pop("model.norm.weight")
     with open(path / ".metadata", "wb") as file:
-        filesystem.pickle.dump(found, file)
+        pickle.dump(found, file)
     mark_whole(path)
 
 
@@ -102,9 +102,7 @@ def flip_and_look(group: object, run: Run) -> tuple[str, list[str]]:
     if dist.get_rank() == 0:
         for index, path in enumerate(sorted(folder.glob("step-*"))[:2]):
             data = path / f"__{index}_0.distcp"
-            shutil.copy(data, data.with_suffix(".aside"))
             data.write_bytes(bytes(reversed(data.read_bytes())))
-            data.with_suffix(".aside").unlink()
     dist.barrier()
     said: list[str] = []
     found = checkpoint.latest(folder, None, said.append)
@@ -179,10 +177,7 @@ def save_apart(group: object, folder: Path) -> list[str]:
     own = folder / f"host{dist.get_rank()}"
     with pytest.raises(FolderNotShared) as proof:
         prove_shared(own, patience=0.3)
-    own.mkdir(exist_ok=True)
-    (own / "step-00000001.unfinished").mkdir()
     with (
-        patch.object(checkpoint, "wait_until_seen", checkpoint_files.wait_until_seen),
         patch.object(checkpoint_files.wait_until_seen, "__defaults__", (0.3,)),
         pytest.raises(SaveFailed) as save,
     ):
@@ -201,7 +196,7 @@ def test_storage_that_is_not_shared_is_found(run_ranks: RunRanks, tmp_path: Path
     first, second = run_ranks(2, save_apart, tmp_path)
     for proof, save, there in (first, second):
         assert "ranks [1] of 2 and rank 0 do not see one another's files" in proof
-        assert "is not seen here: --out must be on storage" in save or "is not there" in save
+        assert "which another rank wrote, is not seen here: --out must be on storage" in save
         assert "step-00000001'" not in there and "token" not in there
 
 
@@ -268,5 +263,5 @@ def test_checkpoints_of_before_digests_are_taken(small_run: Run, tmp_path: Path)
     record = Record.read(path)
     sizes = {name: size for name, (size, _) in record.files.items()}
     about = {"step": 5, "files": sizes, "beside": record.beside}
-    (path / checkpoint_files.COMPLETE).write_text(checkpoint_files.json.dumps(about))
+    (path / checkpoint_files.COMPLETE).write_text(json.dumps(about))
     assert checkpoint.latest(folder) == path
