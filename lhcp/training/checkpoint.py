@@ -14,16 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from lhcp.training.checkpoint_files import (
@@ -41,6 +33,7 @@ from lhcp.training.checkpoint_files import (
 )
 from lhcp.training.checkpoint_reader import TensorReader, UnsafeCheckpointError
 from lhcp.training.together import RanksFailed, gather, together
+from lhcp.training.training_state import not_finite, restore, tensors_of
 
 
 @dataclass(frozen=True)
@@ -75,28 +68,6 @@ class NamingWriter(filesystem.FileSystemWriter):
         done = super().write_data(*args, **kwargs)
         self.written = frozenset(one.storage_data.relative_path for one in done.wait())
         return done
-
-
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return all tensors of the training state; the optimiser's numbers come from the run."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": {name: value for name, value in state.items() if isinstance(value, Tensor)},
-        "rng": torch.get_rng_state(),
-    }
-
-
-def not_finite(state: dict[str, Any]) -> list[str]:
-    """Return the names of the tensors, as `tensors_of` names them, of which a part here is not."""
-    found = []
-    for kind in ("model", "optimizer"):
-        for name, value in state[kind].items():
-            here = value.to_local() if isinstance(value, DTensor) else value
-            if here.is_floating_point() and not here.isfinite().all():
-                found.append(name if kind == "model" else f"{kind}.{name}")
-    return found
 
 
 def require_finite(state: dict[str, Any], step: int, folder: Path) -> None:
@@ -293,14 +264,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = tensors_of(model, optimizer)
     together(lambda: state_dict_loader.load(state, storage_reader=TensorReader(path)))
 
-    def restore() -> int:
+    def put_back() -> int:
         if bad := not_finite(state):
             raise DamagedCheckpoint(f"{bad[0]} is not finite ({len(bad)} tensors)")
-        set_model_state_dict(model, state["model"])
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        whole = get_optimizer_state_dict(model, optimizer, options=options) | state["optimizer"]
-        set_optimizer_state_dict(model, optimizer, whole, options=options)
-        torch.set_rng_state(state["rng"])
+        restore(state, model, optimizer)
         return read_beside(path)[0]
 
-    return together(restore)[0]
+    return together(put_back)[0]

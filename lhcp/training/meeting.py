@@ -16,8 +16,6 @@ from time import monotonic, sleep
 import torch.distributed as dist
 
 OFFER, GO, MISSING = "lhcp/offer", "lhcp/go", "lhcp/missing"
-PAUSE = 0.05
-"""Seconds between two looks at the store."""
 FAREWELL = 2.0
 """Seconds for which rank 0, which may keep the store, lets the others read who is missing."""
 
@@ -91,7 +89,7 @@ def gather_answers(store: dist.Store, world_size: int, deadline: float, timeout:
                 store.set(MISSING, f"{word} {said}")
                 sleep(FAREWELL)
                 raise RanksMissing(said)
-            sleep(PAUSE)
+            pause(world_size)
     store.set(GO, json.dumps(list(answers.values())))
     return word
 
@@ -118,11 +116,16 @@ def answer(store: dist.Store, rank: int, world_size: int, deadline: float, timeo
                     raise RanksMissing(said)
         except dist.DistNetworkError as error:
             raise RanksMissing(f"rank {rank} of {world_size}: rank 0 is gone: {error}") from error
-        sleep(PAUSE)
+        pause(world_size)
     raise RanksMissing(
         f"rank {rank} of {world_size} joined, rank 0 missing after {timeout:g} s: see whether it "
         "was started, and what its log says; --timeout gives it longer"
     )
+
+
+def pause(world_size: int) -> None:
+    """Wait between two looks at the store, which serves all ranks: with many of them longer."""
+    sleep(max(0.05, world_size / 2000))
 
 
 def absent(missing: list[int], world_size: int, timeout: float) -> str:

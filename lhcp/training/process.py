@@ -26,7 +26,7 @@ class Process:
 
 
 TIMEOUT = 600.0
-"""Seconds that ranks wait for one another, to start and in a message."""
+"""Seconds that ranks wait for one another, to start and in a message of all of them."""
 
 
 def join(timeout: float = TIMEOUT) -> Process:
@@ -35,7 +35,8 @@ def join(timeout: float = TIMEOUT) -> Process:
     Ranks with a GPU each use NCCL, all others gloo on the CPU.
 
     Args:
-        timeout: Seconds to wait for the other ranks to join, and later for their messages.
+        timeout: Seconds to wait for the other ranks to join, and later in a message of all ranks;
+            groups of some ranks have torch's own.
 
     Raises:
         ValueError: WORLD_SIZE says that there are others, and nothing says where; or the timeout

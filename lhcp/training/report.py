@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lhcp.training.loop import EvalRecord, History, StepRecord
+from lhcp.training.history import EvalRecord, History, StepRecord
 from lhcp.training.model import flops_per_token
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage, total_steps

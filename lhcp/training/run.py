@@ -69,7 +69,7 @@ class Run:
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
     timeout: float = 600.0
-    """Seconds that ranks wait for one another: to start, and later for a message."""
+    """Seconds that ranks wait for one another: to start, and in a message of all of them."""
     accept: tuple[str, ...] = ()
     """Differences from the run that wrote the checkpoint to go on with all the same, as its refusal
     names them: optim.lr, data.files."""

@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from lhcp.training import checkpoint, checkpoint_files
 from lhcp.training.data import open_data
-from lhcp.training.loop import EvalRecord, History, StepRecord, train
+from lhcp.training.history import EvalRecord, History, StepRecord
+from lhcp.training.loop import train
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
 

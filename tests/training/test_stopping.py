@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lhcp.training.checkpoint_files import Record
-from lhcp.training.loop import StepRecord
+from lhcp.training.history import StepRecord
 from lhcp.training.run import Run
 from lhcp.training.stopping import Stopped
 from tests.training.test_checkpoint import Silent, do, numbers
