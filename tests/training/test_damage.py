@@ -240,6 +240,16 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_an_end_that_is_not_finite_is_an_error(small_run: Run, tmp_path: Path) -> None:
+    """Fails if the last step's weights, which no loss has seen yet, end a run as a success."""
+    optim = replace(small_run.optim, lr=1e300, warmup_steps=0)
+    run = replace(small_run, optim=optim, lighthouse_steps=0, dense_steps=1, out=str(tmp_path))
+    with pytest.raises(FloatingPointError, match=r"after step 1 .* is not finite.*has none before"):
+        do(run, Silent())
+    assert checkpoints_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_nan_checkpoint_of_before_is_passed_over(small_run: Run, tmp_path: Path) -> None:
     """Fails if a checkpoint with NaN weights, written before they were checked, is resumed from."""
     run = replace(small_run, out=str(tmp_path))
