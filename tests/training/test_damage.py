@@ -14,12 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lhcp.training import checkpoint, checkpoint_files
+from lhcp.training import checkpoint, checkpoint_files, loop
 from lhcp.training.checkpoint import NoCheckpointLeft, SaveFailed
 from lhcp.training.checkpoint_files import Record, checkpoints_in
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.run import Run
 from lhcp.training.shared_folder import FolderNotShared, prove_shared
+from lhcp.training.step import train_step
 from tests.training.test_checkpoint import Silent, do, mark_whole, numbers
 
 RunRanks = Callable[..., list[Any]]
@@ -242,9 +243,16 @@ def test_weights_that_are_not_finite_are_not_saved(
 @pytest.mark.usefixtures("one_rank")
 def test_an_end_that_is_not_finite_is_an_error(small_run: Run, tmp_path: Path) -> None:
     """Fails if the last step's weights, which no loss has seen yet, end a run as a success."""
-    optim = replace(small_run.optim, lr=1e300, warmup_steps=0)
-    run = replace(small_run, optim=optim, lighthouse_steps=0, dense_steps=1, out=str(tmp_path))
-    with pytest.raises(FloatingPointError, match=r"after step 1 .* is not finite.*has none before"):
+    run = replace(small_run, lighthouse_steps=0, dense_steps=1, out=str(tmp_path))
+
+    def overshoot(run: Run, trainee: Trainee, *rest: Any) -> Any:
+        record = train_step(run, trainee, *rest)
+        with torch.no_grad():
+            trainee.model.norm.weight.to_local()[0] = float("inf")
+        return record
+
+    said = r"after step 1 norm.weight is not finite.*has none before"
+    with patch.object(loop, "train_step", overshoot), pytest.raises(FloatingPointError, match=said):
         do(run, Silent())
     assert checkpoints_in(tmp_path) == []
 
