@@ -221,8 +221,8 @@ def take_newest(
         )
     if reasons:
         raise NoCheckpointLeft(
-            f"{folder} has checkpoints, and none can be taken ({said}). Put back a copy of one, or "
-            f"remove {folder} to start anew from step 0"
+            f"{folder} has checkpoints, and none can be taken ({said}). Mend what is said there, "
+            f"put back a copy of one, or remove {folder} to start anew from step 0"
         )
     return None
 
