@@ -1,7 +1,19 @@
 """Printing that no console can fail."""
 
 import sys
-from io import TextIOWrapper
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import Any
+
+
+class Console(FileIO):
+    """A file to print to whose end may go away, or fill up: what is printed then is lost."""
+
+    def write(self, data: Any) -> int:
+        """Write, or take the bytes for written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def escape_unprintable() -> None:
@@ -14,3 +26,34 @@ def escape_unprintable() -> None:
         # Something else may stand there: a notebook's stream, a test's.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def keep_printing() -> None:
+    """Let this process print for as long as it runs, any text, whoever listens.
+
+    Who reads it may leave, as `| head` does, or the disk under it fill up: that is no reason to end
+    a run. Beside that it is `escape_unprintable`.
+    """
+    escape_unprintable()
+    sys.stdout, sys.stderr = kept(sys.stdout), kept(sys.stderr)
+
+
+def kept(stream: Any) -> Any:
+    """Return a stream that prints to the same place and never fails.
+
+    Something that is no console (a notebook's stream, a test's) is returned as it is.
+    """
+    if not isinstance(stream, TextIOWrapper):
+        return stream
+    try:
+        stream.flush()
+        file = Console(stream.fileno(), "wb", closefd=False)
+    except OSError:
+        return stream
+    return TextIOWrapper(
+        BufferedWriter(file),
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

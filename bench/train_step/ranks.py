@@ -29,11 +29,12 @@ from lhcp.comm.mesh import Ranks
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.data import Sequences, open_data
-from lhcp.training.loop import StepRecord, train_step
+from lhcp.training.history import StepRecord
 from lhcp.training.model import flops_per_token, num_parameters
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage
+from lhcp.training.step import train_step
 
 Row = dict[str, Any]
 

@@ -1,53 +1,39 @@
 """Checkpoints with torch.distributed.checkpoint: atomic, checked, loaded without running code.
 
 A checkpoint is a folder `step-00000100`: what torch wrote, and `complete.json`, the list of its
-files with their sizes and whatever the caller keeps beside the tensors. It is written under
-another name and renamed when complete, so a folder of that name is whole, or was damaged later:
-then the list shows it, and the one before it is taken.
+files with sizes and digests and whatever the caller keeps beside the tensors. It is written under
+another name, looked at by every rank and renamed when complete, so a folder of that name is whole,
+or was damaged later: then the digests show it, and the one before it is taken, in words.
 """
 
-import json
-import pickle
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint import filesystem, metadata, state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
+from torch import nn
+from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.futures import Future
+
+from lhcp.training.checkpoint_files import (
+    UNFINISHED,
+    DamagedCheckpoint,
+    Files,
+    Record,
+    checkpoints_in,
+    describe,
+    prune,
+    publish,
+    sync_folder,
+    trouble_with,
+    wait_until_seen,
 )
-
-COMPLETE = "complete.json"
-UNFINISHED = ".unfinished"
-
-ALLOWED = {
-    (kind.__module__, kind.__qualname__): kind
-    for kind in (
-        metadata.Metadata,
-        metadata.TensorStorageMetadata,
-        metadata.TensorProperties,
-        metadata.ChunkStorageMetadata,
-        metadata.MetadataIndex,
-        metadata.StorageMeta,
-        metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
-        torch.Size,
-    )
-} | {
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    # Where the checkpoint was written; only its text is kept.
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
-}
+from lhcp.training.checkpoint_reader import TensorReader, UnsafeCheckpointError
+from lhcp.training.together import RanksFailed, gather, together
+from lhcp.training.training_state import not_finite, restore, tensors_of
 
 
 @dataclass(frozen=True)
@@ -64,65 +50,46 @@ ALONE = Sharing()
 """Nothing is shared."""
 
 
-class UnsafeCheckpointError(RuntimeError):
-    """A checkpoint asks for something that its tensors do not need; nothing of it was run."""
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written; those before it are as they were."""
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's checkpoint metadata, a pickle, and refuses every name but its plain records."""
+class NoCheckpointLeft(RuntimeError):
+    """There are checkpoints, and none of them can be taken."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class or dtype.
 
-        Raises:
-            UnsafeCheckpointError: the pickle names anything else.
-        """
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise UnsafeCheckpointError(
-            f"checkpoint metadata asks for {module}.{name}, which is not a record of a tensor: "
-            "the file was not written by this program; delete the checkpoint"
+class NamingWriter(filesystem.FileSystemWriter):
+    """A writer like torch's that remembers which files it wrote."""
+
+    written: frozenset[str] = frozenset()
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Write this rank's tensors."""
+        done = super().write_data(*args, **kwargs)
+        self.written = frozenset(one.storage_data.relative_path for one in done.wait())
+        return done
+
+
+def require_finite(state: dict[str, Any], step: int, folder: Path) -> None:
+    """Check that weights and optimiser are finite on all ranks; every rank calls it.
+
+    Raises:
+        FloatingPointError: they are not; the message names the first, and its rank.
+    """
+    bad = {rank: names for rank, names in enumerate(gather(not_finite(state))) if names}
+    if bad:
+        rank, names = next(iter(bad.items()))
+        raise FloatingPointError(
+            f"after step {step} {names[0]} is not finite on rank {rank} ({len(names)} tensors "
+            f"there, ranks {list(bad)}): no checkpoint is written, {newest_in(folder)}; resume "
+            "from there with a lower --optim.lr or more warm-up"
         )
 
 
-class TensorReader(filesystem.FileSystemReader):
-    """A reader like torch's, for checkpoints that hold tensors alone.
-
-    torch reads the metadata and every non-tensor with plain pickle, which runs what the file says.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """Return the metadata, unpickled with `MetadataUnpickler`.
-
-        Raises:
-            UnsafeCheckpointError: the metadata holds something else than tensors in plain files.
-        """
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            found: metadata.Metadata = MetadataUnpickler(file).load()
-        entries = found.state_dict_metadata.values()
-        if not all(type(entry) is metadata.TensorStorageMetadata for entry in entries):
-            raise UnsafeCheckpointError("checkpoint metadata lists an entry that is not a tensor")
-        for info in found.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise UnsafeCheckpointError(
-                    f"checkpoint metadata points outside its folder: {info.relative_path!r}"
-                )
-        found.storage_meta = found.storage_meta or metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return all tensors of the training state; the optimiser's numbers come from the run."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": {name: value for name, value in state.items() if isinstance(value, Tensor)},
-        "rng": torch.get_rng_state(),
-    }
+def newest_in(folder: Path) -> str:
+    """Say which checkpoint of a folder is the newest; every rank calls it."""
+    there = checkpoints_in(folder)
+    return f"{there[0]} stays the newest" if there else f"and {folder} has none before it"
 
 
 def save(
@@ -145,88 +112,162 @@ def save(
         model: Sharded or whole.
         optimizer: The optimiser of `model`.
         beside: Goes into complete.json and comes back from `read_beside`.
-        keep: How many to keep, at least 1.
+        keep: How many whole ones to keep, at least 1.
         marks: Steps of checkpoints that stay beside those.
+
+    Raises:
+        FloatingPointError: a weight or the optimiser's state is not finite, on all ranks alike.
+        SaveFailed: a rank could not write or does not see what others wrote, on all ranks alike;
+            the checkpoints before this one are as they were.
     """
     final = folder / f"step-{step:08d}"
-    unfinished = final.with_suffix(UNFINISHED)
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    writer = filesystem.FileSystemWriter(unfinished)
-    state_dict_saver.save(tensors_of(model, optimizer), storage_writer=writer)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
-        text = json.dumps({"step": step, "files": files, "beside": beside})
-        (unfinished / COMPLETE).write_text(text)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-            if int(old.name.removeprefix("step-")) not in marks:
-                shutil.rmtree(old)
-    dist.barrier()
+    state = tensors_of(model, optimizer)
+    require_finite(state, step, folder)
+    try:
+        write(state, final, step, beside)
+    except RanksFailed as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(final.with_suffix(UNFINISHED), ignore_errors=True)
+        why = "the disk is full: " if error.full else ""
+        advice = "make room" if error.full else "mend that"
+        raise SaveFailed(
+            f"{final} was not written: {why}{error}. {newest_in(folder).capitalize()}; {advice} "
+            "and start the same command again, which goes on from there"
+        ) from error
+    prune(final, keep, marks)
     return final
 
 
-def is_whole(path: Path) -> bool:
-    """Tell whether all files of the checkpoint are there with their sizes."""
-    try:
-        files = json.loads((path / COMPLETE).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def write(state: dict[str, Any], final: Path, step: int, beside: dict[str, Any]) -> None:
+    """Write a checkpoint; it has its name when every rank has seen all of it.
+
+    Raises:
+        RanksFailed: a rank could not write, or does not see a file.
+    """
+    first, unfinished = dist.get_rank() == 0, final.with_suffix(UNFINISHED)
+
+    def make_folder() -> None:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+
+    together(make_folder)
+    writer = NamingWriter(unfinished)
+    together(lambda: state_dict_saver.save(state, storage_writer=writer))
+
+    def describe_own() -> Files:
+        sync_folder(unfinished)
+        return describe(unfinished, {*writer.written, *([".metadata"] if first else [])})
+
+    files = {name: about for own in together(describe_own) for name, about in own.items()}
+
+    def look() -> None:
+        wait_until_seen(unfinished, files)
+        found = TensorReader(unfinished).read_metadata()
+        missing = {info.relative_path for info in found.storage_data.values()} - files.keys()
+        if missing:
+            raise FileNotFoundError(f"{sorted(missing)}, which the metadata names, nobody wrote")
+
+    together(look)
+    together(lambda: publish(unfinished, final, Record(step, files, beside)) if first else None)
 
 
-def latest(folder: Path, begin: Path | None = None) -> Path | None:
-    """Return the newest whole checkpoint, or None; unfinished and damaged ones are passed over.
+def latest(
+    folder: Path, begin: Path | None = None, passed: Callable[[str], None] = lambda said: None
+) -> Path | None:
+    """Return the newest whole checkpoint, or None where there is none at all.
 
-    Every rank calls it; rank 0 looks and tells the others, so that they cannot disagree.
+    Every rank calls it and gets the same.
 
     Args:
         folder: Holds the checkpoints of one run.
         begin: The checkpoint to begin from where `folder` has none.
+        passed: Is told which checkpoint is passed over, and why.
 
     Raises:
         ValueError: `folder` has none, and `begin` is given but not a whole checkpoint.
+        NoCheckpointLeft: there are checkpoints, and all of them are damaged.
     """
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        own = sorted(folder.glob("step-*[0-9]"), reverse=True)
-        there = own if begin is None else [*own, begin]
-        found = [next((path for path in there if is_whole(path)), None)]
-    dist.broadcast_object_list(found)
-    if found[0] is None and begin is not None:
+    return take_newest(folder, begin, passed, lambda path: None)
+
+
+def take_newest(
+    folder: Path,
+    begin: Path | None,
+    passed: Callable[[str], None],
+    take: Callable[[Path], None],
+) -> Path | None:
+    """Give `take` the newest whole checkpoint, and the one before it where it raises RanksFailed.
+
+    Every rank calls it. Otherwise as `latest`.
+    """
+    reasons: dict[Path, str] = {}
+    own = checkpoints_in(folder)
+    for path in own if begin is None else [*own, begin]:
+        reasons[path] = trouble_with(path)
+        if not reasons[path]:
+            try:
+                take(path)
+                return path
+            except RanksFailed as error:
+                reasons[path] = str(error)
+        passed(f"{path} is passed over: {reasons[path]}")
+    said = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+    if begin is not None:
         raise ValueError(
             f"{begin}: no whole checkpoint, from which the run in {folder} was to begin; train "
-            f"the run in {begin.parent} again, in another --out or with that folder removed"
+            f"the run in {begin.parent} again, in another --out or with that folder removed "
+            f"({said})"
         )
-    return found[0]
+    if reasons:
+        raise NoCheckpointLeft(
+            f"{folder} has checkpoints, and none can be taken ({said}). Mend what is said there, "
+            f"put back a copy of one, or remove {folder} to start anew from step 0"
+        )
+    return None
 
 
 def read_beside(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the steps done and what `save` got as `beside`."""
-    record = json.loads((path / COMPLETE).read_text())
-    return record["step"], record["beside"]
+    """Return the steps done and what `save` got as `beside`.
+
+    Raises:
+        DamagedCheckpoint: the record is not as it was written.
+    """
+    record = Record.read(path)
+    return record.step, record.beside
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put the state at `path` into `model` and `optimizer`, on any number of ranks.
+
+    Every rank calls it.
 
     Returns:
         The steps done.
 
     Raises:
         UnsafeCheckpointError: the checkpoint asks for code, or holds more than tensors.
+        RanksFailed: it cannot be read, or is not finite; on all ranks, and the state is undefined.
     """
+
     # Checked first and outside of torch's loader, which would wrap the error beyond recognition.
-    TensorReader(path).read_metadata()
+    def unsafe() -> str:
+        try:
+            TensorReader(path).read_metadata()
+        except UnsafeCheckpointError as error:
+            return str(error)
+        return ""
+
+    for said in together(unsafe):
+        if said:
+            raise UnsafeCheckpointError(said)
     state = tensors_of(model, optimizer)
-    state_dict_loader.load(state, storage_reader=TensorReader(path))
-    set_model_state_dict(model, state["model"])
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    whole = get_optimizer_state_dict(model, optimizer, options=options) | state["optimizer"]
-    set_optimizer_state_dict(model, optimizer, whole, options=options)
-    torch.set_rng_state(state["rng"])
-    return read_beside(path)[0]
+    together(lambda: state_dict_loader.load(state, storage_reader=TensorReader(path)))
+
+    def put_back() -> int:
+        if bad := not_finite(state):
+            raise DamagedCheckpoint(f"{bad[0]} is not finite ({len(bad)} tensors)")
+        restore(state, model, optimizer)
+        return read_beside(path)[0]
+
+    return together(put_back)[0]

@@ -17,6 +17,7 @@ MAY_CHANGE = {
     "name": "what it is called",
     "out": "where it is kept",
     "accept": "what may differ",
+    "timeout": "how long ranks wait",
     "cp": "the mesh",
     "layout": "the mesh",
     "rotation": "how it is computed: up to rounding the same",

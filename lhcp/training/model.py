@@ -3,6 +3,7 @@
 Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_dim, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,15 +51,20 @@ class ModelConfig:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, fits in (("rope_theta", 10000.0), ("norm_eps", 1e-5)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: must be positive and finite, for example {fits}"
+                )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim}: must be even, because RoPE turns pairs; for example 64"
             )
         if self.num_heads % self.num_kv_heads:
-            fits = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+            divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}, "
-                f"for example one of {fits}"
+                f"for example one of {divisors}"
             )
         outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
         if outside:

@@ -1,5 +1,6 @@
 """The model and its optimiser on the ranks of a run: dp x cp mesh, FSDP2 over all of it."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,28 @@ def wants_graphs(run: Run, device: torch.device) -> bool:
     return run.graphs != "off" and device.type == "cuda"
 
 
+def check_kernels(run: Run, device: torch.device) -> None:
+    """Check that the run's kernels run on the device.
+
+    Raises:
+        ValueError: Triton's are asked for on a CPU, and not for its interpreter.
+    """
+    # Triton reads the variable itself, when a kernel is made.
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    if run.kernels == "triton" and device.type == "cpu" and not interpreted:
+        raise ValueError(
+            "kernels='triton': Triton's kernels need a GPU, and this run is on cpu; take 'auto' or "
+            "'torch' (or TRITON_INTERPRET=1, which is very slow)"
+        )
+
+
 def build(run: Run, device: torch.device) -> Trainee:
-    """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser."""
+    """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser.
+
+    Raises:
+        ValueError: the kernels or CUDA graphs that the run asks for are not for this device.
+    """
+    check_kernels(run, device)
     placement = place(run, device)
     by_graph = wants_graphs(run, device)
     timers = None if by_graph or run.compile else lhcp.Timers()

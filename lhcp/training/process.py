@@ -5,12 +5,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lhcp.console import escape_unprintable
+from lhcp.console import keep_printing
+from lhcp.training.meeting import meet
+from lhcp.training.stopping import SIGNALS, Stopped
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,35 @@ class Process:
     device: torch.device
 
 
-def join() -> Process:
+TIMEOUT = 600.0
+"""Seconds that ranks wait for one another, to start and in a message of all of them."""
+
+
+def join(timeout: float = TIMEOUT) -> Process:
     """Join the ranks that torchrun started (a plain process is one rank) and pick the device.
 
     Ranks with a GPU each use NCCL, all others gloo on the CPU.
+
+    Args:
+        timeout: Seconds to wait for the other ranks to join, and later in a message of all ranks;
+            groups of some ranks have torch's own.
+
+    Raises:
+        ValueError: WORLD_SIZE says that there are others, and nothing says where; or the timeout
+            is none.
+        RanksMissing: others did not come within the timeout; the message names them.
     """
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout={timeout}: must be a positive number of seconds, as 600")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE={world_size} without {' and '.join(missing)}: several ranks need the "
+            "place where rank 0 meets them; start them with torchrun, or unset WORLD_SIZE for a "
+            "run of one"
+        )
     if (
         torch.cuda.is_available()
         and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
@@ -37,22 +62,27 @@ def join() -> Process:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    else:
-        # Public in torch, but its type hints do not say so.
-        names: Any = dist
-        dist.init_process_group(backend, store=names.HashStore(), rank=rank, world_size=world_size)
+    # Public in torch, but its type hints do not say so.
+    names: Any = dist
+    store = names.HashStore() if missing else meet(rank, world_size, timeout)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
     return Process(rank, world_size, device)
 
 
 def leave(code: int) -> None:
     """End this process with exit status `code`; does not return.
 
-    On success all ranks wait for one another first; after an error this rank goes at once, and
-    the launcher ends the others.
+    On success all ranks wait for one another first, as when they were stopped together; after an
+    error this rank goes at once, and the launcher ends the others.
     """
-    if code == 0:
+    if code in (0, *(128 + number for number in SIGNALS)):
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -63,12 +93,24 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def run_to_exit(main: Callable[[Process], None]) -> None:
-    """Join, call `main`, leave; an error prints its rank and ends with status 1."""
-    escape_unprintable()
+def run_to_exit(main: Callable[[Process], None], timeout: float = TIMEOUT) -> None:
+    """Join, call `main`, leave.
+
+    Exit status: 0; 1 after an error, which is printed with its rank; 143 or 138 after SIGTERM or
+    SIGUSR1, when the run has saved; 130 after Ctrl-C, at once.
+    """
+    keep_printing()
     rank = os.environ.get("RANK", "0")
     try:
-        main(join())
+        main(join(timeout))
+    except Stopped as stop:
+        if rank == "0":
+            print(f"\n{stop}", file=sys.stderr)
+        leave(stop.code)
+    except KeyboardInterrupt:
+        if rank == "0":
+            print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
+        leave(130)
     except BaseException as error:
         traceback.print_exc()
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)

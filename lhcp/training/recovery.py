@@ -13,8 +13,9 @@ from lhcp.training import recovery_results
 from lhcp.training.checkpoint import Sharing
 from lhcp.training.data import TrainingData, open_data
 from lhcp.training.files import Manifest
+from lhcp.training.history import History, Watcher
 from lhcp.training.identity import Identity, accepted_changes, identity
-from lhcp.training.loop import History, Watcher, train
+from lhcp.training.loop import train
 from lhcp.training.parallel import build, compute_dtype
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult

@@ -8,7 +8,7 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from lhcp.layer.module import Mode
-from lhcp.training.loop import History
+from lhcp.training.history import History
 from lhcp.training.recovery import DENSE, LIGHTHOUSE
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.report import Switch, find_switch

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from lhcp.machine import commit, cpu_name, installed
+from lhcp.training.history import EvalRecord, History
 from lhcp.training.identity import ADDED, Identity
-from lhcp.training.loop import EvalRecord, History
 from lhcp.training.run import Run
 
 COLUMNS = ("loss", "grad_norm", "seconds")

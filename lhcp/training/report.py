@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lhcp.training.loop import EvalRecord, History, StepRecord
+from lhcp.training.history import EvalRecord, History, StepRecord
 from lhcp.training.model import flops_per_token
 from lhcp.training.run import Run
 from lhcp.training.selection_picture import draw_selections
@@ -49,6 +49,10 @@ class Progress:
         self._recent, self._stage = [], ""
         if done:
             self.say(f"{folder}: found a checkpoint, going on after step {done}")
+
+    def on_passed_over(self, said: str) -> None:
+        """Print which checkpoint is not taken, and why."""
+        self.say(said)
 
     def on_step(self, record: StepRecord, stages: Sequence[Stage]) -> None:
         """Print the step's line, if it is one that has a line."""

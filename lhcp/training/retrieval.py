@@ -15,6 +15,7 @@ from lhcp.config import LighthouseConfig
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training import checkpoint
+from lhcp.training.checkpoint_files import COMPLETE, DamagedCheckpoint, trouble_with
 from lhcp.training.model import ModelConfig
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.passkey import DIGITS, asked_at, check_length
@@ -100,15 +101,20 @@ class Found:
 def find_checkpoint(place: Path) -> Path:
     """Return the checkpoint that a path names: itself, or the newest whole one of a run's folder.
 
+    Every rank calls it.
+
     Raises:
         FileNotFoundError: there is none; the message names the folders inside that have some.
+        DamagedCheckpoint: the one that is named is damaged.
+        NoCheckpointLeft: all of the folder's are.
     """
-    if checkpoint.is_whole(place):
+    if (place / COMPLETE).exists():
+        if trouble := trouble_with(place):
+            raise DamagedCheckpoint(f"{place}: {trouble}")
         return place
-    for path in sorted(place.glob("step-*[0-9]"), reverse=True):
-        if checkpoint.is_whole(path):
-            return path
-    inside = sorted({str(p.parent.parent) for p in place.glob(f"**/{checkpoint.COMPLETE}")})
+    if (path := checkpoint.latest(place)) is not None:
+        return path
+    inside = sorted({str(p.parent.parent) for p in place.glob(f"**/{COMPLETE}")})
     hint = f"; name one of {', '.join(inside)}" if inside else "; is it a folder of --out?"
     raise FileNotFoundError(f"{place}: no whole checkpoint (step-00000100){hint}")
 

@@ -71,6 +71,8 @@ class Run:
     """Length of the generated sample at the end; 0 for none."""
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
+    timeout: float = 600.0
+    """Seconds that ranks wait for one another: to start, and in a message of all of them."""
     accept: tuple[str, ...] = ()
     """Differences from the run that wrote the checkpoint to go on with all the same, as its refusal
     names them: optim.lr, data.files."""
@@ -98,8 +100,10 @@ class Run:
         """Check that the run fits on `world_size` ranks.
 
         Raises:
-            ValueError: a size does not divide, or the sequence does not fit the lighthouse config.
+            ValueError: a field is out of its range, a size does not divide, or the sequence does
+                not fit the lighthouse config.
         """
+        self.check_fields()
         if self.cp < 1 or world_size % self.cp:
             fits = [d for d in range(1, world_size + 1) if world_size % d == 0]
             raise ValueError(
@@ -124,3 +128,29 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self.lighthouse.check_seqlen(self.seqlen)
         self.lighthouse.check_chunks(make_layout(self.layout, self.cp).num_chunks)
+
+    def check_fields(self) -> None:
+        """Check what can be said of a field alone.
+
+        Raises:
+            ValueError: a field is out of its range.
+        """
+        if not self.folder.name or not (self.out or self.name).strip():
+            raise ValueError(
+                f"out={self.out!r}, name={self.name!r}: the folder of checkpoints and report must "
+                "have a name; give --out runs/first"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed}: must lie in 0 to 2**63 - 1, for example 0")
+        for name in ("seqlen", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.sample_bytes < 0:
+            raise ValueError(f"sample_bytes={self.sample_bytes}: must not be negative; 0 is none")
+        if self.model.vocab_size < 256:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size}: the text is read as bytes, which need "
+                "at least 256"
+            )
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout={self.timeout}: must be a positive number of seconds")

@@ -72,8 +72,8 @@ class OptimConfig:
     """Largest norm of the whole gradient; longer ones are shortened to it."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: must be positive, for example 1e-3")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: must be positive and finite, for example 1e-3")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps}: must not be negative")
         if not 0 <= self.final_fraction <= 1:
@@ -86,10 +86,14 @@ class OptimConfig:
                         f"{name}={getattr(self, name)}: sgd is plain, without decay and momentum; "
                         "leave it out, or take kind='adamw'"
                     )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: must lie in 0 to below 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: must not be negative")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas={self.betas}: must be two numbers in 0 to below 1, for example 0.9 0.95"
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay={self.weight_decay}: must be finite and not negative, as 0.1"
+            )
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}: must be positive; inf clips nothing")
 

@@ -1,6 +1,5 @@
 """Checkpoints: bit-for-bit resume, torn ones passed over, no code run from a file."""
 
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -12,9 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lhcp.training import checkpoint
+from lhcp.training import checkpoint, checkpoint_files
 from lhcp.training.data import open_data
-from lhcp.training.loop import EvalRecord, History, StepRecord, train
+from lhcp.training.history import EvalRecord, History, StepRecord
+from lhcp.training.loop import train
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
 
@@ -28,8 +28,13 @@ class Silent:
         self.stop_after = stop_after
         self.started_at = -1
 
+        self.passed: list[str] = []
+
     def on_start(self, done: int, folder: Path) -> None:
         self.started_at = done
+
+    def on_passed_over(self, said: str) -> None:
+        self.passed.append(said)
 
     def on_step(self, record: StepRecord, stages: Any) -> None:
         if record.step == self.stop_after:
@@ -131,15 +136,15 @@ def drop_data(path: Path) -> None:
 
 
 def drop_marker(path: Path) -> None:
-    (path / checkpoint.COMPLETE).unlink()
+    (path / checkpoint_files.COMPLETE).unlink()
 
 
 def cut_marker(path: Path) -> None:
-    os.truncate(path / checkpoint.COMPLETE, 9)
+    os.truncate(path / checkpoint_files.COMPLETE, 9)
 
 
 def leave_unfinished(path: Path) -> None:
-    path.rename(path.with_suffix(checkpoint.UNFINISHED))
+    path.rename(path.with_suffix(checkpoint_files.UNFINISHED))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,12 @@ def test_torn_checkpoints_are_passed_over(saved: Path, damage: Callable[[Path], 
     assert checkpoint.latest(saved) == saved / "step-00000004"
     damage(saved / "step-00000004")
     damage(saved / "step-00000002")
-    assert checkpoint.latest(saved) is None
+    if damage is leave_unfinished:
+        assert checkpoint.latest(saved) is None
+        return
+    said = r"none can be taken.*step-00000005: .*step-00000004: .*remove .* to start anew"
+    with pytest.raises(checkpoint.NoCheckpointLeft, match=said):
+        checkpoint.latest(saved)
 
 
 def test_only_the_last_are_kept(one_rank: None, small_run: Run, tmp_path: Path) -> None:
@@ -189,11 +199,10 @@ class Attack:
 
 def mark_whole(path: Path) -> None:
     """Make the list of files fit what is there."""
-    record = json.loads((path / checkpoint.COMPLETE).read_text())
-    record["files"] = {
-        p.name: p.stat().st_size for p in path.iterdir() if p.name != checkpoint.COMPLETE
-    }
-    (path / checkpoint.COMPLETE).write_text(json.dumps(record))
+    record = checkpoint_files.Record.read(path)
+    names = {p.name for p in path.iterdir()} - {checkpoint_files.COMPLETE}
+    record = replace(record, files=checkpoint_files.describe(path, names))
+    (path / checkpoint_files.COMPLETE).write_text(record.to_text())
 
 
 def test_metadata_that_runs_code_is_refused(saved: Path, small_run: Run, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig, open_data
 from lhcp.training.files import read_manifest
+from lhcp.training.history import History
 from lhcp.training.identity import MAY_CHANGE, Identity, accepted_changes, identity
-from lhcp.training.loop import History
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 from tests.training.test_checkpoint import Silent, do

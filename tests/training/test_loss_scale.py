@@ -10,10 +10,10 @@ import torch
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.data import open_data
-from lhcp.training.loop import evaluate, train_step
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig, Stage
+from lhcp.training.step import evaluate, train_step
 
 
 def steps_of(run: Run, mode: Mode, num_steps: int) -> dict[str, list[float]]:

@@ -18,7 +18,8 @@ import torch
 from launch.recipes import RECOVERIES
 from lhcp.training import checkpoint, recovery_page, recovery_results
 from lhcp.training.data import DataConfig, open_data
-from lhcp.training.loop import EvalRecord, History, StepRecord, train
+from lhcp.training.history import EvalRecord, History, StepRecord
+from lhcp.training.loop import train
 from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory, build, whole_model
 from lhcp.training.process import Process
@@ -43,6 +44,9 @@ class Teller:
 
     def on_start(self, done: int, folder: Path) -> None:
         pass
+
+    def on_passed_over(self, said: str) -> None:
+        self.say(said)
 
     def on_step(self, record: StepRecord, stages: Any) -> None:
         self.steps += 1

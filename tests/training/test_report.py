@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lhcp.training.history import EvalRecord, History, StepRecord
 from lhcp.training.identity import Change
-from lhcp.training.loop import EvalRecord, History, StepRecord
 from lhcp.training.report import Progress, find_switch, speeds, summarize, table, write
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage

@@ -11,7 +11,8 @@ import torch
 import lhcp
 from lhcp.training import checkpoint, report
 from lhcp.training.data import DataConfig, open_data
-from lhcp.training.loop import History, train
+from lhcp.training.history import History
+from lhcp.training.loop import train
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
 from lhcp.training.selection_log import SelectionRecord, diagnose_layers
