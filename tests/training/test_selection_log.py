@@ -28,6 +28,9 @@ class Quiet:
     def on_step(self, record: object, stages: object) -> None:
         pass
 
+    def on_passed_over(self, said: str) -> None:
+        pass
+
     def on_eval(self, record: object) -> None:
         pass
 
