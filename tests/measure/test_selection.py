@@ -51,8 +51,8 @@ def oracle(sq: Tensor, sk: Tensor, config: LighthouseConfig) -> list[dict[str, A
                 candidates = list(range(s * top, (s + 1) * top))
                 for level in levels:
                     q, k = (x[b, h].unflatten(0, (-1, p**level)).amax(1).tolist() for x in (sq, sk))
-                    taken = set(reference.take(candidates, q, k, config.picks, s == 0))
                     forced = {0} if s == 0 else set()
+                    taken = set(reference.take(candidates, q, k, config.picks, sorted(forced)))
                     rest = sorted(set(candidates) - forced, key=lambda i: (-q[i], i))
                     by_query = set(rest[: half - len(forced)])
                     query_left = [q[i] for i in candidates if i not in by_query | forced]
