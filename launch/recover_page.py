@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from lhcp.console import escape_unprintable
 from lhcp.training import recovery_page, recovery_results
 
 
@@ -32,6 +33,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    escape_unprintable()
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except (ValueError, OSError) as error:
