@@ -58,13 +58,23 @@ def agreed(
     known = _ASKED.setdefault(ranks.flat, _Asked()).known
     if key in known:
         return prepare()
+    prepared = compared(ranks, prepare, fields)
+    known.add(key)
+    return prepared
+
+
+def compared(ranks: Ranks, prepare: Callable[[], T], fields: Callable[[T | None], Fields]) -> T:
+    """Do what `agreed` does at a call that is new, at every call.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `agreed`.
+    """
     try:
         prepared = prepare()
     except REFUSALS as problem:
         compare(ranks, fields(None), problem)
         raise
     compare(ranks, fields(prepared))
-    known.add(key)
     return prepared
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lhcp.comm import sharding
-from lhcp.comm.agreement import compare
+from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.context import loss as losses
-from lhcp.context.batch import describe, prepare
+from lhcp.context.batch import WholeBatch, describe, prepare
 from lhcp.context.sdpa import check_sdpa, in_torchs_dtype
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import ring_attention
@@ -223,8 +223,8 @@ class ContextParallel:
         if isinstance(batch, Tensor):
             whole = batch if pad_to is None else sharding.pad_to_length(batch, pad_to, dim)
             return sharding.shard(whole, self.ranks, dim, self.layout)
-        problem: Exception | None = None
-        try:
+
+        def make() -> WholeBatch:
             if not isinstance(batch, Mapping):
                 raise TypeError(
                     f"batch is a {type(batch).__name__}: must be a tensor or a mapping of tensors"
@@ -233,12 +233,12 @@ class ContextParallel:
                 raise ValueError(f"dim={dim}: the tokens of a batch are along axis 1")
             ready = prepare(batch, ignore_index=self.ignore_index, pad_to=pad_to)
             self.cut.check_seqlen(ready.seqlen)
-        except (TypeError, ValueError) as error:
-            problem = error
-        if not self._agreed:
-            compare(self.ranks, {} if problem else describe(ready.tokens), problem)
-        if problem is not None:
-            raise problem
+            return ready
+
+        if self._agreed:
+            ready = make()
+        else:
+            ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r.tokens))
         self._agreed = True
         index = self.positions(ready.seqlen)
         parts = {key: x.index_select(1, index.to(x.device)) for key, x in ready.tokens.items()}

@@ -11,7 +11,6 @@ from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.call import Call
 from lhcp.layer.dense import dense_attention
 from lhcp.layer.lighthouse import Given, sparse_attention
 from lhcp.layer.plan import Choices, by_name
@@ -138,14 +137,12 @@ class LighthouseAttention(nn.Module):
             return self.attend(q, k, v, Given(selection, *again))
 
         tensors = [*qkv, *picked, *others]
-        call = Call(
-            self._mode, qkv, self.choices, (("config", self.config), ("given", tuple(names)))
-        )
         kind = qkv.q.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
-        return graphs.call(attend, tensors, self._token, Kind(self._mode, (call.key, autocast)))
+        asked = (self.config, self.choices, tuple(names), autocast)
+        return graphs.call(attend, tensors, self._token, Kind(self._mode, asked))
 
     def extra_repr(self) -> str:
         """Return what the layer was made with, for printing a model."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lhcp.comm.agreement import REFUSALS, compare
+from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
@@ -71,9 +71,8 @@ def measure_overhead(
         TypeError, ValueError, ImportError: as `lhcp.lighthouse_attention`, on every rank.
     """
     ranks = as_ranks(group, two_axes=by_name(rotation))
-    job: Job | None = None
-    problem: Exception | None = None
-    try:
+
+    def make() -> Job:
         heads = (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
         where = _device(ranks, device)
         entries = seqlen if config is None else config.subsequence_length(seqlen)
@@ -93,7 +92,7 @@ def measure_overhead(
             )
         if config is not None:
             local_geometry(config, seqlen // ranks.world_size, ranks, layout)
-        job = Job(
+        return Job(
             config=config,
             tokens=seqlen,
             entries=entries,
@@ -105,8 +104,7 @@ def measure_overhead(
             plan=plan,
             kernels=kernels,
         )
-    except REFUSALS as error:
-        problem = error
+
     named = rotation if isinstance(rotation, str) else rotation.name
     asked = {
         "call": "measure_overhead",
@@ -118,10 +116,8 @@ def measure_overhead(
         "choices": (layout, named, backend, kernels),
         "effort": (repeats, warmup, calls),
     }
-    compare(ranks, {name: str(value) for name, value in asked.items()}, problem)
-    if problem is not None:
-        raise problem
-    assert job is not None
+    fields = {name: str(value) for name, value in asked.items()}
+    job = compared(ranks, make, lambda _: fields)
     spans = Recorder(job.device)
     buffers = RandomReceiveBuffers()
     with silent(ranks, buffers) as quiet:

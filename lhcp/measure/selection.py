@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.comm.agreement import REFUSALS, compare
+from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
@@ -62,14 +62,10 @@ def diagnose(
         "layout": str(layout),
         "scores given": str(given.asked),
     }
-
-    try:
-        scored = scored_selection(q, k, v, config, ranks, choices, given)
-    except REFUSALS as problem:
-        compare(ranks, asked, problem)
-        raise
     # At every call and not at new ones alone, since nobody diagnoses in a hurry.
-    compare(ranks, asked)
+    scored = compared(
+        ranks, lambda: scored_selection(q, k, v, config, ranks, choices, given), lambda _: asked
+    )
     counts = count(scored, make_layout(layout, ranks.world_size), ranks.rank)
     if ranks.flat is not None and ranks.world_size > 1:
         total = counts.packed()

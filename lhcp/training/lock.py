@@ -53,7 +53,7 @@ def take(lock: FileLock, folder: Path) -> tuple[bool, str]:
             f"{folder} is in use by another run ({holder(folder)}): wait for it or end it, or "
             "give this run another folder with --out"
         )
-    except NotImplementedError:
+    except NotImplementedError:  # of filelock, where the file system has none; its user is told
         return True, f"{folder}: its file system has no locks; see that one run at a time uses it"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
     (folder / HOLDER).write_text(json.dumps(about))

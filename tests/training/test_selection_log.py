@@ -17,22 +17,9 @@ from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
 from lhcp.training.selection_log import SelectionRecord, diagnose_layers
 from lhcp.training.selection_picture import draw_selections
+from tests.training.test_checkpoint import Silent
 
 RunRanks = Callable[..., list[Any]]
-
-
-class Quiet:
-    def on_start(self, done: int, folder: Path) -> None:
-        pass
-
-    def on_step(self, record: object, stages: object) -> None:
-        pass
-
-    def on_passed_over(self, said: str) -> None:
-        pass
-
-    def on_eval(self, record: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -48,7 +35,7 @@ def do(group: object, run: Run, name: str) -> tuple[History, dict[str, torch.Ten
     """Train, and return the history and rank 0's weights."""
     trainee = build(run, torch.device("cpu"))
     data = open_data(run.data, run.seqlen, run.seed)
-    history = train(run, trainee, data, run.stages, Path(f"{run.out}_{name}"), Quiet())
+    history = train(run, trainee, data, run.stages, Path(f"{run.out}_{name}"), Silent())
     whole = whole_model(run, trainee)
     return history, {} if whole is None else whole.state_dict()
 
