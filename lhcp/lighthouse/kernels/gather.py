@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels.primitives import (
@@ -48,6 +49,7 @@ def copy_rows(
     tl.store(p_place, b_row, mask=row_mask(m_place, D, DP))
 
 
+@kernel
 @triton.jit
 def gather_kernel(
     q,
@@ -136,19 +138,22 @@ def gather(tokens: QKV, means: QKV, entries: Tensor, geom: Geometry) -> QKV:
     out = QKV(*(empty_like_rows(x, geom.subsequence) for x in tokens))
     rows, padded = row_tile(head_dim, GATHER_TILE)
     slots = num_heads + 2 * num_kv_heads
-    gather_kernel[(slots * triton.cdiv(geom.subsequence, rows), batch)](
-        *inputs,
-        entries.contiguous(),
-        *out,
-        geom.num_tokens,
-        geom.subsequence,
-        *(stride for x in inputs for stride in x.stride()[:3]),
+    gather_kernel.launch(
+        (slots * triton.cdiv(geom.subsequence, rows), batch),
+        (
+            *inputs,
+            entries.contiguous(),
+            *out,
+            geom.num_tokens,
+            geom.subsequence,
+            *(stride for x in inputs for stride in x.stride()[:3]),
+        ),
+        num_warps=GATHER_WARPS,
         HK=num_kv_heads,
         G=num_heads // num_kv_heads,
         R=rows,
         D=head_dim,
         DP=padded,
-        num_warps=GATHER_WARPS,
     )
     return out
 
@@ -190,6 +195,7 @@ def gather_backward_rows(
     )  # fmt: skip
 
 
+@kernel
 @triton.jit
 def gather_backward_kernel(
     dqs,
@@ -259,15 +265,19 @@ def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
     windows = geom.level_size(geom.num_levels - 1)
     q_tiles = triton.cdiv(windows * num_heads, rows)
     kv_tiles = triton.cdiv(windows * num_kv_heads, rows)
-    gather_backward_kernel[(q_tiles + 2 * kv_tiles, batch)](
-        *inputs,
-        row_of_entry.contiguous(),
-        *out,
-        geom.num_tokens,
-        geom.subsequence,
-        q_tiles,
-        kv_tiles,
-        *(stride for x in inputs for stride in x.stride()[:3]),
+    gather_backward_kernel.launch(
+        (q_tiles + 2 * kv_tiles, batch),
+        (
+            *inputs,
+            row_of_entry.contiguous(),
+            *out,
+            geom.num_tokens,
+            geom.subsequence,
+            q_tiles,
+            kv_tiles,
+            *(stride for x in inputs for stride in x.stride()[:3]),
+        ),
+        num_warps=SPREAD_WARPS,
         HK=num_kv_heads,
         G=num_heads // num_kv_heads,
         R=rows,
@@ -275,6 +285,5 @@ def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=SPREAD_WARPS,
     )
     return out

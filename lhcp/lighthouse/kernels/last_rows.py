@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import level_offset, rows_contiguous
 
 
+@kernel
 @triton.jit
 def last_rows_kernel(
     o,
@@ -59,20 +61,23 @@ def last_rows(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     o = rows_contiguous(o)
     shape = (batch, geom.num_chunks, geom.num_levels - 1, num_heads, head_dim)
     rows = torch.empty(shape, dtype=o.dtype, device=o.device)
-    last_rows_kernel[(geom.num_chunks * num_heads, batch)](
-        o,
-        row_of_entry.contiguous(),
-        rows,
-        geom.num_tokens,
-        geom.chunk_size,
-        geom.num_chunks,
-        *o.stride()[:3],
+    last_rows_kernel.launch(
+        (geom.num_chunks * num_heads, batch),
+        (
+            o,
+            row_of_entry.contiguous(),
+            rows,
+            geom.num_tokens,
+            geom.chunk_size,
+            geom.num_chunks,
+            *o.stride()[:3],
+        ),
+        num_warps=1,
         H=num_heads,
         HK=row_of_entry.shape[1],
         L=geom.num_levels,
         P=geom.pool_factor,
         D=head_dim,
         DP=triton.next_power_of_2(head_dim),
-        num_warps=1,
     )
     return rows

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV, Pooled
 from lhcp.lighthouse.kernels.primitives import empty_like_rows, level_offset, row_mask, row_tile
@@ -152,6 +153,7 @@ def pool_heads(
 STRIDES = [f"{x}_stride_{axis}" for x in "qkv" for axis in "bth"]
 
 
+@kernel
 @triton.jit(do_not_specialize=STRIDES)
 def pool_kernel(
     q,
@@ -234,15 +236,19 @@ def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None
     strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
     blocks = q_blocks + (2 if with_means else 1) * kv_blocks
     grid = (geom.level_size(geom.num_levels - 1), blocks, batch)
-    pool_kernel[grid](
-        q,
-        k,
-        v,
-        *into.means,
-        into.sq,
-        into.sk,
-        geom.num_tokens,
-        *strides,
+    pool_kernel.launch(
+        grid,
+        (
+            q,
+            k,
+            v,
+            *into.means,
+            into.sq,
+            into.sk,
+            geom.num_tokens,
+            *strides,
+        ),
+        num_warps=NUM_WARPS,
         HK=num_kv_heads,
         G=groups,
         GP=padded_groups,
@@ -255,7 +261,6 @@ def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None
         UNIT=unit,
         MEAN=with_means,
         SCORE=into.sq.numel() > 0,
-        num_warps=NUM_WARPS,
     )
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     chunk_window,
@@ -20,6 +21,7 @@ from lhcp.lighthouse.kernels.primitives import (
 TILE, NUM_WARPS = 256, 1
 
 
+@kernel
 @triton.jit
 def scatter_kernel(
     o,
@@ -74,14 +76,18 @@ def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     out = empty_like_rows(o, geom.num_tokens)
     rows, padded = row_tile(head_dim, TILE)
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
-    scatter_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
-        o,
-        row_of_entry.contiguous(),
-        out,
-        geom.num_tokens,
-        geom.chunk_size,
-        geom.num_chunks,
-        *o.stride()[:3],
+    scatter_kernel.launch(
+        (triton.cdiv(windows * num_heads, rows), batch),
+        (
+            o,
+            row_of_entry.contiguous(),
+            out,
+            geom.num_tokens,
+            geom.chunk_size,
+            geom.num_chunks,
+            *o.stride()[:3],
+        ),
+        num_warps=NUM_WARPS,
         H=num_heads,
         HK=row_of_entry.shape[1],
         R=rows,
@@ -89,11 +95,11 @@ def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=NUM_WARPS,
     )
     return out
 
 
+@kernel
 @triton.jit
 def scatter_edges_kernel(
     out,
@@ -166,17 +172,21 @@ def scatter_edges(
     rows, padded = row_tile(head_dim, TILE)
     edge = min(geom.window(geom.num_levels - 1) - 1, geom.chunk_size)
     grid = (triton.cdiv(geom.num_chunks * edge * num_heads, rows), batch)
-    scatter_edges_kernel[grid](
-        out,
-        o,
-        row_of_entry.contiguous(),
-        halo,
-        geom.num_tokens,
-        geom.chunk_size,
-        geom.num_chunks,
-        *out.stride()[:3],
-        *o.stride()[:3],
-        *halo.stride()[:4],
+    scatter_edges_kernel.launch(
+        grid,
+        (
+            out,
+            o,
+            row_of_entry.contiguous(),
+            halo,
+            geom.num_tokens,
+            geom.chunk_size,
+            geom.num_chunks,
+            *out.stride()[:3],
+            *o.stride()[:3],
+            *halo.stride()[:4],
+        ),
+        num_warps=NUM_WARPS,
         H=num_heads,
         HK=row_of_entry.shape[1],
         R=rows,
@@ -184,5 +194,4 @@ def scatter_edges(
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=NUM_WARPS,
     )

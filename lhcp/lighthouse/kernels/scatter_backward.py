@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     any_child,
@@ -81,6 +82,7 @@ def window_sum(
     return b_sum
 
 
+@kernel
 @triton.jit
 def scatter_backward_kernel(
     dout,
@@ -132,15 +134,19 @@ def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tens
     do = empty_like_rows(dout, geom.subsequence)
     rows, padded = row_tile(head_dim, TILE)
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
-    scatter_backward_kernel[(triton.cdiv(windows * num_heads, rows), batch)](
-        dout,
-        row_of_entry.contiguous(),
-        do,
-        geom.num_tokens,
-        geom.subsequence,
-        geom.chunk_size,
-        geom.num_chunks,
-        *dout.stride()[:3],
+    scatter_backward_kernel.launch(
+        (triton.cdiv(windows * num_heads, rows), batch),
+        (
+            dout,
+            row_of_entry.contiguous(),
+            do,
+            geom.num_tokens,
+            geom.subsequence,
+            geom.chunk_size,
+            geom.num_chunks,
+            *dout.stride()[:3],
+        ),
+        num_warps=NUM_WARPS,
         H=num_heads,
         HK=row_of_entry.shape[1],
         R=rows,
@@ -148,11 +154,11 @@ def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tens
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=NUM_WARPS,
     )
     return do
 
 
+@kernel
 @triton.jit
 def edge_grads_kernel(
     dout,
@@ -204,19 +210,22 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
     shape = (batch, geom.num_chunks, geom.num_levels - 1, num_heads, head_dim)
     dhalo = torch.empty(shape, dtype=torch.float32, device=dout.device)
     rows, padded = row_tile(head_dim, TILE)
-    edge_grads_kernel[(triton.cdiv(geom.num_chunks * num_heads, rows), batch)](
-        dout,
-        dhalo,
-        geom.num_tokens,
-        geom.chunk_size,
-        geom.num_chunks,
-        *dout.stride()[:3],
+    edge_grads_kernel.launch(
+        (triton.cdiv(geom.num_chunks * num_heads, rows), batch),
+        (
+            dout,
+            dhalo,
+            geom.num_tokens,
+            geom.chunk_size,
+            geom.num_chunks,
+            *dout.stride()[:3],
+        ),
+        num_warps=NUM_WARPS,
         H=num_heads,
         R=rows,
         L=geom.num_levels,
         P=geom.pool_factor,
         D=head_dim,
         DP=padded,
-        num_warps=NUM_WARPS,
     )
     return dhalo

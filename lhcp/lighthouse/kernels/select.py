@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import level_offset
 
@@ -136,6 +137,7 @@ def take_level(
     tl.debug_barrier()
 
 
+@kernel
 @triton.jit
 def cascade_kernel(
     sq,
@@ -245,6 +247,7 @@ def place_tile(
     tl.store(p_entries + b_place, offset + i_entry, mask=m_in)
 
 
+@kernel
 @triton.jit
 def place_kernel(
     ranks,
@@ -304,17 +307,21 @@ def select(
     entries, row_of_entry = empty(geom.subsequence), empty(geom.pyramid_size)
     block_coarsest = min(max_block, triton.next_power_of_2(coarsest))
     block = min(max_block, triton.next_power_of_2(finer))
-    cascade_kernel[(geom.num_strata * batch * num_kv_heads,)](
-        sq,
-        sk,
-        ranks,
-        scratch,
-        geom.num_tokens,
-        geom.num_strata,
-        picks,
-        coarsest,
-        ranks_stride,
-        scratch_stride,
+    cascade_kernel.launch(
+        (geom.num_strata * batch * num_kv_heads,),
+        (
+            sq,
+            sk,
+            ranks,
+            scratch,
+            geom.num_tokens,
+            geom.num_strata,
+            picks,
+            coarsest,
+            ranks_stride,
+            scratch_stride,
+        ),
+        num_warps=max(1, min(16, max(block, block_coarsest) // KEYS_PER_WARP)),
         L=num_levels,
         P=p,
         BLOCK_COARSEST=block_coarsest,
@@ -322,23 +329,25 @@ def select(
         BLOCK=block,
         SINGLE=finer <= block,
         HAS_FIRST=geom.has_first,
-        num_warps=max(1, min(16, max(block, block_coarsest) // KEYS_PER_WARP)),
     )
     num_tiles = sum(triton.cdiv(geom.level_size(level), PLACE_BLOCK) for level in range(num_levels))
-    place_kernel[(num_tiles * batch * num_kv_heads,)](
-        ranks,
-        entries,
-        row_of_entry,
-        geom.num_tokens,
-        geom.num_strata,
-        picks,
-        coarsest,
-        ranks_stride,
-        geom.stratum_subsequence,
-        num_tiles,
+    place_kernel.launch(
+        (num_tiles * batch * num_kv_heads,),
+        (
+            ranks,
+            entries,
+            row_of_entry,
+            geom.num_tokens,
+            geom.num_strata,
+            picks,
+            coarsest,
+            ranks_stride,
+            geom.stratum_subsequence,
+            num_tiles,
+        ),
+        num_warps=PLACE_WARPS,
         L=num_levels,
         P=p,
         BLOCK=PLACE_BLOCK,
-        num_warps=PLACE_WARPS,
     )
     return entries, row_of_entry

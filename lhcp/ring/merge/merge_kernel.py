@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.ring.merge.partial import Partial
 
 
@@ -25,6 +26,7 @@ def _load_lse(p_lses, runs, s_lses, i: tl.constexpr, i_b, i_h, o_h, o_s):
     return tl.load(p_rows, mask=_covered(runs, i, o_h, o_s), other=float("-inf"))
 
 
+@kernel
 @triton.jit
 def _merge_kernel(
     p_out,
@@ -112,22 +114,25 @@ def _launch(
     # A block may return results whose D does not lie together.
     given = [p.x if p.x.stride(3) == 1 else p.x.contiguous() for p in partials]
     runs = [edge for partial in partials for edge in (*partial.rows, *partial.heads)]
-    _merge_kernel[(triton.cdiv(seqlen, rows) * heads, batch)](
-        out,
-        lse,
-        tuple(given),
-        tuple(lses),
-        tuple(runs),
-        tuple(stride for x in given for stride in x.stride()[:3]),
-        tuple(stride for x in lses for stride in x.stride()[:3]),
-        seqlen,
-        heads,
-        head_dim,
-        *out.stride()[:3],
-        *lse.stride(),
+    _merge_kernel.launch(
+        (triton.cdiv(seqlen, rows) * heads, batch),
+        (
+            out,
+            lse,
+            tuple(given),
+            tuple(lses),
+            tuple(runs),
+            tuple(stride for x in given for stride in x.stride()[:3]),
+            tuple(stride for x in lses for stride in x.stride()[:3]),
+            seqlen,
+            heads,
+            head_dim,
+            *out.stride()[:3],
+            *lse.stride(),
+        ),
+        num_warps=2,
         N=len(partials),
         WEIGHTED=weighted,
         BS=rows,
         BD=triton.next_power_of_2(head_dim),
-        num_warps=2,
     )

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import kernel
 from lhcp.ring.kv import KV
 
 
+@kernel
 @triton.jit
 def _sum_kernel(
     p_parts,
@@ -78,19 +80,22 @@ def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
     given = out if own is None else own.map(_rows_together)
     strides = [stride for x in (*given, *out) for stride in x.stride()[:2]]
     assert all(_rows_together(x) is x for x in out), "sums are written in rows that lie together"
-    _sum_kernel[(triton.cdiv(tokens, rows), out[0].shape[1] // tokens, 2 * batch)](
-        parts,
-        *given,
-        *out,
-        num_parts,
-        first,
-        batch,
-        tokens,
-        *strides,
+    _sum_kernel.launch(
+        (triton.cdiv(tokens, rows), out[0].shape[1] // tokens, 2 * batch),
+        (
+            parts,
+            *given,
+            *out,
+            num_parts,
+            first,
+            batch,
+            tokens,
+            *strides,
+        ),
+        num_warps=4,
         HD=width,
         BT=rows,
         BD=block,
         HAS_OWN=own is not None,
         WIDE=tl.float32,
-        num_warps=4,
     )
