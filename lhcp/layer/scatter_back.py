@@ -17,7 +17,6 @@ from lhcp.layer.boundary import BoundaryExchange
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import KernelSet
 from lhcp.lighthouse.kernel_sets import kernel_set
-from lhcp.lighthouse.scatter import add_last_grads
 from lhcp.operators import operator, unpack_integers
 from lhcp.precision import without_autocast
 from lhcp.timing import UNTIMED, Spans, goes_through_operators
@@ -79,7 +78,7 @@ def scatter_back_backward(
     owed = local.edge_grads(dout, geom)
     exchange = BoundaryExchange(owed, plan.ranks, plan.layout, back=True, spans=spans)
     do = local.scatter_backward(dout, entries, row_of_entry, geom)
-    add_last_grads(do, dout, exchange.wait(), row_of_entry, geom)
+    local.add_last_grads(do, dout, exchange.wait(), row_of_entry, geom)
     return do
 
 

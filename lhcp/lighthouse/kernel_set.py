@@ -51,3 +51,5 @@ class KernelSet:
     """(dout, entries, row_of_entry, geom) -> do [B, S, H, D]; one map is enough, either."""
     edge_grads: Callable[[Tensor, Geometry], Tensor]
     """(dout, geom) -> the gradient of the halo, [B, num_chunks, L-1, H, D]."""
+    add_last_grads: Callable[[Tensor, Tensor, Tensor, Tensor, Geometry], None]
+    """(do, dout, received, row_of_entry, geom): completes `do` with what `last_rows` sent."""

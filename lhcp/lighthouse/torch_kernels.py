@@ -49,4 +49,5 @@ TORCH = KernelSet(
     scatter_edges=scatter.scatter_edges,
     scatter_backward=_scatter_backward,
     edge_grads=scatter.edge_grads,
+    add_last_grads=scatter.add_last_grads,
 )

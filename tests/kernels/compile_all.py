@@ -90,6 +90,7 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
     scatter.scatter_edges(out, sub[0], row_of_entry, halo, geom)
     last_rows.last_rows(sub[0], row_of_entry, geom)
+    last_rows.add_last_grads(sub[0], out, halo.float(), row_of_entry, geom)
     scatter_backward.scatter_backward(out, row_of_entry, geom)
     scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")

@@ -8,7 +8,7 @@ import torch
 from lhcp.lighthouse import scatter as torch_path
 from lhcp.lighthouse.kernels import scatter as kernels
 from lhcp.lighthouse.kernels import scatter_backward as backward
-from lhcp.lighthouse.kernels.last_rows import last_rows
+from lhcp.lighthouse.kernels.last_rows import add_last_grads, last_rows
 from tests.kernels.cases import CASES, STRIDED, assert_close, strided
 
 
@@ -57,6 +57,27 @@ def test_rows_owed_to_the_next_chunk(name):
     assert torch.equal(
         last_rows(o, row_of_entry, case.geom), torch_path.last_rows(o, row_of_entry, case.geom)
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_the_rows_owed_to_the_next_chunk(name):
+    """Fails if a gradient goes to another row, or an absent entry's is written.
+
+    What arrives lies chunk by chunk in memory, as messages come.
+    """
+    case = CASES[name]
+    geom = case.geom
+    _, row_of_entry = case.selection()
+    dout = case.rows(geom.num_tokens, case.num_heads)
+    do = case.rows(geom.subsequence, case.num_heads)
+    shape = (geom.num_chunks, case.batch, geom.num_levels - 1, case.num_heads, case.head_dim)
+    received = torch.randn(shape, device=do.device).movedim(0, 1)
+    before, exact = do.clone(), do.double()
+    torch_path.add_last_grads(exact, dout.double(), received.double(), row_of_entry, geom)
+    add_last_grads(do, dout, received, row_of_entry, geom)
+    assert_close(do, exact, case.dtype)
+    untouched = exact == before.double()
+    assert torch.equal(do[untouched], before[untouched])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,4 +24,5 @@ TRITON = KernelSet(
     scatter_edges=scatter.scatter_edges,
     scatter_backward=_scatter_backward,
     edge_grads=scatter_backward.edge_grads,
+    add_last_grads=last_rows.add_last_grads,
 )

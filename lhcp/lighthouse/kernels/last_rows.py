@@ -1,4 +1,4 @@
-"""The rows that chunks owe the next ones, in one small launch: they are posted before all else."""
+"""The rows that chunks owe the next ones, and their gradients, in one small launch each."""
 
 import torch
 import triton
@@ -81,3 +81,88 @@ def last_rows(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
         DP=triton.next_power_of_2(head_dim),
     )
     return rows
+
+
+@kernel
+@triton.jit
+def add_last_grads_kernel(
+    do,
+    dout,
+    received,
+    row_of_entry,
+    n,
+    chunk_size,
+    num_chunks,
+    do_stride_b,
+    do_stride_s,
+    do_stride_h,
+    dout_stride_b,
+    dout_stride_t,
+    dout_stride_h,
+    received_stride_b,
+    received_stride_c,
+    received_stride_l,
+    received_stride_h,
+    H: tl.constexpr,
+    HK: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Write the L-1 gradients of one chunk and head. Grid: (chunks * heads, batch)."""
+    i_b = tl.program_id(1).to(tl.int64)
+    i_chunk, i_head = tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+    o_d = tl.arange(0, DP)
+    i_last = ((i_chunk + 1) * chunk_size - 1).to(tl.int64)
+    p_dout = dout + i_b * dout_stride_b + i_last * dout_stride_t + i_head * dout_stride_h + o_d
+    b_own = tl.load(p_dout, mask=o_d < D, other=0.0).to(tl.float32)
+    p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_do = do + i_b * do_stride_b + i_head * do_stride_h + o_d
+    p_received = received + i_b * received_stride_b + i_chunk.to(tl.int64) * received_stride_c
+    p_received += i_head * received_stride_h + o_d
+    for level in tl.static_range(1, L):
+        entry = (i_chunk + 1) * (chunk_size // (P**level)) - 1
+        # One place for all lanes, loaded as a vector for the sake of the mask.
+        b_place = tl.load(p_place + level_offset(n, level, P) + entry + o_d * 0).to(tl.int64)
+        b_grad = tl.load(p_received + (level - 1) * received_stride_l, mask=o_d < D, other=0.0)
+        b_sum = (b_own + b_grad).to(do.dtype.element_ty)
+        tl.store(p_do + b_place * do_stride_s, b_sum, mask=(o_d < D) & (b_place >= 0))
+
+
+def add_last_grads(
+    do: Tensor, dout: Tensor, received: Tensor, row_of_entry: Tensor, geom: Geometry
+) -> None:
+    """Complete, in place, the gradients of the rows of `last_rows`, summed in fp32.
+
+    Args:
+        do: [B, S, H, D] from `scatter_backward`. dout: [B, n, H, D]. In all the last axis lies
+            together.
+        received: [B, num_chunks, L-1, H, D] fp32, zero where nothing was owed.
+        row_of_entry: [B, Hk, pyramid_size] int32.
+    """
+    batch, _, num_heads, head_dim = do.shape
+    dout, received = rows_contiguous(dout), rows_contiguous(received)
+    assert do.stride(-1) == 1
+    add_last_grads_kernel.launch(
+        (geom.num_chunks * num_heads, batch),
+        (
+            do,
+            dout,
+            received,
+            row_of_entry.contiguous(),
+            geom.num_tokens,
+            geom.chunk_size,
+            geom.num_chunks,
+            *do.stride()[:3],
+            *dout.stride()[:3],
+            *received.stride()[:4],
+        ),
+        num_warps=1,
+        H=num_heads,
+        HK=row_of_entry.shape[1],
+        L=geom.num_levels,
+        P=geom.pool_factor,
+        D=head_dim,
+        DP=triton.next_power_of_2(head_dim),
+    )
