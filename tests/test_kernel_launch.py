@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lhcp.kernel_launch import MOST, Kernel
+from lhcp.kernel_launch import MOST, Kernel, ceil_div, next_power_of_2
 
 
 class Compiled:
@@ -99,3 +99,12 @@ def test_memory_of_many_lengths_ends(x) -> None:
     for n in range(2 * MOST + 1):
         launch(kernel, x, x, n)
     assert len(kernel._compiled) <= MOST
+
+
+def test_integers_are_as_triton_has_them() -> None:
+    triton = pytest.importorskip("triton")
+    for n in [*range(1, 70), 128, 1000, 4096]:
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [ceil_div(n, size) for size in range(1, 20)] == [
+            triton.cdiv(n, size) for size in range(1, 20)
+        ]

@@ -123,7 +123,7 @@ def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """One layer's attention: projections and RoPE around the core that is handed in."""
+    """The weights of one layer's attention, around the core that is handed in."""
 
     def __init__(self, config: ModelConfig, core: nn.Module) -> None:
         super().__init__()
@@ -137,13 +137,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, config.dim, bias=False)
         self.core = core
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return this layer's attention of x [B, n, dim], same shape."""
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [B, n, H, D], k and v [B, n, Hk, D] of x [B, n, dim]."""
         qk, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.qk, self.v))
         q, k = (rotate(part, cos, sin) for part in qk.split(self.heads, dim=-2))
-        o = self.core(q, k, v)
-        out: Tensor = self.out(o.flatten(-2))
-        return out
+        return q, k, v
 
 
 class SwiGLU(nn.Module):
@@ -174,7 +172,11 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x [B, n, dim] after this layer."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        # Here and not in a module of its own: where the core is a CUDA graph, torch.compile ends a
+        # graph of its own at it, and another one in each module around it.
+        q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
+        o = self.attention.core(q, k, v)
+        x = x + self.attention.out(o.flatten(-2))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 

@@ -1,5 +1,6 @@
 """One training step and one evaluation, on any mesh the same."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,20 +22,32 @@ from lhcp.training.stopping import Stop
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
     """Return each value summed over all ranks, in float64 on the way."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    # A number is filled in and not copied, which would wait for the GPU once each.
+    scalars = [
+        v.double()
+        if isinstance(v, Tensor)
+        else torch.full((), v, dtype=torch.float64, device=device)
+        for v in values
+    ]
+    total = torch.stack(scalars)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def mine(whole: Tensor, placement: Placement) -> Tensor:
-    """Return this rank's tokens of whole sequences [B, N] in layout order, on its device."""
-    return whole.to(placement.device)[:, placement.positions]
+    """Return this rank's tokens of whole sequences [B, N] in layout order, on its device.
+
+    The host does not wait for a GPU that is still at something else.
+    """
+    if placement.device.type == "cuda":
+        whole = whole.pin_memory()
+    return whole.to(placement.device, non_blocking=True)[:, placement.positions]
 
 
 def loss_sum(trainee: Trainee, tokens: Tensor, labels: Tensor) -> Tensor:
     """Return the summed cross-entropy of this rank's part of whole sequences [B, N], in fp32."""
-    logits = trainee.model(mine(tokens, trainee.placement), trainee.placement.positions)
-    target = mine(labels, trainee.placement)
+    given, target = (mine(whole, trainee.placement) for whole in (tokens, labels))
+    logits = trainee.model(given, trainee.placement.positions)
     return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
 
 
@@ -56,10 +69,10 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     return loss
 
 
-def clip(trainee: Trainee, limit: float) -> float:
-    """Shorten the gradient of all ranks to norm `limit`; return its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+def own_gradients(trainee: Trainee) -> list[Tensor]:
+    """Return this rank's shards of all gradients: as plain tensors, which cost the host less."""
+    grads = [p.grad for p in trainee.model.parameters() if p.grad is not None]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
 
 
 def train_step(
@@ -89,16 +102,22 @@ def train_step(
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
     asked = 0.0 if stop is None else stop.asked
-    loss, waited, asked = sum_over_ranks((share, waited, asked), trainee.placement.device)
+    grads = own_gradients(trainee)
+    square = torch.nn.utils.get_total_norm(grads).double().square()
+    # The one point of a step at which the host waits for the GPU.
+    shares = (share, waited, asked, square)
+    loss, waited, asked, square_sum = sum_over_ranks(shares, trainee.placement.device)
+    norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
-    norm = clip(trainee, run.optim.clip)
     stage = stage_at(stages, step).name
     if not torch.tensor((loss, norm)).isfinite().all():
         raise FloatingPointError(
             f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; resume "
             f"from the last checkpoint with a lower --optim.lr (now {rate:g}) or more warm-up"
         )
+    if norm > run.optim.clip:
+        torch._foreach_mul_(grads, run.optim.clip / norm)
     trainee.optimizer.step()
     seconds = time.perf_counter() - begin
     tokens = run.global_batch * run.seqlen

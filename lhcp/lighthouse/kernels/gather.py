@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels.primitives import (
@@ -139,7 +139,7 @@ def gather(tokens: QKV, means: QKV, entries: Tensor, geom: Geometry) -> QKV:
     rows, padded = row_tile(head_dim, GATHER_TILE)
     slots = num_heads + 2 * num_kv_heads
     gather_kernel.launch(
-        (slots * triton.cdiv(geom.subsequence, rows), batch),
+        (slots * ceil_div(geom.subsequence, rows), batch),
         (
             *inputs,
             entries.contiguous(),
@@ -263,8 +263,8 @@ def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
     out = QKV(*(empty_like_rows(x, geom.num_tokens) for x in inputs))
     rows, padded = row_tile(head_dim, SPREAD_TILE)
     windows = geom.level_size(geom.num_levels - 1)
-    q_tiles = triton.cdiv(windows * num_heads, rows)
-    kv_tiles = triton.cdiv(windows * num_kv_heads, rows)
+    q_tiles = ceil_div(windows * num_heads, rows)
+    kv_tiles = ceil_div(windows * num_kv_heads, rows)
     gather_backward_kernel.launch(
         (q_tiles + 2 * kv_tiles, batch),
         (

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import kernel, next_power_of_2
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import level_offset, rows_contiguous
 
@@ -78,7 +78,7 @@ def last_rows(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
         L=geom.num_levels,
         P=geom.pool_factor,
         D=head_dim,
-        DP=triton.next_power_of_2(head_dim),
+        DP=next_power_of_2(head_dim),
     )
     return rows
 
@@ -164,5 +164,5 @@ def add_last_grads(
         L=geom.num_levels,
         P=geom.pool_factor,
         D=head_dim,
-        DP=triton.next_power_of_2(head_dim),
+        DP=next_power_of_2(head_dim),
     )

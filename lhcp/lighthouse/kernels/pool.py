@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV, Pooled
 from lhcp.lighthouse.kernels.primitives import empty_like_rows, level_offset, row_mask, row_tile
@@ -228,10 +228,10 @@ def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None
     num_kv_heads = k.shape[2]
     rows, padded = row_tile(head_dim, TILE)
     groups = num_heads // num_kv_heads
-    padded_groups = triton.next_power_of_2(groups)
+    padded_groups = next_power_of_2(groups)
     q_rows = max(rows, padded_groups)
-    q_blocks = triton.cdiv(num_kv_heads * padded_groups, q_rows)
-    kv_blocks = triton.cdiv(num_kv_heads, rows)
+    q_blocks = ceil_div(num_kv_heads * padded_groups, q_rows)
+    kv_blocks = ceil_div(num_kv_heads, rows)
     unit = stride_unit(q)
     strides = [stride // unit for x in (q, k, v) for stride in x.stride()[:3]]
     blocks = q_blocks + (2 if with_means else 1) * kv_blocks

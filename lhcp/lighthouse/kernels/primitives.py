@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.kernel_launch import next_power_of_2
+
 
 def row_tile(head_dim: int, elements: int) -> tuple[int, int]:
     """Return rows and padded head_dim of a tile of about `elements` elements."""
-    padded = triton.next_power_of_2(head_dim)
+    padded = next_power_of_2(head_dim)
     return max(1, elements // padded), padded
 
 

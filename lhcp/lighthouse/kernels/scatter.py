@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     chunk_window,
@@ -77,7 +77,7 @@ def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     rows, padded = row_tile(head_dim, TILE)
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
     scatter_kernel.launch(
-        (triton.cdiv(windows * num_heads, rows), batch),
+        (ceil_div(windows * num_heads, rows), batch),
         (
             o,
             row_of_entry.contiguous(),
@@ -171,7 +171,7 @@ def scatter_edges(
     assert out.stride(-1) == 1
     rows, padded = row_tile(head_dim, TILE)
     edge = min(geom.window(geom.num_levels - 1) - 1, geom.chunk_size)
-    grid = (triton.cdiv(geom.num_chunks * edge * num_heads, rows), batch)
+    grid = (ceil_div(geom.num_chunks * edge * num_heads, rows), batch)
     scatter_edges_kernel.launch(
         grid,
         (

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     any_child,
@@ -135,7 +135,7 @@ def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tens
     rows, padded = row_tile(head_dim, TILE)
     windows = geom.level_size(geom.num_levels - 1) + geom.num_chunks
     scatter_backward_kernel.launch(
-        (triton.cdiv(windows * num_heads, rows), batch),
+        (ceil_div(windows * num_heads, rows), batch),
         (
             dout,
             row_of_entry.contiguous(),
@@ -211,7 +211,7 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
     dhalo = torch.empty(shape, dtype=torch.float32, device=dout.device)
     rows, padded = row_tile(head_dim, TILE)
     edge_grads_kernel.launch(
-        (triton.cdiv(geom.num_chunks * num_heads, rows), batch),
+        (ceil_div(geom.num_chunks * num_heads, rows), batch),
         (
             dout,
             dhalo,

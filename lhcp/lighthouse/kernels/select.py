@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import level_offset
 
@@ -305,8 +305,8 @@ def select(
     ranks = empty(geom.num_strata, ranks_stride)
     scratch = empty(geom.num_strata, scratch_stride)
     entries, row_of_entry = empty(geom.subsequence), empty(geom.pyramid_size)
-    block_coarsest = min(max_block, triton.next_power_of_2(coarsest))
-    block = min(max_block, triton.next_power_of_2(finer))
+    block_coarsest = min(max_block, next_power_of_2(coarsest))
+    block = min(max_block, next_power_of_2(finer))
     cascade_kernel.launch(
         (geom.num_strata * batch * num_kv_heads,),
         (
@@ -330,7 +330,7 @@ def select(
         SINGLE=finer <= block,
         HAS_FIRST=geom.has_first,
     )
-    num_tiles = sum(triton.cdiv(geom.level_size(level), PLACE_BLOCK) for level in range(num_levels))
+    num_tiles = sum(ceil_div(geom.level_size(level), PLACE_BLOCK) for level in range(num_levels))
     place_kernel.launch(
         (num_tiles * batch * num_kv_heads,),
         (

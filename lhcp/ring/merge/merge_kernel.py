@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.ring.merge.partial import Partial
 
 
@@ -115,7 +115,7 @@ def _launch(
     given = [p.x if p.x.stride(3) == 1 else p.x.contiguous() for p in partials]
     runs = [edge for partial in partials for edge in (*partial.rows, *partial.heads)]
     _merge_kernel.launch(
-        (triton.cdiv(seqlen, rows) * heads, batch),
+        (ceil_div(seqlen, rows) * heads, batch),
         (
             out,
             lse,
@@ -134,5 +134,5 @@ def _launch(
         N=len(partials),
         WEIGHTED=weighted,
         BS=rows,
-        BD=triton.next_power_of_2(head_dim),
+        BD=next_power_of_2(head_dim),
     )

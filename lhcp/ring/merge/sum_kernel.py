@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lhcp.kernel_launch import kernel
+from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.ring.kv import KV
 
 
@@ -74,14 +74,14 @@ def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
     """Sum as `lhcp.ring.merge.sum_parts.sum_parts`, in float32."""
     _, num_parts, batch, tokens, heads, head_dim = parts.shape
     width = heads * head_dim
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     rows = max(1, 1024 // block)
     # A block may return heads that lie apart; the kernel reads heads and D as one row.
     given = out if own is None else own.map(_rows_together)
     strides = [stride for x in (*given, *out) for stride in x.stride()[:2]]
     assert all(_rows_together(x) is x for x in out), "sums are written in rows that lie together"
     _sum_kernel.launch(
-        (triton.cdiv(tokens, rows), out[0].shape[1] // tokens, 2 * batch),
+        (ceil_div(tokens, rows), out[0].shape[1] // tokens, 2 * batch),
         (
             parts,
             *given,
