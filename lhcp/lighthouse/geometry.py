@@ -8,7 +8,6 @@ an entry's id is its index in that list. The *sub-sequence* is the gathered, ord
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from lhcp.config import LighthouseConfig
 
@@ -64,12 +63,12 @@ class Geometry:
         """Return the id of entry 0 of `level` in the local pyramid, or its size for num_levels."""
         return sum(self.level_size(i) for i in range(level))
 
-    @cached_property
+    @property
     def pyramid_size(self) -> int:
         """Entries of all levels on this rank, level 0 included."""
         return self.offset(self.num_levels)
 
-    @cached_property
+    @property
     def pooled_size(self) -> int:
         """Entries of levels 1 to L-1 on this rank."""
         return self.pyramid_size - self.num_tokens
@@ -90,12 +89,12 @@ class Geometry:
             return self.stratum_size // self.window(level)
         return self.picks * self.pool_factor
 
-    @cached_property
+    @property
     def stratum_subsequence(self) -> int:
         """Sub-sequence entries of one stratum, S / C."""
         return sum(self.num_candidates(level) for level in range(self.num_levels))
 
-    @cached_property
+    @property
     def subsequence(self) -> int:
         """Sub-sequence entries of this rank, S / W."""
         return self.num_strata * self.stratum_subsequence
