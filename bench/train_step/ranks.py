@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
         "--modes", nargs="*", default=["lighthouse", "dense"], choices=("lighthouse", "dense")
     )
     parser.add_argument("--seqlen", type=int, help="tokens, in place of the recipe's")
+    parser.add_argument("--topk", type=int, help="k, in place of the recipe's")
     parser.add_argument("--rotation", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile each block, untimed waits")
@@ -68,8 +69,10 @@ def parse() -> argparse.Namespace:
 def run_of(args: argparse.Namespace, world_size: int) -> Run:
     """Return the recipe with a sequence a step for each of the dp groups of ranks."""
     recipe = RECIPES[args.recipe]()
+    lighthouse = recipe.lighthouse
     return replace(
         recipe,
+        lighthouse=replace(lighthouse, topk=args.topk or lighthouse.topk),
         seqlen=args.seqlen or recipe.seqlen,
         cp=world_size // args.dp,
         global_batch=args.dp,

@@ -89,17 +89,11 @@ def compare(ranks: Ranks, fields: Fields, problem: Exception | None = None) -> N
     """
     if ranks.flat is None or ranks.world_size == 1 or is_fake(ranks.flat):
         return
-    asked = _ASKED.setdefault(ranks.flat, _Asked())
-    asked.posts += 1
-    store, number = store_of(ranks.flat), asked.posts
     trouble = None if problem is None else f"{type(problem).__name__}: {problem}"
-    store.set(_key(number, ranks.rank), json.dumps([fields, trouble]))
+    number = _post(ranks, fields, trouble)
     if problem is not None:
         return
-    posts = _read(store, number, ranks)
-    # All have posted this one, so all have read the last.
-    if number > 1:
-        store.delete_key(_key(number - 1, ranks.rank))
+    posts = _read(ranks, number)
     for rank, (_, other) in enumerate(posts):
         if other is not None:
             raise ValueError(f"rank {rank} of {ranks.world_size} cannot go on: {other}")
@@ -119,12 +113,42 @@ def compare(ranks: Ranks, fields: Fields, problem: Exception | None = None) -> N
         )
 
 
+def told(ranks: Ranks, name: str, said: str) -> list[str]:
+    """Return what each rank says of `name`; all of them call it.
+
+    Raises:
+        ValueError: as `compare`, of a rank that says something of something else.
+    """
+    if ranks.flat is None or ranks.world_size == 1 or is_fake(ranks.flat):
+        return [said]
+    posts = _read(ranks, _post(ranks, {name: said}))
+    for rank, (fields, _) in enumerate(posts):
+        if name not in fields:
+            raise ValueError(
+                f"rank {ranks.rank} of {ranks.world_size} says {name}: {said}, and rank {rank} is "
+                f"at another call: {fields}; every rank must make the same calls in the same order"
+            )
+    return [fields[name] for fields, _ in posts]
+
+
+def _post(ranks: Ranks, fields: Fields, trouble: str | None = None) -> int:
+    """Post what this rank says and return the number of the post."""
+    assert ranks.flat is not None
+    asked = _ASKED.setdefault(ranks.flat, _Asked())
+    asked.posts += 1
+    key = _key(asked.posts, ranks.rank)
+    store_of(ranks.flat).set(key, json.dumps([fields, trouble]))
+    return asked.posts
+
+
 def _key(number: int, rank: int) -> str:
     return f"lhcp/{number}/{rank}"
 
 
-def _read(store: dist.Store, number: int, ranks: Ranks) -> list[tuple[Fields, str | None]]:
+def _read(ranks: Ranks, number: int) -> list[tuple[Fields, str | None]]:
     """Return what each rank posted as its post of this number; waits for them."""
+    assert ranks.flat is not None
+    store = store_of(ranks.flat)
     keys = [_key(number, rank) for rank in range(ranks.world_size)]
     try:
         store.wait(keys)
@@ -134,4 +158,8 @@ def _read(store: dist.Store, number: int, ranks: Ranks) -> list[tuple[Fields, st
             f"ranks {late} of {ranks.world_size} did not make this call within the timeout of the "
             f"group's store ({error}): every rank must make the same calls in the same order"
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
+    posts = [json.loads(store.get(key)) for key in keys]
+    # All have posted this one, so all have read the last.
+    if number > 1:
+        store.delete_key(_key(number - 1, ranks.rank))
+    return posts

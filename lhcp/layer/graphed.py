@@ -21,8 +21,8 @@ def graphed(
 
     Calls that take the GPU longer than the host are left as they are, unless `always`: there is
     nothing to gain, and a graph's copies of inputs and gradients cost some percent of the call.
-    Which it is, each rank measures in the second call; ranks may differ in it, for the messages are
-    the same either way.
+    Which it is, each rank measures in the second call of its layers, and if the host of any of them
+    is the slower, all ranks record: so call `graphed` on every rank.
 
     What cannot be a graph runs as it is and is counted by reason in `Graphs.eager` (and logged
     once each): calls without a gradient, on a CPU, with timers, or inside another graph. A model

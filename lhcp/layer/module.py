@@ -142,7 +142,7 @@ class LighthouseAttention(nn.Module):
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
         asked = (self.config, self.choices, tuple(names), autocast)
-        return graphs.call(attend, tensors, self._token, Kind(self._mode, asked))
+        return graphs.call(attend, tensors, self._token, Kind(self._mode, self.ranks, asked))
 
     def extra_repr(self) -> str:
         """Return what the layer was made with, for printing a model."""

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.comm.agreement import told
+from lhcp.comm.mesh import Ranks
 from lhcp.layer.recorder import CudaRecorder, Recorder, Watch
 
 Attend = Callable[..., Tensor]
@@ -33,6 +35,9 @@ and NCCL connects. An even number, so that no recording falls to a checkpoint's 
 
 MOST_SIZES = 4
 """Kinds of calls of one layer and mode that have graphs; further ones run as they are."""
+
+PACE = "whether the host sets the pace of an attention"
+"""What ranks tell one another before one of them records."""
 
 _log = logging.getLogger("lhcp")
 
@@ -58,6 +63,7 @@ class Kind:
 
     mode: str
     """Of which a layer has graphs of one at a time."""
+    ranks: Ranks
     more: Hashable
 
 
@@ -102,8 +108,10 @@ class Graphs:
         """Calls that ran without a graph, by reason."""
         self._records: dict[tuple[object, Hashable], _Recording] = {}
         self._calls: Counter[Hashable] = Counter()
-        self._watches: dict[Hashable, Watch] = {}
-        """Of the last of a kind's first calls."""
+        self._watches: dict[Hashable, list[Watch]] = {}
+        """Of the last of each layer's first calls, by kind."""
+        self._paced: dict[Hashable, bool] = {}
+        """Whether it is the host that such calls wait for, once that is known."""
         self._buffers: dict[Hashable, Tensor] = {}
         """What all layers' graphs read inputs from and write gradients to, by use and size."""
         self._made = 0
@@ -140,19 +148,31 @@ class Graphs:
             self._calls[layer, key] += 1
             if self._calls[layer, key] <= CALLS_BEFORE:
                 watched = partial(self.as_it_is, "first calls", attend, tensors)
-                out, self._watches[key] = self.recorder.watch(watched)
+                out, watch = self.recorder.watch(watched)
+                if self._calls[layer, key] == CALLS_BEFORE and key not in self._paced:
+                    self._watches.setdefault(key, []).append(watch)
                 return out
-            if (reason := self._useless(key) or self._full(own[0], kind.mode)) is not None:
+            reason = None if self._host_paces(kind, key) else "the GPU takes longer than the host"
+            if (reason := reason or self._full(own[0], kind.mode)) is not None:
                 return self.as_it_is(reason, attend, tensors)
             record = self._records[own] = self._record(attend, tensors, kind.mode)
         replayed: Tensor = _Replay.apply(self, record, *tensors)
         return replayed
 
-    def _useless(self, key: Hashable) -> str | None:
-        """Return why a graph of such calls gains nothing, by the last one that was watched."""
-        if self.always or self._watches[key].host_sets_the_pace:
-            return None
-        return "the GPU takes longer than the host"
+    def _host_paces(self, kind: Kind, key: Hashable) -> bool:
+        """Return whether the host of some rank takes longer to launch such calls than its GPU.
+
+        The same on all ranks, since one that launches call by call would hold up the others. Where
+        ranks are apart, the GPU of the early one waits for messages, which looks like work: so it
+        is the quicker quarter of the layers that counts, and any rank's word.
+        """
+        if self.always:
+            return True
+        if key not in self._paced:
+            ratios = sorted(watch.ratio for watch in self._watches.pop(key))
+            mine = ratios[(len(ratios) - 1) // 4] < 1.15
+            self._paced[key] = "yes" in told(kind.ranks, PACE, "yes" if mine else "no")
+        return self._paced[key]
 
     def _full(self, layer: object, mode: str) -> str | None:
         """Drop a layer's graphs of other modes; return why it may have none more in this."""
@@ -181,6 +201,7 @@ class Graphs:
         self._calls.clear()
         self._buffers.clear()
         self._watches.clear()
+        self._paced.clear()
 
     def _buffer(self, use: str, like: Tensor) -> Tensor:
         """Return memory that the graphs of all layers use for this, one after another."""

@@ -9,10 +9,12 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -134,6 +136,39 @@ def test_the_same_bits_across_ranks(ranks: RankPool, shared: bool) -> None:
     """Fails if a replay sends other messages than the call that it stands for."""
     for same, recorded, _ in ranks.run(same_steps, 2, shared, shared):
         assert same and recorded == (5 if shared else 14)
+
+
+def paced_steps(group: Any, device_ms: list[float]) -> tuple[list[Tensor], int, int]:
+    """Train on this rank whose GPU takes so long for what its host launches in 2 ms."""
+    model = Model(group)
+    graphs = with_graphs(model)
+    graphs.recorder.device_ms = device_ms[dist.get_rank(group)]
+    found = steps(model, group, ["lighthouse"] * 4)
+    return found, graphs.recorder.recorded, graphs.eager["the GPU takes longer than the host"]
+
+
+@pytest.mark.parametrize(
+    ("device_ms", "recorded"), [([2.0, 9.0], 4), ([9.0, 2.0], 4), ([9.0, 9.0], 0)]
+)
+def test_ranks_record_together(ranks: RankPool, device_ms: list[float], recorded: int) -> None:
+    """Fails if a rank launches call by call and holds up one that has graphs.
+
+    The GPU of a rank that waits for the other's messages looks busy: its word is not enough.
+    """
+    for _, made, eager in ranks.run(paced_steps, 2, device_ms):
+        assert made == recorded and eager == (0 if recorded else 4)
+
+
+def test_a_late_layer_or_two_do_not_decide() -> None:
+    """Fails if a graph is left out because some calls of the first steps were held up."""
+    model = Model()
+    model.layers.extend(lhcp.LighthouseAttention(CONFIG) for _ in range(2))
+    model.mix.extend(model.mix[0].detach().clone() for _ in range(2))
+    graphs = with_graphs(model)
+    took = iter([9.0, 2.0, 9.0, 9.0])
+    graphs.recorder.watch = lambda function: (function(), Watch(2.0, partial(next, took)))
+    steps(model, None, ["lighthouse"] * 3)
+    assert graphs.recorder.recorded == 8
 
 
 def layer_with_graph(**options: Any) -> tuple[LighthouseAttention, Graphs]:
