@@ -1,0 +1,117 @@
+"""What a model of transformers is called with, once `hf.attach` has changed its attention."""
+
+from collections.abc import Hashable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lhcp.checks import shape_of
+from lhcp.comm.agreement import agreed
+from lhcp.context.context_parallel import ContextParallel
+from lhcp.integrations.hf_attention import SHARD
+
+
+class Attached(nn.Module):
+    """What a model was before `attach`, and the check of what it is called with.
+
+    Args:
+        model: the model.
+        cp: as of `attach`.
+        previous: name of its own attention.
+    """
+
+    def __init__(self, model: Any, cp: ContextParallel, previous: str) -> None:
+        super().__init__()
+        self.cp, self.previous, self.use_cache = cp, previous, model.config.use_cache
+        # A cache would hold all keys of a training step once more.
+        model.config.use_cache = False
+        self.names = tuple(signature(model.base_model.forward).parameters)
+        self.compared: set[Hashable] = set()
+        self.token = object()
+        self.handle = model.base_model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def release(self, model: Any) -> None:
+        """Make the model what it was."""
+        self.handle.remove()
+        model.config.use_cache = self.use_cache
+        model.set_attn_implementation(self.previous)
+
+    def check(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Check what the model is called with, as `attach` says.
+
+        Raises:
+            ValueError: on every rank where shapes are new, else on the one that it concerns.
+        """
+        if torch.compiler.is_compiling():
+            return
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        positions = given.get("position_ids")
+        shapes = {
+            name: str(list(x.shape)) if isinstance(x, Tensor) else repr(x)
+            for name, x in (("tokens", tokens), ("position_ids", positions))
+        }
+        key = (self.token, *shapes.values())
+
+        def prepare() -> None:
+            check_no_mask(given)
+            if isinstance(tokens, Tensor):
+                check_positions(positions, tokens.shape[1], self.cp, key not in self.compared)
+
+        agreed(self.cp.ranks, key, prepare, lambda _: {"call": "model", **shapes})
+        self.compared.add(key)
+
+
+def check_no_mask(given: Mapping[str, Any]) -> None:
+    """Check that a model is called without a mask and without a cache.
+
+    Raises:
+        ValueError: it is not.
+    """
+    mask = given.get("attention_mask")
+    if mask is not None:
+        what = shape_of(mask) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"attention_mask is {what}: attention across ranks is causal and takes none; of padding "
+            f"at the end `valid` is made: {SHARD}"
+        )
+    for name in ("cache", "past_key_values", "use_cache"):
+        if given.get(name):
+            raise ValueError(
+                f"{name} is given: decoding runs on one rank, with whole sequences; call "
+                "lhcp.integrations.hf.detach(model) before generate"
+            )
+
+
+def check_positions(positions: Any, num_tokens: int, cp: ContextParallel, new: bool) -> None:
+    """Check that position_ids are the global ones of this rank's `num_tokens` tokens.
+
+    Values on another device than a CPU are compared where the call is `new` alone.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(positions, Tensor):
+        raise ValueError(
+            f"position_ids are {positions}: each rank would count from 0, and nothing would show "
+            f"it; {SHARD}"
+        )
+    if positions.ndim != 2 or positions.shape[1] != num_tokens:
+        raise ValueError(
+            f"position_ids are {shape_of(positions)}: must be [1, {num_tokens}], or one row a "
+            f"sequence; {SHARD}"
+        )
+    if not new and positions.device.type != "cpu":
+        return
+    expected = cp.positions(num_tokens * cp.world_size, positions.device)
+    wrong = (positions != expected).any(0).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"position_ids of this rank's token {at} are {positions[:, at].tolist()}: rank "
+            f"{cp.rank} of {cp.world_size} holds position {int(expected[at])} there, {cp.layout}; "
+            f"{SHARD}. Documents that are packed into one sequence are not supported"
+        )
