@@ -15,6 +15,7 @@ from lhcp.layer.dense import dense_attention
 from lhcp.layer.lighthouse import Given, sparse_attention
 from lhcp.layer.plan import Choices, by_name
 from lhcp.layer.recording import Graphs, Kind
+from lhcp.layer.spread import warn_if_constant
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.shape import CAUSAL
@@ -28,7 +29,9 @@ class LighthouseAttention(nn.Module):
 
     Both modes take the same sharded tensors; `layer.mode = "dense"` switches. No parameters. As in
     the functions, ranks compare what they were asked for at each call that is new, so that a wrong
-    shape on one rank is an error on all instead of a hang.
+    shape on one rank is an error on all instead of a hang. After its first call in lighthouse mode,
+    outside of torch.compile and graphs, a layer looks at the scores of this rank's tokens, and
+    warns where they are nearly constant; that call waits for the device, no other does.
 
     Args:
         config: the layer's sizes; None for a layer that is always dense.
@@ -64,6 +67,7 @@ class LighthouseAttention(nn.Module):
         self._token = object()
         self.graphs: Graphs | None = None
         """Of `lhcp.graphed`."""
+        self._looked = False
         self._made_alone = group is None and not dist.is_initialized()
         self._mode: Mode = "dense" if config is None else "lighthouse"
 
@@ -111,8 +115,13 @@ class LighthouseAttention(nn.Module):
             self._check_alone()
         given = Given(selection, score_q, score_k, valid)
         if self.graphs is None:
-            return self.attend(q, k, v, given)
-        return self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given)
+            out = self.attend(q, k, v, given)
+        else:
+            out = self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given)
+        # Afterwards: the call has checked what it was given.
+        if not (torch.compiler.is_compiling() or self._looked or self._mode == "dense"):
+            self._look(q, k, given)
+        return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Given) -> Tensor:
         """Attend in the mode that is set, without a graph."""
@@ -122,6 +131,17 @@ class LighthouseAttention(nn.Module):
             return out
         assert self.config is not None
         return sparse_attention(qkv, self.config, self.ranks, self.choices, given, self._token)
+
+    def _look(self, q: Tensor, k: Tensor, given: Given) -> None:
+        """Warn, once, where this call's scores are nearly constant."""
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._looked = True
+        assert self.config is not None
+        if given.selection is None and self.config.scorer == "norm":
+            score_q = q if given.score_q is None else given.score_q
+            score_k = k if given.score_k is None else given.score_k
+            warn_if_constant(score_q, score_k, given.valid)
 
     def _by_graph(self, graphs: Graphs, qkv: QKV, given: Given) -> Tensor:
         """Attend by a graph where that can be."""

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lhcp.layer.spread import CONSTANT
 from lhcp.measure.selection_counts import NEAR, Counts
 
-CONSTANT = 1e-3
-"""Spread below which scores count as constant."""
 SAME = 0.99
 """Overlap from which heads count as selecting the same."""
 

@@ -1,6 +1,7 @@
 """The layer: its modes, torch.compile and checkpointing around it, and the ranks' agreement."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +132,47 @@ def test_a_mistake_is_said_on_every_rank_until_it_is_put_right(
             assert "must have one dtype" in error
             others = f"ValueError: rank {culprit} of 4 cannot go on: TypeError"
             assert error.startswith("TypeError: q" if rank == culprit else others)
+
+
+def normalised(x: Tensor, spread: float) -> Tensor:
+    """Rows whose squared norms have this standard deviation over their mean, more or less."""
+    sizes = 1 + spread * torch.linspace(-1, 1, x.shape[1]).view(1, -1, 1, 1) * 3**0.5
+    return x / x.norm(dim=-1, keepdim=True) * sizes.sqrt()
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+@pytest.mark.parametrize(("spread", "warns"), [(5e-4, True), (2e-3, False)])
+def test_a_layer_warns_of_constant_scores_once(which: str, spread: float, warns: bool) -> None:
+    """Fails if a model that normalises q and k selects by rounding, and nobody hears of it."""
+    q, k, v, _ = inputs(None)
+    q, k = (normalised(q, spread), k) if which == "q" else (q, normalised(k, spread))
+    layer = lhcp.LighthouseAttention(CONFIG)
+    for expected in (warns, False):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            layer(q, k, v)
+        said = [str(w.message) for w in heard if f"the scores of {which}, " in str(w.message)]
+        assert len(said) == expected
+
+
+def test_a_layer_looks_at_what_is_scored() -> None:
+    """Fails if scores given in their place, padding, or a dense layer are warned of."""
+    q, k, v, _ = inputs(None)
+    nq, nk = normalised(q, 0), normalised(k, 0)
+    valid = torch.ones(q.shape[:2], dtype=torch.bool)
+    valid[:, SEQLEN // 2 :] = False
+    # Norms of padding, far from the others', do not hide that these are constant.
+    pq, pk = (torch.where(valid[..., None, None], x, 9.0) for x in (nq, nk))
+    dense = lhcp.LighthouseAttention(CONFIG)
+    dense.mode = "dense"
+    calls: list[tuple[bool, Callable[[], Tensor]]] = [
+        (False, lambda: dense(nq, nk, v)),
+        (False, lambda: lhcp.LighthouseAttention(CONFIG)(nq, nk, v, score_q=q, score_k=k)),
+        (True, lambda: lhcp.LighthouseAttention(CONFIG)(q, k, v, score_q=nq, score_k=nk)),
+        (True, lambda: lhcp.LighthouseAttention(CONFIG)(pq, pk, v, valid=valid)),
+    ]
+    for expected, call in calls:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            call()
+        assert any("squared norms" in str(w.message) for w in heard) == expected
