@@ -121,3 +121,197 @@ def test_logits_and_gradients_are_one_ranks(
 
 def _step_on(group: Any, family: str, mode: Mode, layout: LayoutName, recompute: bool) -> Any:
     return step(group, family, mode, layout, recompute=recompute)
+
+
+def attached(family: str = "Llama", **options: Any) -> tuple[Any, lhcp.ContextParallel]:
+    model, cp = make(family, torch.float32, **options), lhcp.ContextParallel()
+    hf.attach(model, cp, CONFIG)
+    return model, cp
+
+
+def test_kv_heads_are_not_repeated_and_every_layer_is_ours() -> None:
+    """Fails if a layer attends by another function, or keys travel once for each query head."""
+    model, cp = attached()
+    heads = []
+    for layer in model.modules():
+        if isinstance(layer, lhcp.LighthouseAttention):
+            layer.register_forward_pre_hook(lambda _, qkv: heads.append([x.shape[2] for x in qkv]))
+    model(**cp.shard(batch()))
+    assert heads == [[4, 2, 2]] * 3
+
+
+def test_modes_and_dense_layers_are_set_mode_s() -> None:
+    """Fails if an attached model does not switch as any other."""
+    model = make("Llama")
+    hf.attach(model, lhcp.ContextParallel(), CONFIG, dense_layers=(0, -1))
+    assert lhcp.set_mode(model, "lighthouse", dense_layers=(1,)) == 2
+    assert lhcp.set_mode(model, "dense") == 0
+    hf.detach(model)
+    hf.attach(model, lhcp.ContextParallel(), CONFIG, dense_layers=(0, -1))
+    layers = [x for x in model.modules() if isinstance(x, lhcp.LighthouseAttention)]
+    assert [x.mode for x in layers] == ["dense", "lighthouse", "dense"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_taken_before_a_norm_of_q_and_k(family: str) -> None:
+    """Fails if Qwen3 is scored on norms that say nothing, or a model without such a norm on others.
+
+    Rotary embeddings keep norms: Llama's projections have those of q and k.
+    """
+    model, cp = attached(family)
+    layer = model.model.layers[1].self_attn
+    seen: dict[str, Tensor] = {}
+    layer.q_proj.register_forward_hook(lambda *x: seen.update(projected=x[2]))
+    layer.lhcp.layer.register_forward_pre_hook(
+        lambda _, qkv, options: seen.update(q=qkv[0], **options), with_kwargs=True
+    )
+    model(**cp.shard(batch()))
+    norms = seen["projected"].unflatten(-1, (4, 8)).norm(dim=-1)
+    normalises = family == "Qwen3"
+    assert ("score_q" in seen) == ("score_k" in seen) == normalises
+    scored = seen["score_q"] if normalises else seen["q"]
+    assert torch.allclose(scored.norm(dim=-1), norms, rtol=1e-5)
+    spread = seen["q"].norm(dim=-1).std() / seen["q"].norm(dim=-1).mean()
+    assert (spread < 1e-3) == normalises and norms.std() / norms.mean() > 0.1
+
+
+def test_padding_changes_no_real_token() -> None:
+    """Fails if `valid` is lost between the batch and the selection."""
+    model, cp = attached()
+    whole, real = batch(), SEQLEN - 70
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    whole["attention_mask"][:, real:] = 0
+    found = []
+    for pad in (0, 17):
+        whole["input_ids"] = whole["input_ids"].clone()
+        whole["input_ids"][:, real:] = pad
+        found.append(model(**cp.shard(whole)).logits[:, :real])
+    assert torch.equal(*found)
+
+
+def test_a_copy_attends_and_scores_on_its_own() -> None:
+    """Fails if the hooks of a copy, such as an average of weights, keep into the original."""
+    model, cp = attached("Qwen3")
+    with torch.no_grad():
+        expected = model(**cp.shard(batch())).logits
+        other = copy.deepcopy(model)
+        assert torch.equal(other(**cp.shard(batch())).logits, expected)
+        hf.detach(model)
+        assert torch.equal(other(**cp.shard(batch())).logits, expected)
+
+
+def test_detached_is_what_it_was(tmp_path: Path) -> None:
+    """Fails if generate, the state dict, a saved model, hooks or the config show that it was."""
+    model = make("Qwen3", torch.float32)
+    before, names = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    prompt = {"input_ids": batch()["input_ids"][:, :9]}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    expected = model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    implementation = model.config._attn_implementation
+    hf.attach(model, lhcp.ContextParallel(), CONFIG)
+    assert list(model.state_dict()) == before
+    with pytest.raises(ValueError, match=r"detach\(model\) before generate"):
+        model.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    hf.detach(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert model.config._attn_implementation == implementation and model.config.use_cache
+    for loaded in (model, again):
+        found = loaded.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(found, expected)
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
+    with pytest.raises(ValueError, match="not attached"):
+        hf.detach(model)
+
+
+ONES = torch.ones(BATCH, SEQLEN, dtype=torch.int64)
+CALLS = {
+    "a padding mask": ({"attention_mask": ONES}, r"cp\.shard"),
+    "a mask of its own": ({"attention_mask": ONES[:, None, None].bool()}, "takes none"),
+    "no positions": ({"position_ids": None}, "count from 0"),
+    "other positions": ({"position_ids": ONES.cumsum(1)}, r"holds position 0 there"),
+    "packed documents": ({"position_ids": torch.arange(SEQLEN)[None] % 96}, "holds position 96"),
+    "positions of another shape": ({"position_ids": torch.arange(SEQLEN)}, r"must be \[1, "),
+    "documents by length": ({"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q="),
+    "a cache": ({"use_cache": True}, "decoding runs on one rank"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_cannot_be_done_is_refused(call: str) -> None:
+    model, cp = attached()
+    wrong, message = CALLS[call]
+    with pytest.raises(ValueError, match=message):
+        model(**cp.shard(batch()) | wrong)
+    model(**cp.shard(batch()))
+
+
+def test_windows_and_dropout_are_refused() -> None:
+    """On each side: a window as long as the sequence hides nothing; dropout is for training."""
+    model, cp = attached("Mistral", sliding_window=SEQLEN, attention_dropout=0.1)
+    model.eval()(**cp.shard(batch()))
+    with pytest.raises(ValueError, match=r"dropout=0.1: must be 0"):
+        model.train()(**cp.shard(batch()))
+    model, cp = attached("Mistral", sliding_window=SEQLEN - 1)
+    with pytest.raises(ValueError, match=f"sliding_window={SEQLEN - 1}: shorter than"):
+        model(**cp.shard(batch()))
+
+
+def test_models_that_cannot_attend_across_ranks_are_refused() -> None:
+    """Fails if a model is changed that computes something else across ranks, or is left changed."""
+    cp = lhcp.ContextParallel()
+    with pytest.raises(TypeError, match="must be a model of transformers"):
+        hf.attach(torch.nn.Linear(2, 2), cp, CONFIG)
+    model, _ = attached()
+    with pytest.raises(ValueError, match="attached already"):
+        hf.attach(model, cp, CONFIG)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = transformers.BertModel(transformers.BertConfig(**small, intermediate_size=48))
+    with pytest.raises(ValueError, match="0 of them causally"):
+        hf.attach(bert, cp, CONFIG)
+    model = make("Llama")
+    with pytest.raises(ValueError, match="are not layers"):
+        hf.attach(model, cp, CONFIG, dense_layers=(7,))
+    # Left as it was: it can be attached, and what it calls is its own.
+    assert not any("lhcp" in name for name, _ in model.named_modules())
+    model(batch()["input_ids"])
+    by_name = make("Llama")
+    by_name.set_attn_implementation("lhcp")
+    with pytest.raises(ValueError, match="call lhcp.integrations.hf.attach"):
+        by_name(batch()["input_ids"])
+
+
+def test_soft_capped_logits_are_refused() -> None:
+    """Fails if what an architecture asks of its attention beside a mask is dropped."""
+    model, cp = attached("Gemma2", sliding_window=SEQLEN)
+    with pytest.raises(ValueError, match="softcap=50"):
+        model(**cp.shard(batch()))
+
+
+def refusals(group: Any) -> list[str]:
+    """What each rank hears of one rank's mistakes."""
+    model, cp = make("Llama", torch.float32), lhcp.ContextParallel(group)
+    hf.attach(model, cp, CONFIG)
+    part = cp.shard(batch())
+    local = {"position_ids": torch.arange(SEQLEN // cp.world_size)[None]}
+    mask = {"attention_mask": torch.ones_like(part["input_ids"])}
+    heard = []
+    for wrong in (local, mask):
+        try:
+            model(**part | (wrong if cp.rank == 1 else {}))
+        except ValueError as error:
+            heard.append(str(error))
+        # Shapes that are new, so that all ranks compare.
+        part = {key: x[:1] for key, x in part.items()}
+    return heard
+
+
+def test_every_rank_hears_of_one_ranks_mistake(ranks: RankPool) -> None:
+    """Fails if the other ranks wait for messages of one that has raised."""
+    first, second = ranks.run(refusals, 2)
+    assert "rank 1 of 2 cannot go on: ValueError: position_ids" in first[0]
+    assert "rank 1 of 2 cannot go on: ValueError: attention_mask" in first[1]
+    assert "this rank's token 0 are [0]: rank 1 of 2 holds position" in second[0]
+    assert "of padding at the end `valid` is made" in second[1]
