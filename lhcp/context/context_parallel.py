@@ -265,7 +265,7 @@ class ContextParallel:
         labels: Tensor,
         *,
         over: Group,
-        num_valid: float | None = None,
+        num_valid: float | Tensor | None = None,
         chunk_tokens: int | None = None,
     ) -> Tensor:
         """Return the mean cross-entropy over all valid tokens of the global batch.
@@ -281,8 +281,9 @@ class ContextParallel:
             over: mesh or group of the ranks whose gradients are averaged, those of data and
                 context parallelism together, such as mesh["dp", "cp"], without tensor
                 parallelism's; None for one rank.
-            num_valid: valid tokens of the global batch, where they are known: of all ranks, and of
-                all micro-batches whose gradients accumulate. The losses then add up to the mean.
+            num_valid: valid tokens of the global batch, where they are known, a number or a scalar
+                tensor: of all ranks, and of all micro-batches whose gradients accumulate. The
+                losses then add up to the mean.
             chunk_tokens: tokens of one chunk; None: as many as have 2**26 logits.
 
         Raises:
@@ -302,7 +303,7 @@ class ContextParallel:
         *,
         over: Group,
         bias: Tensor | None = None,
-        num_valid: float | None = None,
+        num_valid: float | Tensor | None = None,
         chunk_tokens: int | None = None,
     ) -> Tensor:
         """Return `loss` of the logits hidden @ weight.T + bias, which are never all held.
@@ -346,7 +347,9 @@ class ContextParallel:
         losses.check_over(over, self.ranks.flat)
         return losses.average(total, count, over=over)
 
-    def _share(self, labels: Tensor, over: Group, num_valid: float | None) -> Tensor | float:
+    def _share(
+        self, labels: Tensor, over: Group, num_valid: float | Tensor | None
+    ) -> Tensor | float:
         """Return what this rank adds to the number of valid tokens."""
         if num_valid is None:
             return (labels != self.ignore_index).sum()

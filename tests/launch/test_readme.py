@@ -15,7 +15,7 @@ from lhcp.testing.ranks import RankPool
 from tests import llama
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-ONCE, STEP, FSDP2, DDP, TP = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ONCE, STEP, FSDP2, DDP, TP, HF, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SEQLEN, BATCH, CP = 256, 4, 2
 
 THIRD_AXIS = {

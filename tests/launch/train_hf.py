@@ -1,0 +1,114 @@
+"""README's lines for accelerate or Trainer, on real text: for torchrun.
+
+Prints the held-out loss in the mode that was trained, after the training, and the entropy of that
+text's bytes, which a model that knows how often each comes, and nothing else, cannot pass.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+SEQLEN, STEPS, BATCH, RATE = 256, 64, 8, 5e-3
+README = (Path(__file__).parents[2] / "README.md").read_text()
+TEXT = (Path(__file__).parents[2] / "lhcp").rglob("*.py")
+
+
+def let_a_cpu_have_fsdp() -> None:
+    """Let accelerate 1.15 take ranks on CPUs as it takes those on GPUs.
+
+    It has FSDP2 and meshes for a list of kinds of devices that lacks the CPU. Nothing else of it is
+    touched: which device tensors are on was decided before.
+    """
+    own: Any = PartialState.__init__
+
+    def start(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start
+
+
+def rows(text: bytes) -> list[dict[str, Tensor]]:
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    whole = data[: len(data) // SEQLEN * SEQLEN].view(-1, SEQLEN)
+    return [{"input_ids": row, "labels": row} for row in whole]
+
+
+def entropy(batch: Tensor) -> float:
+    share = batch.flatten().bincount().double() / batch.numel()
+    return -(share * share.clamp(min=1e-9).log()).sum().item()
+
+
+def main(stack: str) -> None:
+    (program,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if block.startswith(f"# {stack}")
+    )
+    let_a_cpu_have_fsdp()
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    text = b"".join(path.read_bytes() for path in sorted(TEXT))
+    data = rows(text)
+    heldout = torch.stack([row["input_ids"] for row in data[::64]])
+    training = [row for i, row in enumerate(data) if i % 64]
+    dataset = [training[i] for i in torch.randperm(len(training))[: STEPS * BATCH]]
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+        )
+    )
+    options = {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH // 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    scope: dict[str, Any] = {
+        "dp_size": 1,
+        "cp_size": 2,
+        "seqlen": SEQLEN,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=RATE),
+        "loader": DataLoader(dataset, BATCH),
+        "dataset": dataset,
+        "options": options,
+    }
+    exec(program.replace('"cuda"', '"cpu"'), scope)
+    trained, cp = scope["model"].eval(), scope["cp"]
+    with torch.no_grad():
+        batch = cp.shard({"input_ids": heldout, "labels": heldout})
+        loss = cp.loss(trained(**batch).logits, batch["shift_labels"], over=scope["mesh"])
+    print(
+        f"rank {cp.rank}: {type(trained).__name__} loss {loss:.4f} entropy {entropy(heldout):.4f}"
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
