@@ -75,8 +75,8 @@ def check_no_mask(given: Mapping[str, Any]) -> None:
     if mask is not None:
         what = shape_of(mask) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask is {what}: attention across ranks is causal and takes none; of padding "
-            f"at the end `valid` is made: {SHARD}"
+            f"attention_mask is {what}: attention across ranks is causal and takes none; of padding"
+            f" at the end `valid` is made: {SHARD}"
         )
     for name in ("cache", "past_key_values", "use_cache"):
         if given.get(name):

@@ -279,7 +279,7 @@ def test_models_that_cannot_attend_across_ranks_are_refused() -> None:
     model(batch()["input_ids"])
     by_name = make("Llama")
     by_name.set_attn_implementation("lhcp")
-    with pytest.raises(ValueError, match="call lhcp.integrations.hf.attach"):
+    with pytest.raises(ValueError, match=r"call lhcp\.integrations\.hf\.attach"):
         by_name(batch()["input_ids"])
 
 
