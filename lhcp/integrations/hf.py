@@ -136,7 +136,7 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     causal = sum(bool(m.is_causal) for m in found) if getattr(config, "is_causal", True) else 0
     if not len(found) == causal == config.num_hidden_layers:
         raise ValueError(
-            f"model is a {name} of {config.num_hidden_layers} layers, in which {len(found)} modules "
+            f"model is a {name} of {config.num_hidden_layers} layers, and {len(found)} modules "
             f"attend, {causal} of them causally: must be a decoder with one in each layer"
         )
     return found
