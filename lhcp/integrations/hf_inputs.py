@@ -11,6 +11,7 @@ from lhcp.checks import shape_of
 from lhcp.comm.agreement import agreed
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.integrations.hf_attention import SHARD
+from lhcp.integrations.positions import first_wrong
 
 
 class Attached(nn.Module):
@@ -106,12 +107,9 @@ def check_positions(positions: Any, num_tokens: int, cp: ContextParallel, new: b
         )
     if not new and positions.device.type != "cpu":
         return
-    expected = cp.positions(num_tokens * cp.world_size, positions.device)
-    wrong = (positions != expected).any(0).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
+    wrong = first_wrong(positions, cp)
+    if wrong is not None:
         raise ValueError(
-            f"position_ids of this rank's token {at} are {positions[:, at].tolist()}: rank "
-            f"{cp.rank} of {cp.world_size} holds position {int(expected[at])} there, {cp.layout}; "
-            f"{SHARD}. Documents that are packed into one sequence are not supported"
+            f"position_ids: {wrong}; {SHARD}. Documents that are packed into one sequence are not "
+            "supported"
         )

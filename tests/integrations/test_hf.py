@@ -231,8 +231,8 @@ CALLS = {
     "a padding mask": ({"attention_mask": ONES}, r"cp\.shard"),
     "a mask of its own": ({"attention_mask": ONES[:, None, None].bool()}, "takes none"),
     "no positions": ({"position_ids": None}, "count from 0"),
-    "other positions": ({"position_ids": ONES.cumsum(1)}, r"holds position 0 there"),
-    "packed documents": ({"position_ids": torch.arange(SEQLEN)[None] % 96}, "holds position 96"),
+    "other positions": ({"position_ids": ONES.cumsum(1)}, "holds 0 there"),
+    "packed documents": ({"position_ids": torch.arange(SEQLEN)[None] % 96}, "holds 96 there"),
     "positions of another shape": ({"position_ids": torch.arange(SEQLEN)}, r"must be \[1, "),
     "documents by length": ({"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q="),
     "a cache": ({"use_cache": True}, "decoding runs on one rank"),
@@ -313,5 +313,5 @@ def test_every_rank_hears_of_one_ranks_mistake(ranks: RankPool) -> None:
     first, second = ranks.run(refusals, 2)
     assert "rank 1 of 2 cannot go on: ValueError: position_ids" in first[0]
     assert "rank 1 of 2 cannot go on: ValueError: attention_mask" in first[1]
-    assert "this rank's token 0 are [0]: rank 1 of 2 holds position" in second[0]
+    assert "token 0 has position [0], and rank 1 of 2 holds" in second[0]
     assert "of padding at the end `valid` is made" in second[1]
