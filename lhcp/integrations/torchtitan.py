@@ -1,4 +1,4 @@
-"""torchtitan 0.3: its Llama 3 and Qwen3 attend across ranks, by overrides named on the command line.
+"""torchtitan 0.3: its Llama 3 and Qwen3 attend across ranks, by overrides of the command line.
 
     --override.imports \
         'lhcp.integrations.torchtitan.attention={"topk": 1536, "dense_layers": [0, 1, -2, -1]}' \
@@ -90,8 +90,8 @@ class InnerAttention(Module):
             if wrong is not None:
                 raise ValueError(
                     f"positions: {wrong}. Where documents are packed, lhcp has no mask between "
-                    f'them: {WHOLE}. Where the order differs, pass layout: "zigzag" is torchtitan\'s '
-                    '"headtail", "contiguous" its None'
+                    f'them: {WHOLE}. Where the order differs, pass layout: "zigzag" for '
+                    'torchtitan\'s "headtail", "contiguous" for its None'
                 )
 
         fields = {"call": "torchtitan", "positions": str(list(shape))}
