@@ -50,7 +50,7 @@ def test_the_command_trains_as_one_rank(tmp_path: Path) -> None:
     for modes, (first, first_norm, last, entropy) in both:
         assert modes == "dense-lighthouse"
         assert (first, first_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
-        assert last < entropy - 0.1
+        assert last < entropy
 
 
 @pytest.mark.slow

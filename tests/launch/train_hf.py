@@ -1,9 +1,11 @@
 """README's lines for accelerate or Trainer, on real text: for torchrun.
 
-Prints the held-out loss in the mode that was trained, after the training, and the entropy of that
-text's bytes, which a model that knows how often each comes, and nothing else, cannot pass.
+Prints the first gradient's norm and that of one rank with the same tokens; the held-out loss in the
+mode that was trained, after the training, and the entropy of that text's bytes, which a model that
+knows how often each comes, and nothing else, cannot pass.
 """
 
+import copy
 import re
 import sys
 import tempfile
@@ -15,9 +17,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
+
+import lhcp
+from lhcp.integrations import hf
 
 SEQLEN, STEPS, BATCH, RATE = 256, 64, 8, 5e-3
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -51,7 +57,25 @@ def entropy(batch: Tensor) -> float:
     return -(share * share.clamp(min=1e-9).log()).sum().item()
 
 
+def norm_of(parameters: Any) -> float:
+    """The norm of whole gradients."""
+    grads = [x.grad for x in parameters if x.grad is not None]
+    whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+    return torch.stack([g.norm() for g in whole]).norm().item()
+
+
+def on_one_rank(model: Any, rows: list[dict[str, Tensor]]) -> float:
+    """The norm of the gradient of the first step's tokens."""
+    cp = lhcp.ContextParallel()
+    hf.attach(model, cp, lhcp.LighthouseConfig.fit(SEQLEN, 2))
+    whole = torch.stack([row["input_ids"] for row in rows])
+    batch = cp.shard({"input_ids": whole, "labels": whole})
+    cp.loss(model(**batch).logits, batch["shift_labels"], over=None).backward()
+    return norm_of(model.parameters())
+
+
 def main(stack: str) -> None:
+    """Train by the lines of one stack."""
     (program,) = (
         block
         for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -84,10 +108,20 @@ def main(stack: str) -> None:
         "gradient_accumulation_steps": 2,
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
     }
+    norms: list[float] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not norms:
+            norms.append(norm_of(x for group in optimizer.param_groups for x in group["params"]))
+
+    register_optimizer_step_pre_hook(keep)
+    untrained = copy.deepcopy(model)
     scope: dict[str, Any] = {
         "dp_size": 1,
         "cp_size": 2,
@@ -104,7 +138,10 @@ def main(stack: str) -> None:
         batch = cp.shard({"input_ids": heldout, "labels": heldout})
         loss = cp.loss(trained(**batch).logits, batch["shift_labels"], over=scope["mesh"])
     print(
-        f"rank {cp.rank}: {type(trained).__name__} loss {loss:.4f} entropy {entropy(heldout):.4f}"
+        f"rank {cp.rank}: {type(trained).__name__} norm {norms[0]:.4f} "
+        f"expected {on_one_rank(untrained, dataset[:BATCH]):.4f} "
+        f"loss {loss:.4f} entropy {entropy(heldout):.4f}",
+        flush=True,
     )
     dist.barrier()
     dist.destroy_process_group()
