@@ -31,11 +31,15 @@ class Attached(nn.Module):
         self.names = tuple(signature(model.base_model.forward).parameters)
         self.compared: set[Hashable] = set()
         self.token = object()
-        self.handle = model.base_model.register_forward_pre_hook(self.check, with_kwargs=True)
+        self.handles = [
+            model.base_model.register_forward_pre_hook(self.check, with_kwargs=True),
+            model.register_forward_pre_hook(check_no_labels, with_kwargs=True),
+        ]
 
     def release(self, model: Any) -> None:
         """Make the model what it was."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         model.config.use_cache = self.use_cache
         model.set_attn_implementation(self.previous)
 
@@ -64,6 +68,22 @@ class Attached(nn.Module):
 
         agreed(self.cp.ranks, key, prepare, lambda _: {"call": "model", **shapes})
         self.compared.add(key)
+
+
+def check_no_labels(
+    _module: nn.Module, _inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Check that a model is not to make its own loss.
+
+    Raises:
+        ValueError: it is; its labels would be shifted inside of this rank's part.
+    """
+    if kwargs.get("labels") is not None:
+        raise ValueError(
+            "labels are given: the model would shift them once more, and inside of each rank's "
+            'part; use cp.loss(model(**batch).logits, batch["shift_labels"], over=mesh), with the '
+            "batch that ContextParallel.shard returns"
+        )
 
 
 def check_no_mask(given: Mapping[str, Any]) -> None:

@@ -175,6 +175,15 @@ def test_scores_are_taken_before_a_norm_of_q_and_k(family: str) -> None:
     assert (spread < 1e-3) == normalises and norms.std() / norms.mean() > 0.1
 
 
+def test_a_compiled_model_computes_the_same() -> None:
+    """Fails if hooks that keep, or checks, break the graph, or are traced away."""
+    model, cp = attached("Qwen3")
+    part = cp.shard(batch())
+    expected = model(**part).logits
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**part).logits, expected)
+
+
 def test_padding_changes_no_real_token() -> None:
     """Fails if `valid` is lost between the batch and the selection."""
     model, cp = attached()
@@ -235,6 +244,7 @@ CALLS = {
     "packed documents": ({"position_ids": torch.arange(SEQLEN)[None] % 96}, "holds 96 there"),
     "positions of another shape": ({"position_ids": torch.arange(SEQLEN)}, r"must be \[1, "),
     "documents by length": ({"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q="),
+    "a loss of its own": ({"labels": ONES}, "shift them once more"),
     "a cache": ({"use_cache": True}, "decoding runs on one rank"),
 }
 
