@@ -19,8 +19,9 @@ from lhcp.training.data import DataConfig, open_data
 from lhcp.training.identity import accepted_changes, identity
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.passkey import DIGITS
-from lhcp.training.retrieval import Asked, Found, find_checkpoint, retrieve, trained_run
+from lhcp.training.retrieval import Asked, Found, retrieve
 from lhcp.training.run import Run
+from lhcp.training.trained import find_checkpoint, trained_run
 
 RunRanks = Callable[..., list[Any]]
 ROOT = Path(__file__).parents[2]
