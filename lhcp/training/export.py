@@ -45,7 +45,7 @@ def model_tensors(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         decoder = Decoder(config, attention)
     wanted = {name: (*tensor.shape,) for name, tensor in decoder.state_dict().items()}
-    metadata = TensorReader(path).read_metadata().state_dict_metadata
+    metadata: Any = TensorReader(path).read_metadata().state_dict_metadata
     there: dict[str, Any] = {
         name.removeprefix("model."): (*entry.size,)
         for name, entry in metadata.items()

@@ -1,7 +1,7 @@
 """The decoder in the layout of Hugging Face's `LlamaForCausalLM`: its names and its settings.
 
-Both are one function. RoPE turns the same pairs (i, i + D/2) in both, so no row moves; q and k, gate
-and up are one product here and two there.
+Both are one function. RoPE turns the same pairs (i, i + D/2) in both, so no row moves; q and k,
+gate and up are one product here and two there.
 """
 
 from collections.abc import Mapping

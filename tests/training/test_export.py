@@ -1,4 +1,4 @@
-"""The exported decoder is the Llama that it was: by plain torch, and by transformers where it is."""
+"""The exported decoder is the same Llama: by plain torch, and by transformers where it is there."""
 
 import json
 from dataclasses import replace
@@ -119,7 +119,7 @@ def test_weights_come_from_the_checkpoint(run: Run, tmp_path: Path) -> None:
     state = expected.state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
-    with pytest.raises(ValueError, match="no decoder of its own sizes: .*blocks"):
+    with pytest.raises(ValueError, match=r"no decoder of its own sizes: .*blocks"):
         model_tensors(path, replace(run.model, num_layers=3))
 
 
@@ -128,7 +128,7 @@ def test_a_model_before_its_recovery_is_refused(run: Run, tmp_path: Path) -> Non
     """Fails if a model that has only attended sparsely is handed out as a dense one."""
     pytest.importorskip("safetensors")
     saved(run, tmp_path / "arm", 3)
-    with pytest.raises(ValueError, match="last stage is lighthouse.*--any-stage"):
+    with pytest.raises(ValueError, match=r"last stage is lighthouse.*--any-stage"):
         export(tmp_path / "arm", tmp_path / "out")
     export(tmp_path / "arm", tmp_path / "out", any_stage=True)
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -159,7 +159,7 @@ def test_a_folder_has_what_its_readers_need(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
 def test_stock_transformers_reads_it(run: Run, tmp_path: Path, tied: bool) -> None:
-    """Fails if LlamaForCausalLM needs more than the folder, or computes or generates other bytes."""
+    """Fails if LlamaForCausalLM needs more than the folder, or computes other logits or bytes."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     run = replace(run, model=replace(run.model, tied=tied, rope_theta=500.0))
