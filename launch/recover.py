@@ -16,11 +16,11 @@ from typing import Annotated
 
 import torch.distributed as dist
 import tyro
-from recipes import RECOVERIES
 
 from lhcp.training import recovery_page, recovery_results
 from lhcp.training.lock import held
 from lhcp.training.process import Process, run_to_exit
+from lhcp.training.recipes import RECOVERIES
 from lhcp.training.recovery import Recovery, recover_seed, seed_folder
 from lhcp.training.report import Progress
 from lhcp.training.run import Run

@@ -1,14 +1,14 @@
 """Ask trained models for passkeys: one digit hidden in filler, by context and depth.
 
-    python launch/train.py retrieve_tiny
+    lhcp train retrieve_tiny
     python launch/retrieve.py runs/retrieve_tiny/two_stages --contexts 64 128 256
     python launch/retrieve.py runs/retrieve_32k/seed0/dense runs/retrieve_32k/seed0/1350+1350 \\
         --contexts 4096 8192 16384 32768 --out runs/retrieve_32k
     torchrun --standalone --nproc-per-node 2 launch/retrieve.py FOLDER --contexts 128 256
 
-A folder is a checkpoint, or holds those of one arm of train.py or recover.py, of which the newest
-is taken. Everything else of the model is read from the checkpoint. Under torchrun all ranks share
-each text. The models must have seen such text: train them with --data.passkey 0.25.
+A folder is a checkpoint, or holds those of one arm of `lhcp train` or recover.py, of which the
+newest is taken. Everything else of the model is read from the checkpoint. Under torchrun all ranks
+share each text. The models must have seen such text: train them with --data.passkey 0.25.
 """
 
 import sys

@@ -18,4 +18,4 @@ exec torchrun \
   --rdzv-id "${RUN_ID:-lhcp}" \
   --max-restarts "$MAX_RESTARTS" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  launch/train.py "$@"
+  -m lhcp train "$@"

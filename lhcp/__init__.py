@@ -16,7 +16,14 @@ from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import PACKAGE_RINGS
 from lhcp.lighthouse.select import Selection
-from lhcp.measure import OverheadReport, SelectionReport, diagnose, measure_overhead
+from lhcp.measure import (
+    OverheadReport,
+    SelectionReport,
+    StepCost,
+    diagnose,
+    measure_overhead,
+    measure_step,
+)
 from lhcp.timing import Timers
 
 # Here the rooms meet: integrations are above the layer, which takes their rings by name.
@@ -32,11 +39,13 @@ __all__ = [
     "OverheadReport",
     "Selection",
     "SelectionReport",
+    "StepCost",
     "Timers",
     "diagnose",
     "graphed",
     "lighthouse_attention",
     "measure_overhead",
+    "measure_step",
     "pad_to_length",
     "pad_to_multiple",
     "positions",

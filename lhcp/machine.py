@@ -1,5 +1,6 @@
 """What a result tells of the machine and the code that it came from."""
 
+import ctypes
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,24 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def loaded_files(name: str) -> list[Path]:
+    """Return the files that this process has mapped whose names begin so; none if unknown."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    mapped = {Path(parts[5]) for line in lines if len(parts := line.split(maxsplit=5)) == 6}
+    return sorted(path for path in mapped if path.name.startswith(name))
+
+
+def nccl_version(library: Path) -> str:
+    """Return the version that a libnccl says of itself, as "2.27.5"."""
+    found = ctypes.c_int()
+    ctypes.CDLL(str(library)).ncclGetVersion(ctypes.byref(found))
+    major, rest = divmod(found.value, 10000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def cpu_name() -> str:
@@ -35,5 +54,8 @@ def commit() -> str:
             return ""
         return done.stdout.strip()
 
+    # An installed package may lie inside of somebody's checkout.
+    if not git("ls-files", Path(__file__).name):
+        return ""
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

@@ -17,7 +17,7 @@ OPTIONAL = ("triton", "numpy", "matplotlib", "rich", "tyro", "transformers", "fl
 ROOMS = (
     *("base", "comm", "lighthouse", "ring", "cost", "layer", "context"),
     *("measure", "integrations"),
-    *("training", "testing"),
+    *("training", "testing", "programs"),
 )
 """From the ground up; a room imports itself and those before it. "base" is the files of lhcp/."""
 
@@ -57,9 +57,9 @@ def room(module: str) -> str:
 INSIDE = {
     module: {name for name in imported(path) if name in MODULES and name != "lhcp"}
     for module, path in MODULES.items()
-    if module != "lhcp"
+    if module not in ("lhcp", "lhcp.__main__")
 }
-"""Module -> modules of lhcp that it imports. lhcp/__init__.py is where all rooms meet."""
+"""Module -> modules of lhcp that it imports. In lhcp/__init__.py and __main__.py all rooms meet."""
 
 
 def reaches(path: Path, *modules: str) -> set[str]:

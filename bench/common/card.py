@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from bench.common.clock import copy_bandwidth
-from bench.common.links import link
 from bench.common.page import command, today
 from lhcp.comm.mesh import Ranks
 from lhcp.machine import commit, cpu_name, installed
+from lhcp.measure.clock import copy_bandwidth
+from lhcp.measure.links import link
 
 
 def card(device: torch.device, ranks: Ranks) -> dict[str, Any]:

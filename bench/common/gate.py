@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from bench.common.problem import TENSORS, Answers, AttentionProblem, Choice
-from bench.common.ranks import gathered
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.sharding import shard
+from lhcp.measure.rank_values import gathered
 from lhcp.testing.inputs import small_config
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 

@@ -4,7 +4,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.console import escape_unprintable
 from lhcp.training.process import leave
-
-T = TypeVar("T")
 
 
 def run_on_ranks(main: Callable[[Namespace, torch.device], None], args: Namespace) -> None:
@@ -86,23 +83,3 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def barrier(ranks: Ranks, device: torch.device) -> None:
-    """Wait until all ranks are here."""
-    if ranks.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        dist.barrier(group=ranks.flat, device_ids=ids)
-
-
-def gathered(value: T, ranks: Ranks) -> list[T]:
-    """Return every rank's value; waits on the host, so that a shared GPU is free meanwhile."""
-    everybody = [value] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(everybody, value, group=ranks.flat)
-    return everybody
-
-
-def slowest(seconds: float, ranks: Ranks) -> float:
-    """Return the largest of all ranks' seconds; a collective."""
-    return max(gathered(seconds, ranks))

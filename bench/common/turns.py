@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common.clock import Run, elapsed
-from lhcp.measure.report import Timing
+from lhcp.measure.clock import Run, elapsed
+from lhcp.measure.timings import Timing
 
 # A run this long is warm after one, and too long to throw a second away.
 LONG_MS = 500.0

@@ -17,11 +17,11 @@ import torch
 
 from bench.common.arguments import make_parser
 from bench.common.card import dated_card
-from bench.common.clock import matmul_rate
 from bench.common.page import Page
 from bench.latency import extremes, sections
 from bench.latency.sections import Bench
 from lhcp.console import escape_unprintable
+from lhcp.measure.clock import matmul_rate
 
 SECTIONS = ("table", "gqa", "share", "dilated", "deterministic", "crossover")
 

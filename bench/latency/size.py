@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import lhcp
-from bench.common.clock import BEYOND_CACHE, Run, peak_gib
 from bench.common.turns import Arm, Spread, captured, interleaved, rotating
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernel_sets import kernel_set
+from lhcp.measure.clock import BEYOND_CACHE, Run, peak_gib
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs, Block
 from lhcp.ring.kv import KV

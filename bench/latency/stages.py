@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common.clock import Run, kernel_seconds
 from bench.common.turns import Spread
 from lhcp.lighthouse import gather as torch_gather
 from lhcp.lighthouse import norms
@@ -20,6 +19,7 @@ from lhcp.lighthouse import select as torch_select
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV, Pooled
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.measure.clock import Run, kernel_seconds
 
 Tensors = tuple[Tensor, ...]
 

@@ -12,11 +12,11 @@ from unittest.mock import patch
 import torch
 
 from bench.common.arguments import make_parser
-from bench.common.clock import copy_bandwidth
 from bench.latency.size import Size
 from bench.latency.stages import Shape, TimedStage, Wrong, build, measure
 from lhcp.console import escape_unprintable
 from lhcp.lighthouse.kernels import gather, pool, scatter, scatter_backward, select
+from lhcp.measure.clock import copy_bandwidth
 
 Variants = tuple[ModuleType, tuple[str, ...], Sequence[tuple[int, ...]]]
 

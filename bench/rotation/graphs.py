@@ -21,12 +21,13 @@ from torch import Tensor
 import lhcp
 from bench.common.arguments import add_layer, add_ranks, config_of, make_parser, parse
 from bench.common.card import shown_card
-from bench.common.clock import elapsed
 from bench.common.page import last_line, write
-from bench.common.ranks import all_ranks, barrier, dtype_of, run_on_ranks, slowest
+from bench.common.ranks import all_ranks, dtype_of, run_on_ranks
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.recording import CALLS_BEFORE
+from lhcp.measure.clock import elapsed
+from lhcp.measure.rank_values import barrier, slowest
 from lhcp.ring.rotation import NAMES
 
 Row = dict[str, Any]

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from bench.common.card import shown_card
-from bench.common.clock import Run, peak_gib
 from bench.common.page import last_line
 from bench.common.ranks import dtype_of
 from bench.common.turns import Arm, Spread, captured, interleaved
 from bench.rotation.in_turn_setting import InTurnSetting, check
 from lhcp.comm.mesh import Ranks
-from lhcp.measure.report import PHASES
+from lhcp.measure.clock import Run, peak_gib
 from lhcp.measure.runs import Job, Runner, filled
+from lhcp.measure.timings import PHASES
 from lhcp.measure.twins import RandomReceiveBuffers
 from lhcp.testing.world import world_without_messages
 from lhcp.timing import Spans

@@ -22,11 +22,12 @@ from bench.common.card import shown_card
 from bench.common.gate import gate, refuse
 from bench.common.page import last_line, write
 from bench.common.problem import PEER, AttentionProblem, Choice, choices_beside_peer
-from bench.common.ranks import all_ranks, barrier, dtype_of, run_on_ranks, slowest
+from bench.common.ranks import all_ranks, dtype_of, run_on_ranks
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.plan import choose_backend
-from lhcp.measure.report import PHASES, Timing
+from lhcp.measure.rank_values import barrier, slowest
 from lhcp.measure.runs import Recorder, Runner, take_sample
+from lhcp.measure.timings import PHASES, Timing
 from lhcp.ring.rotation import NAMES
 
 Row = dict[str, Any]

@@ -12,13 +12,13 @@ from bench.common.gate import gate, refuse
 from bench.common.page import last_line
 from bench.common.problem import AttentionProblem, Choice
 from bench.common.ranks import all_ranks, dtype_of
-from bench.rotation.calibrate import Grid, calibrate
 from bench.rotation.predict_rows import milliseconds
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.choose import predict
 from lhcp.measure import measure_overhead
+from lhcp.measure.calibrate import Grid, calibrate
 from lhcp.ring.shape import AttentionShape
 
 Row = dict[str, Any]

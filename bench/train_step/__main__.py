@@ -19,7 +19,6 @@ import torch
 
 from bench.common.arguments import make_parser
 from bench.common.card import shown_card
-from bench.common.clock import matmul_rate
 from bench.common.page import command, last_line, today
 from bench.train_step.arithmetic import Row, complete, config_for
 from bench.train_step.gate import gate
@@ -29,6 +28,7 @@ from bench.train_step.trainer import PRECISION, Trainer, introduce_operators
 from lhcp.comm.mesh import Ranks
 from lhcp.console import escape_unprintable
 from lhcp.layer.plan import choose_backend
+from lhcp.measure.clock import matmul_rate
 from lhcp.training.model import ModelConfig, num_parameters
 
 PLAIN = [8192, 16_384, 32_768, 65_536, 98_304, 131_072]

@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import torch
 
-from bench.common.clock import sustained_seconds
 from bench.train_step.arithmetic import AttentionSeconds, Row, config_for
 from bench.train_step.profile import Profile, profile
 from bench.train_step.trainer import StepTime, Trainer, random_bytes
 from lhcp.layer.module import Mode
+from lhcp.measure.clock import sustained_seconds
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs
 from lhcp.ring.kv import KV

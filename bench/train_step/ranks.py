@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m bench.train_step.ranks --recipe paper_1m_cp8 --modes lighthouse
     torchrun --nproc-per-node 2 -m bench.train_step.ranks --recipe tiny_cp4 --device cpu --dp 2
 
-A recipe of launch/recipes.py with one sequence over all ranks; its model, its lengths and its
-recomputing. The step is lhcp/training/loop.py's. Seconds are of the slowest rank, medians over
+A recipe of lhcp/training/recipes.py with one sequence over all ranks; its model, its lengths and
+its recomputing. The step is lhcp/training/loop.py's. Seconds are of the slowest rank, medians over
 steps; the rotation's share is what ranks waited for its messages, by the training timers, which do
 not see into compiled blocks and graphs. Beside --dp, a sequence for each part of the ranks, it
 shows what sharing a sequence costs. The JSON file is written after each mode; the last line is
@@ -23,15 +23,16 @@ import torch
 from bench.common.arguments import add_device, add_json, make_parser
 from bench.common.card import shown_card
 from bench.common.page import last_line, write
-from bench.common.ranks import all_ranks, gathered, run_on_ranks
-from launch.recipes import RECIPES
+from bench.common.ranks import all_ranks, run_on_ranks
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
+from lhcp.measure.rank_values import gathered
 from lhcp.training.data import Sequences, open_data
 from lhcp.training.history import StepRecord
 from lhcp.training.model import flops_per_token, num_parameters
 from lhcp.training.parallel import Trainee, build
+from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage
 from lhcp.training.step import train_step

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common.clock import elapsed
 from bench.train_step.arithmetic import config_for
 from lhcp.config import LighthouseConfig
 from lhcp.layer.lighthouse import lighthouse_attention
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention, Mode
+from lhcp.measure.clock import elapsed
 from lhcp.testing.inputs import qkv
 from lhcp.training.model import Decoder, ModelConfig
 from lhcp.training.stages import OptimConfig

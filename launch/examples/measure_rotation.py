@@ -1,4 +1,4 @@
-"""What sharing a sequence costs on these ranks: the table of `lhcp.measure_overhead`.
+"""What sharing a sequence costs on these ranks, in a sentence: `lhcp.measure_overhead`.
 
 torchrun --standalone --nproc-per-node 2 launch/examples/measure_rotation.py
 """
@@ -17,26 +17,25 @@ cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = "cuda" if cuda else "cpu"
 group = init_device_mesh(device, (world_size,), mesh_dim_names=("cp",))["cp"]
 
-# A long sequence for GPUs, a short one for CPUs: tokens and picks of one stratum. Zigzag needs a
-# multiple of 2W strata; put your own sizes here.
-num_strata = 8 * world_size
-tokens, picks = (8192, 96) if cuda else (256, 8)
-config = lhcp.LighthouseConfig(topk=picks * num_strata, num_strata=num_strata)
+# A long sequence for GPUs, a short one for CPUs; put your own sizes here.
+seqlen = 98_304 if cuda else 4096
+config = lhcp.LighthouseConfig.fit(seqlen, world_size)
 
 # Every rank calls it with the same sizes; None in place of the config measures dense attention.
 report = lhcp.measure_overhead(
     config,
-    seqlen=tokens * num_strata,
+    seqlen=config.padded_length(seqlen),
     num_heads=8 if cuda else 2,
     head_dim=128 if cuda else 32,
     dtype=torch.bfloat16 if cuda else torch.float32,
     group=group,
     device=device,
-    repeats=5,
+    budget=10,
 )
 if dist.get_rank() == 0:
+    print(report)
+    # Of a training step of yours, which has 26 such layers and takes 1.9 s:
+    print(report.verdict(step_seconds=1.9, num_layers=26))
     print(report.table())
-    both = report.phase("both")
-    print(f"of {both.real.median * 1e3:.2f} ms, {both.exposed * 1e3:.2f} ms wait for messages")
 dist.barrier()
 dist.destroy_process_group()

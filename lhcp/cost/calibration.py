@@ -1,6 +1,6 @@
 """Measured times that the cost model reads: blocks of attention, memory and links, by machine.
 
-A calibration is data: made by `bench.rotation.calibrate`, kept as JSON, read back here.
+A calibration is data: made by `lhcp calibrate`, kept as JSON, read back here.
 """
 
 import json

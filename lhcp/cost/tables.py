@@ -10,7 +10,7 @@ from lhcp.cost.calibration import Calibration, Link
 
 
 def read_calibration(path: str, group: Group | Ranks = None) -> Calibration:
-    """Read a file of bench.rotation.calibrate on rank 0 and give it to every rank of the group.
+    """Read a file of `lhcp calibrate` on rank 0 and give it to every rank of the group.
 
     A collective. Pass the result as `rotation`: this machine's times then decide which it is.
 

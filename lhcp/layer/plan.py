@@ -214,6 +214,12 @@ def able_backends(dtype: torch.dtype, head_dim: int, device: torch.device) -> li
     return _able(_request(dtype, head_dim, device))
 
 
+def why_not(dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, str | None]:
+    """Return of each backend, in the order of the table, why it cannot do such inputs, or None."""
+    asked = _request(dtype, head_dim, device)
+    return {name: block.missing or block.refuses(asked) for name, block in BLOCKS.items()}
+
+
 def _able(asked: Request) -> list[Block]:
     return [b for b in BLOCKS.values() if b.missing is None and b.refuses(asked) is None]
 

@@ -6,9 +6,11 @@ whole sub-sequence alone (T1) while the others wait. A repeat counts its slowest
 """
 
 from lhcp.measure.measure import measure_overhead
-from lhcp.measure.report import Mark, OverheadReport, PhaseReport, StepReport, Timing
+from lhcp.measure.report import OverheadReport
 from lhcp.measure.selection import diagnose
 from lhcp.measure.selection_report import LevelReport, SelectionReport
+from lhcp.measure.step import StepCost, measure_step
+from lhcp.measure.timings import Mark, PhaseReport, StepReport, Timing
 
 __all__ = [
     "LevelReport",
@@ -16,8 +18,10 @@ __all__ = [
     "OverheadReport",
     "PhaseReport",
     "SelectionReport",
+    "StepCost",
     "StepReport",
     "Timing",
     "diagnose",
     "measure_overhead",
+    "measure_step",
 ]

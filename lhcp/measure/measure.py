@@ -1,8 +1,8 @@
 """The measurement: rounds of runs on all ranks, and their summary."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.lighthouse import local_geometry
 from lhcp.layer.plan import PACKAGE_RINGS, Choices, by_name, make_plan
-from lhcp.measure.report import PHASES, OverheadReport
+from lhcp.measure.effort import LEAST, Effort, Progress, rounds
+from lhcp.measure.rank_values import barrier, gathered, slowest
+from lhcp.measure.report import OverheadReport
 from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take_sample
 from lhcp.measure.summary import Samples, summarize
 from lhcp.measure.twins import RandomReceiveBuffers, silent
@@ -40,15 +42,17 @@ def measure_overhead(
     backend: str = "auto",
     kernels: str = "auto",
     device: torch.device | str | None = None,
-    repeats: int = 10,
-    warmup: int = 2,
+    budget: float = 30.0,
+    repeats: int | None = None,
+    warmup: int = 1,
     calls: int | None = None,
-    single_seconds: float = 10.0,
+    single_seconds: float | None = None,
+    progress: bool = True,
 ) -> OverheadReport:
     """Measure what the rotation costs on these ranks, with random inputs.
 
-    A collective: every rank of the group must call it with equal arguments. Takes about
-    12 x repeats runs of the attention, plus as many of the layer where there is a config.
+    A collective: every rank of the group must call it with equal arguments. `print` the result for
+    a sentence and what to change; its `table()` has the numbers.
 
     Args:
         config: of the lighthouse layer: the attention over its sub-sequence is measured, and the
@@ -58,11 +62,15 @@ def measure_overhead(
         group, layout, rotation, backend, kernels: as in `lhcp.lighthouse_attention`.
         device: None: the current GPU if the group communicates by NCCL (or there is no group and
             there is a GPU), else the CPU.
-        repeats: measurements of each run; warmup: unmeasured ones before.
+        budget: seconds that it may take. Where they are few, forward and backward are measured in
+            one go alone, and three repeats are taken in any case.
+        repeats: measurements of each run, in place of a budget; warmup: unmeasured ones before.
         calls: runs in a row that one measurement times; None: as many as last 20 ms on a GPU, one
             on a CPU.
-        single_seconds: the longest that T1 may take, forward and backward. It is measured at the
-            largest S / 2^i that keeps to this (and fits in memory) and scaled by pairs of tokens.
+        single_seconds: the longest that T1 may take, forward and backward; None: a fifteenth of
+            the budget, or 10. It is measured at the largest S / 2^i that keeps to this (and fits
+            in memory) and scaled by pairs of tokens.
+        progress: whether rank 0 says on stderr how far it is.
 
     Returns:
         OverheadReport, the same on every rank.
@@ -72,14 +80,11 @@ def measure_overhead(
     """
     ranks = as_ranks(group, two_axes=by_name(rotation))
 
-    def make() -> Job:
+    def make() -> tuple[Job, Effort]:
+        effort = Effort(budget, repeats, warmup, calls, single_seconds)
         heads = (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
         where = _device(ranks, device)
         entries = seqlen if config is None else config.subsequence_length(seqlen)
-        if repeats < 1 or warmup < 0 or (calls is not None and calls < 1):
-            raise ValueError(
-                f"repeats={repeats}, warmup={warmup}, calls={calls}: measure at least once"
-            )
         like = torch.empty((batch, 1, heads[0], head_dim), dtype=dtype, device=where)
         make_layout(layout, ranks.world_size).check_seqlen(entries)
         choices = Choices(layout, rotation, backend, kernels)
@@ -92,7 +97,7 @@ def measure_overhead(
             )
         if config is not None:
             local_geometry(config, seqlen // ranks.world_size, ranks, layout)
-        return Job(
+        job = Job(
             config=config,
             tokens=seqlen,
             entries=entries,
@@ -104,6 +109,7 @@ def measure_overhead(
             plan=plan,
             kernels=kernels,
         )
+        return job, effort
 
     named = rotation if isinstance(rotation, str) else rotation.name
     asked = {
@@ -114,25 +120,16 @@ def measure_overhead(
         "batch": batch,
         "dtype": dtype,
         "choices": (layout, named, backend, kernels),
-        "effort": (repeats, warmup, calls),
+        "effort": (budget, repeats, warmup, calls),
     }
     fields = {name: str(value) for name, value in asked.items()}
-    job = compared(ranks, make, lambda _: fields)
+    job, effort = compared(ranks, make, lambda _: fields)
     spans = Recorder(job.device)
     buffers = RandomReceiveBuffers()
     with silent(ranks, buffers) as quiet:
         runs = _runs(job, spans, quiet, buffers)
-        return _measure(job, spans, runs, Effort(repeats, warmup, calls, single_seconds))
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How often what is run, as `measure_overhead` has it."""
-
-    repeats: int
-    warmup: int
-    calls: int | None
-    single_seconds: float
+        told = Progress(progress and ranks.rank == 0)
+        return _measure(job, spans, runs, effort, told)
 
 
 def _runs(
@@ -153,29 +150,49 @@ def _runs(
     return runs
 
 
-def _measure(job: Job, spans: Recorder, runs: dict[str, Runner], effort: Effort) -> OverheadReport:
-    ranks, warmup, repeats = job.plan.ranks, effort.warmup, effort.repeats
+def _measure(
+    job: Job, spans: Recorder, runs: dict[str, Runner], effort: Effort, told: Progress
+) -> OverheadReport:
+    ranks = job.plan.ranks
+    told.say(f"{job.entries:,} entries on {ranks.world_size} ranks, first runs")
     calls = effort.calls or _calls(job, runs["real"], spans)
     alone: dict[str, Runner] = {}
     single_seqlen = 0
     if ranks.rank == 0:
-        alone["single"], single_seqlen = single(job, effort.single_seconds)
+        alone["single"], single_seqlen = single(job, effort.single_limit)
         if job.config is not None and single_seqlen == job.entries:
             alone |= single_layer(job)
 
-    samples: Samples = {}
-    for repeat in range(warmup + repeats):
-        for phase in PHASES:
+    def round_of(phases: Sequence[str]) -> Samples:
+        found: Samples = {}
+        for phase in phases:
             for name, runner in (runs | alone).items():
                 if name in runs:
-                    _barrier(ranks, job.device)
-                sample = take_sample(runner, phase, spans, calls)
-                if repeat >= warmup:
-                    samples.setdefault((name, phase), []).append(sample)
-    gathered: list[Any] = [(samples, single_seqlen)] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(gathered, (samples, single_seqlen), group=ranks.flat)
-    return summarize(job, [g[0] for g in gathered], gathered[0][1], repeats, calls)
+                    barrier(ranks, job.device)
+                found[name, phase] = [take_sample(runner, phase, spans, calls)]
+        return found
+
+    barrier(ranks, job.device)
+    before = told.spent
+    first = round_of(("both",))
+    spent = slowest(told.spent, ranks)
+    planned = rounds(effort, spent, slowest(told.spent - before, ranks))
+    told.say(f"{spent:.0f} s so far; {planned}")
+    if effort.repeats is not None:
+        for _ in range(effort.warmup):
+            round_of(planned.phases)
+    samples: Samples = first if planned.keep_first else {}
+    done = int(planned.keep_first)
+    while done < planned.repeats:
+        for key, sample in round_of(planned.phases).items():
+            samples.setdefault(key, []).extend(sample)
+        done += 1
+        told.at(f"{done} of {planned.repeats} rounds")
+        late = effort.repeats is None and done >= LEAST and told.spent > effort.budget
+        if any(gathered(late, ranks)):
+            break
+    everybody = gathered((samples, single_seqlen), ranks)
+    return summarize(job, [samples for samples, _ in everybody], everybody[0][1], done, calls)
 
 
 def _device(ranks: Ranks, device: torch.device | str | None) -> torch.device:
@@ -190,22 +207,13 @@ def _device(ranks: Ranks, device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _barrier(ranks: Ranks, device: torch.device) -> None:
-    if ranks.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        dist.barrier(group=ranks.flat, device_ids=ids)
-
-
 def _calls(job: Job, runner: Runner, spans: Recorder) -> int:
     """Return how many calls in a row last long enough, the same on every rank."""
     ranks = job.plan.ranks
     wanted = 1
     for _ in range(2):  # the first run compiles and allocates
-        _barrier(ranks, job.device)
+        barrier(ranks, job.device)
         seconds = take_sample(runner, "both", spans, 1).seconds
     if job.device.type == "cuda":
         wanted = min(100, math.ceil(_SAMPLE_SECONDS / seconds))
-    everybody = [wanted] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(everybody, wanted, group=ranks.flat)
-    return max(everybody)
+    return max(gathered(wanted, ranks))

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lhcp.cost.traffic import boundary_bytes, most_traffic
-from lhcp.measure.report import PHASES, Mark, OverheadReport, PhaseReport, StepReport, Timing
+from lhcp.measure.report import OverheadReport
 from lhcp.measure.runs import Job, Sample
+from lhcp.measure.timings import PHASES, Mark, PhaseReport, StepReport, Timing, half_width
 from lhcp.timing import uncovered
 
 Samples = dict[tuple[str, str], list[Sample]]
@@ -26,13 +27,14 @@ def summarize(
         single_seqlen: tokens of T1's run.
     """
     factor = (job.entries / single_seqlen) ** 2
+    measured = [phase for phase in PHASES if ("real", phase) in by_rank[0]]
     names = RunNames("real", "compute", "communication", "single")
-    phases = tuple(_phase(phase, names, by_rank, factor, _bytes(job, phase)) for phase in PHASES)
+    phases = tuple(_phase(phase, names, by_rank, factor, _bytes(job, phase)) for phase in measured)
     layer: tuple[PhaseReport, ...] = ()
     if job.config is not None:
         names = RunNames("layer", "layer_compute", "layer_communication", "layer_single")
         layer = tuple(
-            _phase(phase, names, by_rank, 1.0, _bytes(job, phase, layer=True)) for phase in PHASES
+            _phase(phase, names, by_rank, 1.0, _bytes(job, phase, layer=True)) for phase in measured
         )
     return OverheadReport(
         setting=_setting(job, repeats, calls),
@@ -99,22 +101,31 @@ def _phase(
         if found["wait"]:
             waits.append(uncovered(found["wait"], found["compute"]) / sample.calls)
     waited = Timing.of(waits).median if waits else None
+    real, compute, communication = (_slowest(by_rank, name, phase) for name in names[:3])
+    single = None if alone is None else [s.seconds * factor for s in alone]
+    # Of pairs of one repeat: what slows both of them is no difference.
+    exposed = [t - c for t, c in zip(real, compute, strict=True)]
+    over = None if single is None else [t / s for t, s in zip(real, single, strict=True)]
+    over_error = None if over is None else half_width(over)
     return PhaseReport(
         phase=phase,
-        real=Timing.of(_slowest(by_rank, names.real, phase)),
-        compute=Timing.of(_slowest(by_rank, names.compute, phase)),
-        communication=Timing.of(_slowest(by_rank, names.communication, phase)),
-        single=None if alone is None else Timing.of([s.seconds * factor for s in alone]),
+        real=Timing.of(real),
+        compute=Timing.of(compute),
+        communication=Timing.of(communication),
+        single=None if single is None else Timing.of(single),
         waited=waited,
         host=_host(by_rank, names.real, phase),
         bytes_per_rank=num_bytes,
         world_size=len(by_rank),
+        exposed_error=half_width(exposed),
+        overhead_error=None if over_error is None else len(by_rank) * over_error,
     )
 
 
 def _steps(by_rank: Sequence[Samples]) -> Iterator[StepReport]:
+    directions = any(phase == "forward" for _, phase in by_rank[0])
     for name, phase in by_rank[0]:
-        if phase == "both" or "single" in name:
+        if "single" in name or (directions and phase == "both"):
             continue
         repeats: dict[tuple[str, str, int], list[float]] = {}
         for repeat in zip(*(samples[name, phase] for samples in by_rank), strict=True):

@@ -133,7 +133,7 @@ class Recovery:
             raise ValueError(
                 f"optim.decay={self.run.optim.decay!r}: the rate of each step then follows from "
                 "the number of all steps, so that splits cannot share a lighthouse stage; take "
-                "'constant', or train each split with launch/train.py"
+                "'constant', or train each split with lhcp train"
             )
         run = self.run
         if run.seed or run.lighthouse_steps or run.dense_steps or run.baseline:

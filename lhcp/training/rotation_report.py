@@ -5,7 +5,7 @@ from lhcp.training.parallel import Trainee, compute_dtype
 from lhcp.training.run import Run
 
 
-def measure_rotation(run: Run, trainee: Trainee, repeats: int = 10) -> dict[str, str | float]:
+def measure_rotation(run: Run, trainee: Trainee, budget: float = 15.0) -> dict[str, str | float]:
     """Measure one attention of each stage, forward and backward; a collective of every rank.
 
     Returns:
@@ -31,7 +31,8 @@ def measure_rotation(run: Run, trainee: Trainee, repeats: int = 10) -> dict[str,
             backend=run.backend,
             kernels=run.kernels,
             device=placement.device,
-            repeats=repeats,
+            budget=budget,
+            progress=False,
         )
         both = report.phase("both")
         if both.overhead is not None:

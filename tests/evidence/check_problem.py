@@ -17,11 +17,11 @@ from torch import Tensor
 
 import lhcp
 from bench.common.problem import TENSORS, Answers, AttentionProblem
-from bench.common.ranks import gathered
 from lhcp import reference
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.lighthouse.select import Selection
+from lhcp.measure.rank_values import gathered
 from tests.evidence.whole import Entries, whole_entries
 
 T = TypeVar("T")

@@ -28,9 +28,10 @@ from bench.common.problem import (
     choices,
     choices_beside_peer,
 )
-from bench.common.ranks import all_ranks, dtype_of, gathered, run_on_ranks
+from bench.common.ranks import all_ranks, dtype_of, run_on_ranks
 from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
+from lhcp.measure.rank_values import gathered
 from lhcp.ring.rotation import NAMES
 from lhcp.training.process import leave
 from tests.evidence.check_problem import prepare

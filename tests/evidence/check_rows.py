@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from bench.common.problem import PEER, TENSORS, Answers, Choice
-from bench.common.ranks import gathered
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.plan import Choices, make_plan
+from lhcp.measure.rank_values import gathered
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from tests.evidence.check_problem import Own, attempt, distances, select
 

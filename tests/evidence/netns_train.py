@@ -54,8 +54,8 @@ def train(page: Page, args: argparse.Namespace) -> list[Any]:
     """Do both training stages on four nodes of eight ranks: dp 4 x cp 8, a tiny model."""
     with nodes(4) as network, tempfile.TemporaryDirectory() as folder:
         arguments = (
-            *("launch/train.py", "tiny", "--cp", "8", "--seqlen", "1024", "--global-batch", "4"),
-            *("--lighthouse.num-strata", "16", "--lighthouse.topk", "32"),
+            *("-m", "lhcp", "train", "tiny", "--cp", "8", "--seqlen", "1024"),
+            *("--global-batch", "4", "--lighthouse.num-strata", "16", "--lighthouse.topk", "32"),
             *("--lighthouse-steps", str(args.steps), "--dense-steps", str(args.steps)),
             *("--eval-every", str(args.steps), "--eval-sequences", "4", "--sample-bytes", "0"),
             *("--out", folder),

@@ -1,4 +1,4 @@
-"""launch/train.py as its user starts it: to the end, going on, and failing."""
+"""`lhcp train` as its user starts it: to the end, going on, and failing."""
 
 import json
 import os
@@ -19,9 +19,9 @@ SHORT = [
 
 
 def launch(*arguments: str, ranks: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run launch/train.py, under torchrun with `ranks` ranks or as a plain process with 0."""
+    """Run `lhcp train`, under torchrun with `ranks` ranks or as a plain process with 0."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks else []), "launch/train.py", *arguments]
+    command = [sys.executable, *(torchrun if ranks else []), "-m", "lhcp", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240

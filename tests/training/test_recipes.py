@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.recipes import RECIPES
 from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory
+from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
 
 

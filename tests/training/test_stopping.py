@@ -83,10 +83,10 @@ def test_a_signal_to_one_rank_saves_on_all(
 
 
 def start(*arguments: str, ranks: int = 0, restarts: int = 0, **how: Any) -> subprocess.Popen[str]:
-    """Start launch/train.py in a session of its own."""
+    """Start `lhcp train` in a session of its own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     torchrun += ["--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-    command = [sys.executable, *(torchrun if ranks else []), "launch/train.py", *arguments]
+    command = [sys.executable, *(torchrun if ranks else []), "-m", "lhcp", "train", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,

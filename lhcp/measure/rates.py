@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.common.clock import seconds_of
-from bench.common.links import latency_and_rate, round_the_ring
-from bench.common.ranks import slowest
 from lhcp.comm.collectives import Rows, Works, all_gathers, all_to_alls
 from lhcp.comm.mesh import Ranks
+from lhcp.measure.clock import seconds_of
+from lhcp.measure.links import latency_and_rate, round_the_ring
+from lhcp.measure.rank_values import slowest
 
 
 def byte_compute(

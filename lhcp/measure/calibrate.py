@@ -1,31 +1,17 @@
-"""Measure a `Calibration`: blocks of attention, copies, merges and links, on these ranks.
+"""Measure a `Calibration`: blocks of attention, copies, merges and links, on these ranks."""
 
-    torchrun --nproc-per-node 8 -m bench.rotation.calibrate --out b200.json
-    python -m bench.rotation.calibrate --seqlens 2048 8192 32768 --out gpu.json
-
-The sizes are a GPU's; a CPU takes hours for them, and seconds for these:
-
-    torchrun --nproc-per-node 2 -m bench.rotation.calibrate --device cpu --dtype float32 --heads 4 \
-        --head-dim 64 --seqlens 256 1024 2048 --queries 256 1024 --keys 256 1024 --out cpu.json
-
-The model then predicts for such a machine: `python -m bench.scaling --calibration gpu.json`.
-"""
-
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bench.common.arguments import add_device, add_heads, make_parser
-from bench.common.card import shown_card
-from bench.common.clock import copy_bandwidth, seconds_of
-from bench.common.links import link, long_message
-from bench.common.ranks import all_ranks, gathered, run_on_ranks
-from bench.rotation.rates import byte_compute, collective_factors
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration, Link
 from lhcp.layer.plan import choose_backend
+from lhcp.measure.clock import copy_bandwidth, seconds_of
+from lhcp.measure.links import link, long_message
+from lhcp.measure.rank_values import gathered
+from lhcp.measure.rates import byte_compute, collective_factors
 from lhcp.precision import wide
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs
@@ -81,14 +67,17 @@ def calibrate(
     grid: Grid,
     nodes: int = 1,
     large_message: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Measure on all ranks at once; the result is rank 0's, the links' the slowest rank's.
 
     Args:
         nodes: 1: all ranks share a node; else the ring of all ranks is measured as the outer link.
         large_message: bytes of the long message that gives the bandwidth.
+        say: is told what comes next.
     """
     name = choose_backend(grid.backend, grid.dtype, grid.head_dim, device).name
+    say(f"blocks of {name}: {len(grid.seqlens)} causal, {len(grid.queries) * len(grid.keys)} full")
     square = [(n, *block_seconds(name, grid, n, n, CAUSAL, device)) for n in sorted(grid.seqlens)]
     full = [
         (n, m, *block_seconds(name, grid, n, m, FULL, device))
@@ -99,6 +88,7 @@ def calibrate(
     between = Link(latency=0.0, bandwidth=1e18)
     gather_factor, alltoall_factor, taken = 1.0, 1.0, 0.0
     if ranks.world_size > 1:
+        say(f"messages between {ranks.world_size} ranks")
         large = large_message or long_message(device)
         found = link(ranks, device, large)
         latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
@@ -113,7 +103,7 @@ def calibrate(
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     calibration = Calibration(
         name=title,
-        source=f"bench.rotation.calibrate, torch {torch.__version__}, {name}, {grid.dtype}, "
+        source=f"lhcp calibrate, torch {torch.__version__}, {name}, {grid.dtype}, "
         f"{ranks.world_size} ranks, {nodes} nodes; inside and between nodes as round the ring",
         num_heads=grid.heads,
         head_dim=grid.head_dim,
@@ -129,45 +119,3 @@ def calibrate(
         byte_compute=taken,
     )
     return gathered(calibration, ranks)[0]
-
-
-def measure(args: argparse.Namespace, device: torch.device) -> None:
-    """Print the card, measure, print and write the calibration."""
-    ranks = all_ranks(device)
-    shown_card(device, ranks)
-    grid = Grid(
-        heads=args.heads,
-        head_dim=args.head_dim,
-        dtype=getattr(torch, args.dtype),
-        seqlens=args.seqlens,
-        queries=args.queries,
-        keys=args.keys,
-        backend=args.backend,
-    )
-    calibration = calibrate(ranks, device, grid, args.nodes)
-    if ranks.rank == 0:
-        for n, forward, backward in calibration.square:
-            print(f"causal {n:>8,}: {1e3 * forward:9.3f} ms forward {1e3 * backward:9.3f} backward")
-        for n, m, forward, backward in calibration.full:
-            print(f"full {n:>7,} x {m:>8,}: {1e3 * forward:9.3f} ms {1e3 * backward:9.3f}")
-        print(f"compute that a byte takes: {1e9 * calibration.byte_compute:.2f} ns")
-        calibration.save(args.out)
-        print(f"written: {args.out}")
-
-
-def parse() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", default="calibration.json")
-    parser.add_argument("--seqlens", type=int, nargs="*", default=[2048, 8192, 32768, 65536])
-    parser.add_argument("--queries", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--keys", type=int, nargs="*", default=[1024, 4096, 16384, 65536])
-    add_heads(parser)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--backend", default="auto")
-    add_device(parser)
-    parser.add_argument("--nodes", type=int, default=1)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_on_ranks(measure, parse())

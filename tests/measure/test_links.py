@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.common import links
 from lhcp.comm.mesh import Ranks
+from lhcp.measure import links
 
 
 @pytest.mark.parametrize("short, long, rate", [(1e-3, 3e-3, 5e8), (2e-3, 1e-3, 1e9)])

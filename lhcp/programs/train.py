@@ -1,17 +1,17 @@
-"""Train a recipe: `python launch/train.py tiny`, or under torchrun with several ranks.
+"""Train a recipe: `lhcp train tiny`, or under torchrun with several ranks.
 
-    torchrun --standalone --nproc-per-node 2 launch/train.py demo
-    python launch/train.py tiny --data.text 'books/*.txt' --seqlen 2048
-    python launch/train.py tiny --help
+    torchrun --standalone --nproc-per-node 2 -m lhcp train demo
+    lhcp train tiny --data.text 'books/*.txt' --seqlen 2048
+    lhcp train tiny --help
 
 Started again with the same --out it goes on from the newest whole checkpoint.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch.distributed as dist
 import tyro
-from recipes import RECIPES
 
 from lhcp.training import report
 from lhcp.training.data import open_data
@@ -20,6 +20,7 @@ from lhcp.training.loop import train
 from lhcp.training.model import generate, num_parameters
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.process import Process, run_to_exit
+from lhcp.training.recipes import RECIPES
 from lhcp.training.rotation_report import measure_rotation
 from lhcp.training.run import Run
 
@@ -79,10 +80,11 @@ def do(run: Run, own: Process, progress: report.Progress) -> None:
         report.write(summary, run.folder)
 
 
-if __name__ == "__main__":
+def start(arguments: Sequence[str]) -> None:
+    """Read the command line and train."""
     recipes = {name: (recipe.__doc__ or "", recipe()) for name, recipe in RECIPES.items()}
     try:
-        chosen = tyro.extras.overridable_config_cli(recipes)
+        chosen = tyro.extras.overridable_config_cli(recipes, prog="lhcp train", args=arguments)
     except ValueError as error:
-        sys.exit(f"launch/train.py: {error}")
+        sys.exit(f"lhcp train: {error}")
     run_to_exit(lambda own: main(chosen, own), chosen.timeout)

@@ -1,14 +1,15 @@
 """Links between ranks: latency and bandwidth of messages, posted as rotations post them."""
 
 from collections.abc import Callable
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
 
-from bench.common.clock import Run, seconds_of
-from bench.common.ranks import slowest
-from lhcp.comm.collectives import Works, exchange
+from lhcp.comm.collectives import Works, all_gathers, exchange
 from lhcp.comm.mesh import Ranks
+from lhcp.measure.clock import Run, seconds_of
+from lhcp.measure.rank_values import barrier, slowest
 
 
 def long_message(device: torch.device) -> int:
@@ -61,3 +62,43 @@ def latency_and_rate(
     # Where a long message takes no longer than a short one, all of its time is its bytes'.
     rate = (large - small) / (long - short) if long > short else large / long
     return max(short - small / rate, 0.0), rate
+
+
+def gather_rate(ranks: Ranks, device: torch.device, large: int | None = None) -> float:
+    """Return bytes a second that each rank receives in an all-gather; a collective."""
+    group = ranks.flat
+    assert group is not None
+    num_bytes, world = large or long_message(device), ranks.world_size
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    into = torch.empty(world * num_bytes, dtype=torch.uint8, device=device)
+
+    def run() -> None:
+        all_gathers([(into, source)], group).wait()
+
+    run()
+    return (world - 1) * num_bytes / slowest(seconds_of(run, device, 5), ranks)
+
+
+def pair_rates(
+    ranks: Ranks, device: torch.device, large: int | None = None
+) -> dict[tuple[int, int], float]:
+    """Return bytes a second of each pair of ranks, both ways at once, all others idle.
+
+    A collective; the same on every rank.
+    """
+    assert ranks.flat is not None
+    num_bytes, group = large or long_message(device) // 4, ranks.flat
+    out, into = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    found = {}
+    for pair in combinations(range(ranks.world_size), 2):
+        seconds = 0.0
+        barrier(ranks, device)
+        if ranks.rank in pair:
+            other = pair[1 - pair.index(ranks.rank)]
+
+            def run(other: int = other) -> None:
+                exchange([(out, other)], [(into, other)], group).wait()
+
+            seconds = seconds_of(run, device, 3)
+        found[pair] = num_bytes / slowest(seconds, ranks)
+    return found

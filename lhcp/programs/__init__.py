@@ -1,0 +1,1 @@
+"""The console program `lhcp`: a file for each of its commands, with one function, `start`."""
