@@ -17,6 +17,7 @@ from lhcp.training import report
 from lhcp.training.data import open_data
 from lhcp.training.lock import held
 from lhcp.training.loop import train
+from lhcp.training.metrics import written
 from lhcp.training.model import generate, num_parameters
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.process import Process, run_to_exit
@@ -52,7 +53,8 @@ def do(run: Run, own: Process, progress: report.Progress) -> None:
             "more text for an estimate with less noise"
         )
     folder = run.folder / "two_stages"
-    history = train(run, trainee, data, run.stages, folder, progress)
+    with written(run, progress, own.rank) as watcher:
+        history = train(run, trainee, data, run.stages, folder, watcher)
     whole = whole_model(run, trainee)
     overhead = measure_rotation(run, trainee)
 
@@ -61,7 +63,8 @@ def do(run: Run, own: Process, progress: report.Progress) -> None:
         progress.say("baseline: dense from scratch on the same tokens")
         fresh = build(run, own.device)
         folder = run.folder / "baseline"
-        baseline = train(run, fresh, data, run.baseline_stages, folder, progress)
+        with written(run, progress, own.rank) as watcher:
+            baseline = train(run, fresh, data, run.baseline_stages, folder, watcher)
 
     if whole is not None:
         sample = ""

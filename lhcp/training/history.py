@@ -27,6 +27,10 @@ class StepRecord:
     tokens_per_second: float
     rotation_share: float | None
     """Share of the step that a rank waited in rotations, mean over ranks; None: not timed."""
+    peak_gib: float | None = None
+    """GiB that tensors of rank 0 held on its GPU at most so far; None: no GPU."""
+    mfu: float | None = None
+    """Model FLOPs over what the GPUs could do in bf16; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ MAY_CHANGE = {
     "keep_checkpoints": "what is kept",
     "sample_bytes": "what is logged",
     "diagnose": "what is logged",
+    "logs": "what is logged",
+    "profile": "what is logged",
 }
 """Fields of `Run` that may differ when it goes on, and why."""
 

@@ -70,7 +70,8 @@ class Progress:
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
             f"grad {record.grad_norm:6.3f}  {record.tokens_per_second:>7,.0f} tok/s  "
-            f"rotation {share_of(record.rotation_share)}  ETA {left // 60}:{left % 60:02d}"
+            f"rotation {share_of(record.rotation_share)}{use_of(record)}  "
+            f"ETA {left // 60}:{left % 60:02d}"
         )
         if self.in_place:
             print("\r\x1b[K" + line, end="", flush=True)
@@ -97,6 +98,12 @@ class StageSpeed:
 def share_of(share: float | None) -> str:
     """Return a share of a step in five places."""
     return "    -" if share is None else f"{share:5.1%}"
+
+
+def use_of(record: StepRecord) -> str:
+    """Return what a step used of its GPU, as far as that is known."""
+    memory = "" if record.peak_gib is None else f"  mem {record.peak_gib:.1f} GiB"
+    return memory + ("" if record.mfu is None else f"  MFU {record.mfu:.0%}")
 
 
 def speeds(history: History) -> dict[str, StageSpeed]:

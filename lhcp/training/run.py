@@ -64,6 +64,10 @@ class Run:
     diagnose: bool = False
     """Whether to log, before the first step and at each evaluation, if the selection of each
     lighthouse layer is alive: `lhcp.diagnose` of its q and k on held-out text."""
+    logs: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers go beside metrics.jsonl, which every run writes next to its checkpoints."""
+    profile: int = 0
+    """Steps to trace with torch's profiler, after the first few; 0 for none."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step of a run writes one too."""
     keep_checkpoints: int = 2
@@ -145,6 +149,8 @@ class Run:
         for name in ("seqlen", "global_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.profile < 0:
+            raise ValueError(f"profile={self.profile}: must not be negative; 0 is none")
         if self.sample_bytes < 0:
             raise ValueError(f"sample_bytes={self.sample_bytes}: must not be negative; 0 is none")
         if self.model.vocab_size < 256:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.data import Sequences
+from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
 from lhcp.training.parallel import Placement, Trainee
 from lhcp.training.run import Run
@@ -122,7 +123,18 @@ def train_step(
     seconds = time.perf_counter() - begin
     tokens = run.global_batch * run.seqlen
     waited_share = None if timers is None else waited / dist.get_world_size() / seconds
-    return StepRecord(step + 1, stage, loss, norm, rate, seconds, tokens / seconds, waited_share)
+    return StepRecord(
+        step=step + 1,
+        stage=stage,
+        loss=loss,
+        grad_norm=norm,
+        lr=rate,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        rotation_share=waited_share,
+        peak_gib=peak_gib(trainee.placement.device),
+        mfu=utilization(run, stage_at(stages, step).mode, tokens / seconds, trainee.placement),
+    )
 
 
 @torch.no_grad()

@@ -52,6 +52,15 @@ def test_two_ranks_to_the_report_and_on(tmp_path: Path) -> None:
     assert set(report["stages"]) == {"lighthouse", "dense", "baseline"}
     assert {"lighthouse", "dense", "final", "jump", "recovered"} <= set(report["switch"])
     assert report["stages"]["dense"]["rotation_share"] > 0
+    for arm in ("two_stages", "baseline"):
+        metrics = (tmp_path / arm / "metrics.jsonl").read_text().splitlines()
+        assert [r["step"] for r in map(json.loads, metrics) if r["kind"] == "step"] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+        ]
 
     # One rank goes on where two have ended: nothing is left to do but the report.
     arguments[arguments.index("--cp") + 1] = "1"
