@@ -21,7 +21,7 @@ else
 fi
 
 # The distribution's name, because "import lhcp" works from this folder without an installation.
-ready='import importlib.metadata as m; [m.version(n) for n in ("lhcp", "torch", "tyro", "rich", "matplotlib", "pytest", "hypothesis", "ruff", "mypy", "tabulate", "types-tabulate", "transformers", "accelerate")]'
+ready='import importlib.metadata as m; [m.version(n) for n in ("lhcp", "torch", "tyro", "rich", "safetensors", "matplotlib", "pytest", "hypothesis", "ruff", "mypy", "tabulate", "types-tabulate", "transformers", "accelerate")]'
 if ! "$python" -c "$ready" 2>/dev/null; then
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     echo "set-up: a GPU is there, torch is chosen by pip"

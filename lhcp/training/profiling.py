@@ -17,7 +17,7 @@ BEFORE = 4
 class Profile:
     """Traces `steps` steps after the first few; each rank writes profile/rank0.json.gz.
 
-    Open it with ui.perfetto.dev: a layer's stages are named there, as "lhcp::ring_forward::wait[1]".
+    Open it with ui.perfetto.dev: it names a layer's stages, as "lhcp::ring_forward::wait[1]".
 
     Args:
         steps: how many; evaluations between them are in the trace too.
