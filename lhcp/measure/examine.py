@@ -65,8 +65,7 @@ def software(device: torch.device) -> Facts:
         facts["cuda"] = str(torch.version.cuda)
         facts["cudnn"] = str(torch.backends.cudnn.version())
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()[:3]))
-        libraries = loaded_files("libnccl")
-        said = [f"{nccl_version(path)} {path}" for path in libraries if ".so" in path.name]
+        said = [f"{nccl_version(path)} {path}" for path in loaded_files("libnccl.so")]
         facts["libnccl"] = "; ".join(said) or "part of torch"
     return facts
 
@@ -115,7 +114,7 @@ def own_troubles(
                     "pip install 'lhcp[triton]'",
                 )
             )
-        versions = {nccl_version(path) for path in loaded_files("libnccl") if ".so" in path.name}
+        versions = {nccl_version(path) for path in loaded_files("libnccl.so")}
         built = ".".join(map(str, torch.cuda.nccl.version()[:3]))
         if len(versions) > 1 or versions - {built}:
             found.append(
