@@ -36,7 +36,8 @@ def measure_rotation(run: Run, trainee: Trainee, budget: float = 15.0) -> dict[s
         )
         both = report.phase("both")
         if both.overhead is not None:
-            rows[f"{stage}: attention over one rank / W"] = f"{both.overhead:+.1%}"
+            doubt = "" if both.overhead_error is None else f" +- {both.overhead_error:.1%}"
+            rows[f"{stage}: attention over one rank / W"] = f"{both.overhead:+.1%}{doubt}"
         rows[f"{stage}: exposed"] = f"{both.exposed * 1e3:.2f} of {both.real.median * 1e3:.2f} ms"
         if both.bytes_per_rank is not None:
             rows[f"{stage}: sent a rank"] = f"{both.bytes_per_rank / 1e6:.2f} MB"

@@ -31,8 +31,10 @@ class Two(nn.Module):
         return x
 
 
-def measure(group: Any) -> list[Any]:
+def measure(group: Any, compiled: bool) -> list[Any]:
     model = Two(group)
+    if compiled:
+        model.compile(backend="aot_eager")
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(1, model.seqlen // group.size(), 2, 8, generator=generator)
     expected = model(x).detach()
@@ -56,9 +58,12 @@ def measure(group: Any) -> list[Any]:
     return [silent, same, all(finite), before == after and untimed and again, cost]
 
 
-def test_a_twin_sends_nothing_and_nothing_stays(ranks: RankPool) -> None:
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_a_twin_sends_nothing_and_nothing_stays(ranks: RankPool, compiled: bool) -> None:
     """Fails if both steps are alike, a step computes something else, or the layers stay silent."""
-    answers = ranks.run(measure, 4)
+    answers = ranks.run(measure, 4, compiled)
     for silent, same, finite, restored, cost in answers:
         assert silent == [{False}, {True}] * 4
         assert same == [True, False] * 4
