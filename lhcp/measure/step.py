@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lhcp.comm.mesh import Ranks
+from lhcp.comm.mesh import Ranks, new_memory
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.recording import Graphs
 from lhcp.measure.effort import LEAST, MOST, Effort, Progress
@@ -73,7 +73,9 @@ def measure_step(
     The step runs as it is, and in turns with that as it would be if the layers' messages cost
     nothing: they send none, and random numbers stand where others' keys would be. So what it does
     to weights is no training. Run it before training or in a process of its own, or leave the
-    optimiser out of the step. Compiled layers are compiled again for it.
+    optimiser out of the step. Modules that are compiled are compiled again for it; there, and with
+    `lhcp.graphed`, what memory happens to hold stands for others' keys, so that a step must not
+    stop at a loss that is not finite.
 
     A collective: every rank of the process group must call it alike.
 
@@ -112,7 +114,7 @@ def measure_step(
         twins.quiet()
         return real, timed()
 
-    with Twins(layers) as twins:
+    with Twins(layers, by_operators=is_compiled(model)) as twins:
         told.say(f"steps of a model with {len(layers)} attention layers, {warmup} before")
         for _ in range(warmup):
             both()
@@ -146,20 +148,27 @@ def _device(model: nn.Module) -> torch.device:
 class Twins:
     """The layers of a model as they are measured, and as they send nothing.
 
-    A context manager: on leaving, the layers are as they were. A layer without graphs runs beside
-    its operators in both, since there alone messages arrive in memory that holds random numbers;
-    with graphs, or compiled, they arrive in what memory happens to hold.
+    A context manager: on leaving, the layers are as they were.
 
     Args:
         layers: of the model.
+        by_operators: whether they run through their operators, as compiled layers and graphs do,
+            and messages arrive in what memory happens to hold. Else beside them, in both, and in
+            silence random numbers arrive.
     """
 
-    def __init__(self, layers: list[LighthouseAttention]) -> None:
+    def __init__(self, layers: list[LighthouseAttention], *, by_operators: bool) -> None:
         self._layers = layers
+        self._by_operators = by_operators or any(layer.graphs is not None for layer in layers)
         self._kept = ExitStack()
         self._buffers = RandomReceiveBuffers()
         self._found = [Way(layer.ranks, layer.graphs, layer.timers) for layer in layers]
-        self._loud = [replace(way, timers=_beside(way)) for way in self._found]
+        self._loud = self._found
+        if not self._by_operators:
+            self._loud = [
+                replace(way, timers=Spans() if way.timers is UNTIMED else way.timers)
+                for way in self._found
+            ]
         self._quiet: list[Way] = []
 
     def __enter__(self) -> "Twins":
@@ -168,14 +177,17 @@ class Twins:
         graphs: dict[int, Graphs] = {}
         for way in self._loud:
             if id(way.ranks) not in ranks:
-                ranks[id(way.ranks)] = self._kept.enter_context(silent(way.ranks, self._buffers))
+                quiet = self._kept.enter_context(silent(way.ranks, self._buffers))
+                if self._by_operators:
+                    quiet = replace(quiet, allocate=new_memory)
+                ranks[id(way.ranks)] = quiet
             if way.graphs is not None and id(way.graphs) not in graphs:
                 # Those that are there hold messages.
                 own = Graphs(way.graphs.shared, way.graphs.always)
                 self._kept.callback(own.release)
                 graphs[id(way.graphs)] = own
-            quiet = None if way.graphs is None else graphs[id(way.graphs)]
-            self._quiet.append(Way(ranks[id(way.ranks)], quiet, way.timers))
+            of_silence = None if way.graphs is None else graphs[id(way.graphs)]
+            self._quiet.append(Way(ranks[id(way.ranks)], of_silence, way.timers))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -205,6 +217,9 @@ class Way:
     timers: Spans
 
 
-def _beside(way: Way) -> Spans:
-    """Return spans with which a layer without graphs runs beside its operators."""
-    return Spans() if way.graphs is None and way.timers is UNTIMED else way.timers
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a module of the model is compiled, by `torch.compile` or its own method."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

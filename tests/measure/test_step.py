@@ -67,7 +67,8 @@ def test_a_twin_sends_nothing_and_nothing_stays(ranks: RankPool, compiled: bool)
     for silent, same, finite, restored, cost in answers:
         assert silent == [{False}, {True}] * 4
         assert same == [True, False] * 4
-        assert finite and restored
+        # Compiled, what memory holds stands for others' keys: in these tests NaN.
+        assert finite != compiled and restored
         assert cost == answers[0][-1]
         assert (cost.repeats, cost.num_layers, cost.world_size) == (3, 2, 4)
         assert 0.1 < cost.seconds < 0.4 and "of your step" in str(cost)
