@@ -8,6 +8,11 @@ from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import read_calibration
+from lhcp.documents import (
+    cu_seqlens_from_document_ids,
+    cu_seqlens_from_hugging_face,
+    cu_seqlens_from_position_ids,
+)
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.graphed import graphed, ungraphed
@@ -41,6 +46,9 @@ __all__ = [
     "SelectionReport",
     "StepCost",
     "Timers",
+    "cu_seqlens_from_document_ids",
+    "cu_seqlens_from_hugging_face",
+    "cu_seqlens_from_position_ids",
     "diagnose",
     "graphed",
     "lighthouse_attention",

@@ -11,6 +11,7 @@ from lhcp.comm.collectives import all_gather, reduce_scatter
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.differentiation import once_differentiable
+from lhcp.documents import Cut, read_packing
 
 
 def positions(
@@ -18,6 +19,7 @@ def positions(
     group: Group | Ranks = None,
     layout: LayoutName = "zigzag",
     device: torch.device | str | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Return the global positions of this rank's tokens, for RoPE and for losses.
 
@@ -25,16 +27,26 @@ def positions(
         seqlen: N, tokens of the whole sequence.
         group: the context-parallel ranks (ProcessGroup, DeviceMesh or None for one rank).
         layout: "zigzag" or "contiguous".
+        cu_seqlens: documents of the whole batch, as in `lhcp.lighthouse_attention`: positions then
+            begin at 0 in each of them.
 
     Returns:
-        int64 tensor of shape [N / W], in the order in which this rank holds the tokens.
+        int64 tensor of shape [N / W], or [B, N / W] with documents, in the order in which this rank
+        holds the tokens.
 
     Raises:
-        ValueError: the layout does not divide `seqlen`.
+        TypeError, ValueError: the layout does not divide `seqlen`, or documents do not fit.
     """
     ranks = as_ranks(group)
     cut = make_layout(layout, ranks.world_size)
     cut.check_seqlen(seqlen)
+    if cu_seqlens is not None:
+        check_plain("cu_seqlens", cu_seqlens)
+        batch = max(int(cu_seqlens.flatten()[-1]) // seqlen, 1) if cu_seqlens.numel() else 1
+        held = Cut(batch, seqlen, cut.num_chunks, cut.chunks(ranks.rank))
+        packing = read_packing(cu_seqlens, batch, seqlen)
+        where = torch.empty(0, device=device).device
+        return packing.local(held, where).positions.long()
     size = seqlen // cut.num_chunks
     return torch.cat(
         [torch.arange(c * size, (c + 1) * size, device=device) for c in cut.chunks(ranks.rank)]
