@@ -100,6 +100,8 @@ class Call:
             if isinstance(value, LighthouseConfig):
                 for field in CONFIG_FIELDS:
                     said += [f"{name}.{field}", getattr(value, field)]
+            elif isinstance(value, bool):
+                said += [name, value]
         return tuple(said)
 
     @property

@@ -1,10 +1,12 @@
 """What a user's `cu_seqlens` is to this rank: checked on the host, agreed on, and numbered."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lhcp.checks import check_plain, shape_of
-from lhcp.comm.agreement import agreed
+from lhcp.comm.agreement import Fields, agreed
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
@@ -12,60 +14,66 @@ from lhcp.documents import Cut, Documents, Packing, number_tokens, read_packing
 from lhcp.operators import operator
 
 
-def local_documents(
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    ranks: Ranks,
-    layout: LayoutName,
-    config: LighthouseConfig | None = None,
-    layer: object = None,
-) -> Documents | None:
-    """Return the documents of this rank's tokens; None where there are no bounds.
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds of documents of one call, as its caller gave them: nothing is checked yet."""
 
-    The bounds are read once: further layers of a step, which are given the same tensor, look them
-    up. Ranks compare them at each layer's first call. In a compiled graph, whose bounds are inputs,
-    an operator reads them when the graph runs.
+    cu_seqlens: Tensor
+    """Of the whole sequences, the same on every rank: see `lhcp.documents.read_packing`."""
+    q: Tensor
+    """[B, N / W, H, D], for its sizes and its device."""
+    ranks: Ranks
+    layout: LayoutName
+    config: LighthouseConfig | None = None
+    """Of a call that selects: documents must then fit its strata."""
 
-    Args:
-        cu_seqlens: of the whole sequences, the same on every rank: see `read_packing`.
-        q: [B, N / W, H, D], for its sizes and its device.
-        config: of a call that selects: documents must then fit its strata.
-        layer: whose call it is.
+    def local(self) -> Documents:
+        """Return the documents of this rank's tokens; no communication.
 
-    Raises:
-        TypeError, ValueError: they are no such bounds, do not fit, or differ between ranks.
-    """
-    if cu_seqlens is None:
-        return None
+        The bounds are read once: further layers of a step, which are given the same tensor, look
+        them up. In a compiled graph, whose input they are, an operator reads them as it runs.
 
-    def cut() -> Cut:
-        check_plain("q", q)
-        if q.ndim != 4:
-            raise ValueError(f"q is {shape_of(q)}: must be [batch, seqlen, heads, head_dim]")
-        how = make_layout(layout, ranks.world_size)
-        seqlen = q.shape[1] * ranks.world_size
-        how.check_seqlen(seqlen)
-        return Cut(q.shape[0], seqlen, how.num_chunks, how.chunks(ranks.rank))
+        Raises:
+            TypeError, ValueError: they are no such bounds, or do not fit.
+        """
+        if torch.compiler.is_compiling():
+            cut = self._cut()
+            rule = [] if self.config is None else _sizes(self.config)
+            return Documents(*_read(self.cu_seqlens, self.q, [*cut[:3], *cut.chunks], rule))
+        packing, cut = self._read()
+        return packing.local(cut, self.q.device)
 
-    if torch.compiler.is_compiling():
-        mine = cut()
-        rule = [] if config is None else _sizes(config)
-        sizes = [*mine[:3], *mine.chunks]
-        return Documents(*_read(cu_seqlens, q, sizes, rule))
+    def agreed(self, layer: object) -> Documents:
+        """Return what `local` does, when ranks were given the same bounds at this layer's first.
 
-    def prepare() -> tuple[Packing, Cut]:
-        mine = cut()
-        packing = read_packing(cu_seqlens, mine.batch, mine.seqlen)
-        if config is not None:
-            packing.check_fits(config, mine.num_chunks)
-        return packing, mine
+        Raises:
+            TypeError, ValueError: as `local`, on any rank; or they differ.
+        """
+        if torch.compiler.is_compiling():
+            return self.local()
+        key = ("documents", layer, getattr(self.q, "shape", None), str(self.layout), self.config)
+        packing, cut = agreed(self.ranks, key, self._read, _fields)
+        return packing.local(cut, self.q.device)
 
-    def fields(prepared: tuple[Packing, Cut] | None) -> dict[str, str]:
-        return {} if prepared is None else {"cu_seqlens": str(prepared[0])}
+    def _read(self) -> tuple[Packing, Cut]:
+        cut = self._cut()
+        packing = read_packing(self.cu_seqlens, cut.batch, cut.seqlen)
+        if self.config is not None:
+            packing.check_fits(self.config, cut.num_chunks)
+        return packing, cut
 
-    key = ("documents", layer, getattr(q, "shape", None), str(layout), config)
-    packing, mine = agreed(ranks, key, prepare, fields)
-    return packing.local(mine, q.device)
+    def _cut(self) -> Cut:
+        check_plain("q", self.q)
+        if self.q.ndim != 4:
+            raise ValueError(f"q is {shape_of(self.q)}: must be [batch, seqlen, heads, head_dim]")
+        layout = make_layout(self.layout, self.ranks.world_size)
+        seqlen = self.q.shape[1] * self.ranks.world_size
+        layout.check_seqlen(seqlen)
+        return Cut(self.q.shape[0], seqlen, layout.num_chunks, layout.chunks(self.ranks.rank))
+
+
+def _fields(prepared: tuple[Packing, Cut] | None) -> Fields:
+    return {} if prepared is None else {"cu_seqlens": str(prepared[0])}
 
 
 def _sizes(config: LighthouseConfig) -> list[int]:

@@ -1,8 +1,8 @@
 """`select` and `lighthouse_attention`: the local stages, then the ring, then scatter-back."""
 
 import warnings
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
+from lhcp.documents import Documents
 from lhcp.layer.call import Call
+from lhcp.layer.documents import Bounds
 from lhcp.layer.plan import Choices, by_name, carry_out, choose_kernels, make_plan
 from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.autograd import GatherSubsequence
+from lhcp.lighthouse.documents import numbers_of
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.score import SCORERS, ScoreInputs
@@ -33,13 +36,39 @@ class Given(NamedTuple):
     score_q: Tensor | None = None
     score_k: Tensor | None = None
     valid: Tensor | None = None
+    documents: Documents | None = None
 
     @property
     def asked(self) -> tuple[tuple[str, Hashable], ...]:
         """What ranks must agree on of it."""
-        given = self.selection is not None
+        given = tuple(
+            (f"{name} given", getattr(self, name) is not None)
+            for name in ("selection", "documents")
+        )
         scores = (getattr(x, "shape", None) for x in (self.score_q, self.score_k))
-        return ("selection given", given), *zip(("score_q", "score_k"), scores, strict=True)
+        return *given, *zip(("score_q", "score_k"), scores, strict=True)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Of the tokens inside their documents."""
+        return None if self.documents is None else self.documents.positions
+
+    def flat(self) -> tuple[tuple[str, ...], list[Tensor]]:
+        """Return the names of what is given, and its tensors; `from_flat` is the way back."""
+        named = [(name, x) for name, x in zip(self._fields, self, strict=True) if x is not None]
+        tensors = [y for _, x in named for y in ((x,) if isinstance(x, Tensor) else x)]
+        return tuple(name for name, _ in named), tensors
+
+    @classmethod
+    def from_flat(cls, names: Sequence[str], tensors: Sequence[Tensor]) -> "Given":
+        """Return what was given."""
+        left = iter(tensors)
+        records: dict[str, Any] = {"selection": Selection, "documents": Documents}
+        found = {
+            name: records[name](next(left), next(left)) if name in records else next(left)
+            for name in names
+        }
+        return cls(**found)
 
 
 class Prepared(NamedTuple):
@@ -106,6 +135,7 @@ def select(
     v: Tensor | None = None,
     scale: float | None = None,
     valid: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Selection:
     """Select this rank's entries, without communication: steps 1 to 4 of the method.
 
@@ -120,7 +150,7 @@ def select(
         score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k.
         kernels: "triton", "torch" or "auto".
         v, scale: values [B, N / W, Hk, D] and logit scale; the "dilated" scorer needs v.
-        valid: as in `lighthouse_attention`.
+        valid, cu_seqlens: as in `lighthouse_attention`.
 
     Returns:
         Selection, which carries no gradient.
@@ -128,9 +158,12 @@ def select(
     Raises:
         TypeError, ValueError: shapes, dtypes or sizes that do not fit, or v missing.
     """
-    choices = Choices(layout, kernels=kernels, scale=scale)
-    given = Given(None, score_q, score_k, valid)
-    return scored_selection(q, k, v, config, as_ranks(group), choices, given).selection
+    choices, ranks = Choices(layout, kernels=kernels, scale=scale), as_ranks(group)
+    documents = None
+    if cu_seqlens is not None:
+        documents = Bounds(cu_seqlens, q, ranks, layout, config).local()
+    given = Given(None, score_q, score_k, valid, documents)
+    return scored_selection(q, k, v, config, ranks, choices, given).selection
 
 
 class ScoredSelection(NamedTuple):
@@ -163,10 +196,10 @@ def scored_selection(
     scorer = SCORERS[config.scorer]
     if scorer.needs_values and v is None:
         raise ValueError(f"scorer={config.scorer!r} attends with the values: pass v=")
-    inputs = ScoreInputs(geom, config, kernels, choices.scale_of(q))
+    inputs = ScoreInputs(geom, config, kernels, choices.scale_of(q), given.positions)
     with torch.no_grad():
         sq, sk = scorer.score(QKV(score_q, score_k, k if v is None else v), inputs)
-        picked = operators.select_entries(sq, sk, pack_integers(geom), kernels)
+        picked = operators.select_entries(sq, sk, pack_integers(geom), kernels, given.positions)
         return ScoredSelection(geom, sq, sk, Selection(*picked))
 
 
@@ -186,6 +219,7 @@ def lighthouse_attention(
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
     valid: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     timers: Spans = UNTIMED,
 ) -> Tensor:
     """Attend by Lighthouse attention (arXiv 2605.06554) over a sequence that ranks share.
@@ -212,6 +246,12 @@ def lighthouse_attention(
             models that normalise q and k, whose norms say little.
         valid: bool [B, N / W], false for padding, which is at the end of a sequence: real tokens
             then do not depend on what it holds. With the "norm" scorer.
+        cu_seqlens: int32 [num_docs + 1], documents that are packed into the sequences: their first
+            tokens, ascending from 0 to B N, in whole rows laid end to end, each of which begins
+            one. The same on every rank; on the CPU, or on the device, from where it is copied once
+            for all layers that are given this tensor. No token's value reaches another document;
+            padding is a document, or several. At most topk / num_strata windows of pool_factor
+            tokens of a stratum may hold a document's first token.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
 
     Returns:
@@ -223,8 +263,11 @@ def lighthouse_attention(
         ImportError: an explicit backend's package is missing.
     """
     choices = Choices(layout, rotation, backend, kernels, scale, timers)
-    given = Given(selection, score_q, score_k, valid)
     ranks = as_ranks(group, two_axes=by_name(rotation))
+    documents = None
+    if cu_seqlens is not None:
+        documents = Bounds(cu_seqlens, q, ranks, layout, config).agreed(None)
+    given = Given(selection, score_q, score_k, valid, documents)
     return sparse_attention(QKV(q, k, v), config, ranks, choices, given)
 
 
@@ -254,22 +297,29 @@ def sparse_attention(
         unchanged = score_q is q and score_k is k
         on_the_way = selection is None and scorer.comes_with_pooling and unchanged
         with timers.span("pool", "compute", 0, q.device):
-            *pooled, sq, sk = operators.pool_and_score(q, k, v, integers, on_the_way, kernels)
+            *pooled, sq, sk = operators.pool_and_score(
+                q, k, v, integers, on_the_way, kernels, given.positions
+            )
         with timers.span("select", "compute", 0, q.device):
             if selection is None:
                 if not on_the_way:
-                    inputs = ScoreInputs(geom, config, kernels, plan.scale)
+                    inputs = ScoreInputs(geom, config, kernels, plan.scale, given.positions)
                     sq, sk = scorer.score(QKV(score_q, score_k, v), inputs)
-                selection = Selection(*operators.select_entries(sq, sk, integers, kernels))
+                picked = operators.select_entries(sq, sk, integers, kernels, given.positions)
+                selection = Selection(*picked)
         del sq, sk
     with timers.span("gather", "compute", 0, q.device):
-        qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, integers, kernels)
+        sizes = (integers, kernels, given.positions)
+        qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, *sizes)
+        numbers = None
+        if given.documents is not None:
+            numbers = numbers_of(selection.entries, given.documents.numbers, geom)
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
     del pooled
     out, _ = carry_out(qs, ks, vs, plan, timers)
     with timers.span("scatter", "compute", 0, q.device):
         back = ScatterPlan(integers, kernels, ranks, plan.layout)
-        scattered: Tensor = ScatterBack.apply(out, *selection, back, timers)
+        scattered: Tensor = ScatterBack.apply(out, *selection, back, timers, given.positions)
         return scattered
 
 

@@ -12,6 +12,7 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
+from lhcp.layer.documents import Bounds
 from lhcp.layer.lighthouse import Given, sparse_attention
 from lhcp.layer.plan import Choices, by_name
 from lhcp.layer.recording import Graphs, Kind
@@ -101,11 +102,13 @@ class LighthouseAttention(nn.Module):
         score_q: Tensor | None = None,
         score_k: Tensor | None = None,
         valid: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend: q [B, N / W, H, D], k and v [B, N / W, Hk, D] -> [B, N / W, H, D].
 
-        The keyword arguments, as in `lhcp.lighthouse_attention`, are for the lighthouse mode; the
-        dense mode does not use them, nor need it: padding is at the end, which nobody before sees.
+        The keyword arguments are as in `lhcp.lighthouse_attention`. Documents, `cu_seqlens`, are
+        for both modes; the others are for the lighthouse mode: the dense one does not use them, nor
+        need it: padding is at the end, which nobody before sees.
 
         Raises:
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
@@ -113,7 +116,13 @@ class LighthouseAttention(nn.Module):
         """
         if self._made_alone:
             self._check_alone()
-        given = Given(selection, score_q, score_k, valid)
+        documents = None
+        if cu_seqlens is not None:
+            # Before a graph, whose input they are: it would keep those that it was recorded with.
+            config = self.config if self._mode == "lighthouse" else None
+            bounds = Bounds(cu_seqlens, q, self.ranks, self.layout, config)
+            documents = bounds.agreed(self._token)
+        given = Given(selection, score_q, score_k, valid, documents)
         if self.graphs is None:
             out = self.attend(q, k, v, given)
         else:
@@ -145,23 +154,18 @@ class LighthouseAttention(nn.Module):
 
     def _by_graph(self, graphs: Graphs, qkv: QKV, given: Given) -> Tensor:
         """Attend by a graph where that can be."""
-        names = [name for name in given._fields if getattr(given, name) is not None]
-        picked = given.selection if given.selection is not None else ()
-        others = [x for x in (given.score_q, given.score_k, given.valid) if x is not None]
+        names, others = given.flat()
 
         def attend(*tensors: Tensor) -> Tensor:
             q, k, v, *more = tensors
-            selection = Selection(more.pop(0), more.pop(0)) if "selection" in names else None
-            rest = iter(more)
-            again = (next(rest) if name in names else None for name in given._fields[1:])
-            return self.attend(q, k, v, Given(selection, *again))
+            return self.attend(q, k, v, Given.from_flat(names, more))
 
-        tensors = [*qkv, *picked, *others]
+        tensors = [*qkv, *others]
         kind = qkv.q.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
-        asked = (self.config, self.choices, tuple(names), autocast)
+        asked = (self.config, self.choices, names, autocast)
         return graphs.call(attend, tensors, self._token, Kind(self._mode, self.ranks, asked))
 
     def extra_repr(self) -> str:

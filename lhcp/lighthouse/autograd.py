@@ -25,9 +25,10 @@ class GatherSubsequence(torch.autograd.Function):
         row_of_entry: Tensor,
         geom: list[int],
         kernels: str,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the entries' rows."""
-        ctx.save_for_backward(row_of_entry)
+        """Read the entries' rows. `positions`: inside documents, over which means were made."""
+        ctx.save_for_backward(row_of_entry, positions)
         ctx.geom, ctx.kernels = geom, kernels
         means = [pooled_q, pooled_k, pooled_v]
         qs, ks, vs = gather_subsequence([q, k, v], means, entries, geom, kernels)
@@ -38,6 +39,6 @@ class GatherSubsequence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum, for each token, the rows of its entries."""
         dq, dk, dv = (x.contiguous() for x in grads)
-        (row_of_entry,) = ctx.saved_tensors
-        tokens = gather_backward(dq, dk, dv, row_of_entry, ctx.geom, ctx.kernels)
-        return (*tokens, *(None,) * 7)
+        row_of_entry, positions = ctx.saved_tensors
+        tokens = gather_backward(dq, dk, dv, row_of_entry, ctx.geom, ctx.kernels, positions)
+        return (*tokens, *(None,) * 8)

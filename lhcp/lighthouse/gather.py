@@ -7,6 +7,7 @@ The gradient goes through the means as well: entry (l, i) gives each token of it
 import torch
 from torch import Tensor
 
+from lhcp.lighthouse.documents import mean_of, own_tokens
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.precision import wide
 
@@ -41,13 +42,21 @@ def rows_at(sub: Tensor, row_of_entry: Tensor) -> Tensor:
     return rows.masked_fill(index < 0, 0)
 
 
-def gather_backward_one(dsub: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
-    """Return the gradient of one gathered tensor's source: [B, S, heads, D] -> [B, n, heads, D]."""
+def gather_backward_one(
+    dsub: Tensor, row_of_entry: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> Tensor:
+    """Return the gradient of one gathered tensor's source: [B, S, heads, D] -> [B, n, heads, D].
+
+    With positions [B, n] inside documents, an entry's tokens are those of its document alone.
+    """
     sum_dtype = wide(dsub.dtype)
     total = rows_at(dsub, row_of_entry[..., : geom.num_tokens]).to(sum_dtype)
     for level in range(1, geom.num_levels):
         columns = slice(geom.offset(level), geom.offset(level + 1))
         window = geom.window(level)
-        rows = rows_at(dsub, row_of_entry[..., columns]).to(sum_dtype) / window
-        total = total + rows.repeat_interleave(window, dim=1)
+        rows = rows_at(dsub, row_of_entry[..., columns]).to(sum_dtype)
+        rows = mean_of(rows, level, geom, positions).repeat_interleave(window, dim=1)
+        if positions is not None:
+            rows = rows.where(own_tokens(positions, level, geom)[..., None, None], 0)
+        total = total + rows
     return total.to(dsub.dtype)

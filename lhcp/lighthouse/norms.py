@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lhcp.lighthouse.documents import own_children
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.precision import wide
 
@@ -27,14 +28,20 @@ def token_scores(x: Tensor, num_kv_heads: int) -> Tensor:
     return squared_norm(x).unflatten(2, (num_kv_heads, -1)).amax(3).transpose(1, 2)
 
 
-def level_scores(scores: Tensor, geom: Geometry) -> Tensor:
+def level_scores(scores: Tensor, geom: Geometry, positions: Tensor | None = None) -> Tensor:
     """Return the maximum of level-0 scores [B, Hk, n] over the windows of levels 1 to L-1.
+
+    With positions [B, n] inside documents, over the tokens of the document of a window's last one.
 
     Returns:
         [B, Hk, pooled_size], level 1 first.
     """
     levels = []
-    for _ in range(1, geom.num_levels):
-        scores = scores.unflatten(2, (-1, geom.pool_factor)).amax(3)
+    for level in range(1, geom.num_levels):
+        children = scores.unflatten(2, (-1, geom.pool_factor))
+        if positions is not None:
+            others = ~own_children(positions, level, geom)[:, None]
+            children = children.masked_fill(others, -torch.inf)
+        scores = children.amax(3)
         levels.append(scores)
     return torch.cat(levels, 2)

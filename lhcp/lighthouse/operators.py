@@ -19,7 +19,13 @@ def _geometry(geom: list[int]) -> Geometry:
 
 
 def _fake_pool_and_score(
-    q: Tensor, k: Tensor, v: Tensor, geom: list[int], with_scores: bool, kernels: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geom: list[int],
+    with_scores: bool,
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = _geometry(geom).pooled_size
     pq, pk, pv = (x.new_empty((x.shape[0], size, *x.shape[2:])) for x in (q, k, v))
@@ -30,15 +36,26 @@ def _fake_pool_and_score(
 
 @operator("pool_and_score", _fake_pool_and_score)
 def pool_and_score(
-    q: Tensor, k: Tensor, v: Tensor, geom: list[int], with_scores: bool, kernels: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geom: list[int],
+    with_scores: bool,
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool q, k, v into levels 1 to L-1, and score them where that is asked for."""
-    means, sq, sk = kernel_set(kernels).pool_and_score(QKV(q, k, v), _geometry(geom), with_scores)
+    pool = kernel_set(kernels).pool_and_score
+    means, sq, sk = pool(QKV(q, k, v), _geometry(geom), with_scores, positions)
     return *means, sq, sk
 
 
 def _fake_score_tensors(
-    score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str
+    score_q: Tensor,
+    score_k: Tensor,
+    geom: list[int],
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (score_k.shape[0], score_k.shape[2], _geometry(geom).pooled_size)
     sq, sk = (x.new_empty(shape, dtype=wide(x.dtype)) for x in (score_q, score_k))
@@ -47,13 +64,19 @@ def _fake_score_tensors(
 
 @operator("score_tensors", _fake_score_tensors)
 def score_tensors(
-    score_q: Tensor, score_k: Tensor, geom: list[int], kernels: str
+    score_q: Tensor,
+    score_k: Tensor,
+    geom: list[int],
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score levels 1 to L-1 by squared norms of score_q and score_k."""
-    return kernel_set(kernels).score_tensors(score_q, score_k, _geometry(geom))
+    return kernel_set(kernels).score_tensors(score_q, score_k, _geometry(geom), positions)
 
 
-def _fake_select(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
+def _fake_select(
+    sq: Tensor, sk: Tensor, geom: list[int], kernels: str, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     local = _geometry(geom)
     entries, row_of_entry = (
         sq.new_empty((*sq.shape[:2], size), dtype=torch.int32)
@@ -63,9 +86,11 @@ def _fake_select(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple
 
 
 @operator("select", _fake_select)
-def select_entries(sq: Tensor, sk: Tensor, geom: list[int], kernels: str) -> tuple[Tensor, Tensor]:
+def select_entries(
+    sq: Tensor, sk: Tensor, geom: list[int], kernels: str, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Select entries and put them in order."""
-    entries, row_of_entry = kernel_set(kernels).select(sq, sk, _geometry(geom))
+    entries, row_of_entry = kernel_set(kernels).select(sq, sk, _geometry(geom), positions)
     return entries, row_of_entry
 
 
@@ -87,7 +112,13 @@ def gather_subsequence(
 
 
 def _fake_gather_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, row_of_entry: Tensor, geom: list[int], kernels: str
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    row_of_entry: Tensor,
+    geom: list[int],
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = _geometry(geom).num_tokens
     dq, dk, dv = (x.new_empty((x.shape[0], size, *x.shape[2:])) for x in (dq, dk, dv))
@@ -96,9 +127,15 @@ def _fake_gather_backward(
 
 @operator("gather_backward", _fake_gather_backward)
 def gather_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, row_of_entry: Tensor, geom: list[int], kernels: str
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    row_of_entry: Tensor,
+    geom: list[int],
+    kernels: str,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of the tokens from those of the sub-sequence."""
     spread = kernel_set(kernels).gather_backward
-    dq, dk, dv = spread(QKV(dq, dk, dv), row_of_entry, _geometry(geom))
+    dq, dk, dv = spread(QKV(dq, dk, dv), row_of_entry, _geometry(geom), positions)
     return dq, dk, dv

@@ -3,17 +3,22 @@
 Entry (l, i) serves positions i p**l + p**l - 1 to i p**l + 2 p**l - 2 of its chunk: from the last
 token that it covers on. Position t therefore reads entry (t + 1) // p**l - 1 of each level; index
 -1 is the last entry of the chunk before, whose row arrives as a *halo* (`lhcp/layer/boundary.py`).
+With documents, given as positions [B, n] inside them, an entry serves those of its positions that
+are in its own: each position judges by itself, also of what comes from the chunk before.
 """
 
 import torch
 from torch import Tensor
 
+from lhcp.lighthouse.documents import of_last_tokens, served
 from lhcp.lighthouse.gather import heads_of, rows_at
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.precision import wide
 
 
-def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
+def scatter(
+    o: Tensor, row_of_entry: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> Tensor:
     """Sum, for each position, the rows of its entries in the same chunk, from level 0 upwards.
 
     Args:
@@ -27,15 +32,24 @@ def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
     chunked = total.unflatten(1, (geom.num_chunks, -1))
     for level in range(1, geom.num_levels):
         window = geom.window(level)
-        served = chunked[:, :, window - 1 :]
+        into = chunked[:, :, window - 1 :]
         columns = slice(geom.offset(level), geom.offset(level + 1))
         rows = rows_at(o, row_of_entry[..., columns]).unflatten(1, (geom.num_chunks, -1))
-        served += rows.to(total.dtype).repeat_interleave(window, dim=2)[:, :, : served.shape[2]]
+        rows = rows.to(total.dtype).repeat_interleave(window, dim=2)[:, :, : into.shape[2]]
+        if positions is not None:
+            own = served(positions, level, geom).unflatten(1, (geom.num_chunks, -1))
+            rows = rows.where(own[:, :, window - 1 :, None, None], 0)
+        into += rows
     return total.to(o.dtype)
 
 
 def scatter_edges(
-    out: Tensor, o: Tensor, row_of_entry: Tensor, halo: Tensor, geom: Geometry
+    out: Tensor,
+    o: Tensor,
+    row_of_entry: Tensor,
+    halo: Tensor,
+    geom: Geometry,
+    positions: Tensor | None = None,
 ) -> None:
     """Complete, in place, the positions that the last entries of the chunk before also serve.
 
@@ -60,12 +74,17 @@ def scatter_edges(
             if level > 0:
                 owed = halo[:, chunk, level - 1][:, None].to(sum_dtype)
                 rows = torch.where((index < 0)[None, :, None, None], owed, rows)
+                if positions is not None:
+                    own = served(positions, level, geom).unflatten(1, (geom.num_chunks, -1))
+                    rows = rows.where(own[:, chunk, :edge, None, None], 0)
             total = rows if total is None else total + rows
         assert total is not None
         chunked[:, chunk, :edge] = total.to(out.dtype)
 
 
-def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
+def scatter_backward(
+    dout: Tensor, entries: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> Tensor:
     """Sum, for each entry, the rows of `dout` that it serves in its chunk: `scatter`'s gradient.
 
     Args:
@@ -77,9 +96,15 @@ def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
     by_chunk = dout.to(wide(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
     pyramid = [by_chunk.flatten(1, 2)]
     sums = by_chunk
-    for _ in range(1, geom.num_levels):
+    for level in range(1, geom.num_levels):
         # sums[j] serves from the end of entry j of the level below: p of them, from the last child.
         p = geom.pool_factor
+        if positions is not None:
+            # A child's own sum is all that it has of the entry's document, or it has none of it.
+            after_last = torch.arange(1, sums.shape[2] + 1, device=dout.device) % p
+            first = of_last_tokens(positions, level - 1, geom).unflatten(1, (geom.num_chunks, -1))
+            own = after_last * geom.window(level - 1) <= first
+            sums = sums.where(own[..., None, None], 0)
         missing = sums.new_zeros(*sums.shape[:2], p - 1, *sums.shape[3:])
         rows = torch.cat([sums[:, :, p - 1 :], missing], 2).unflatten(2, (-1, p)).unbind(3)
         sums = rows[0]
@@ -90,13 +115,17 @@ def scatter_backward(dout: Tensor, entries: Tensor, geom: Geometry) -> Tensor:
     return torch.cat(pyramid, 1).gather(1, index).to(dout.dtype)
 
 
-def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
+def edge_grads(dout: Tensor, geom: Geometry, positions: Tensor | None = None) -> Tensor:
     """Sum, per chunk and level, the first p**level - 1 rows of `dout`: the halo's gradient.
 
     Returns:
         [B, num_chunks, L-1, H, D], float32 (float64 for float64).
     """
     by_chunk = dout.to(wide(dout.dtype)).unflatten(1, (geom.num_chunks, -1))
+    if positions is not None:
+        after_last = torch.arange(1, geom.chunk_size + 1, device=dout.device)
+        own = after_last <= positions.unflatten(1, (geom.num_chunks, -1))
+        by_chunk = by_chunk.where(own[..., None, None], 0)
     sums = [by_chunk[:, :, : geom.window(level) - 1].sum(2) for level in range(1, geom.num_levels)]
     return torch.stack(sums, 2)
 

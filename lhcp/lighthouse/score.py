@@ -7,6 +7,7 @@ attention.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +27,12 @@ _FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 
+# cuDNN's has no use for a mask that is not its own.
+_MASKED = _FASTEST_FIRST[1:]
+
+_MASK_ELEMENTS = 2**26
+"""Pairs of tokens whose mask is held at once: 64 MiB."""
+
 
 @dataclass(frozen=True)
 class ScoreInputs:
@@ -37,6 +44,8 @@ class ScoreInputs:
     """One of `lhcp.lighthouse.kernel_sets.KERNELS`."""
     scale: float
     """Factor of the logits of a scorer that attends."""
+    positions: Tensor | None = None
+    """[B, n] of the tokens inside their documents; None: no documents."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +62,15 @@ class Scorer:
 
 
 def _norm(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
-    sq, sk = score_tensors(qkv.q, qkv.k, pack_integers(inputs.geom), inputs.kernels)
+    sizes = pack_integers(inputs.geom)
+    sq, sk = score_tensors(qkv.q, qkv.k, sizes, inputs.kernels, inputs.positions)
     return sq, sk
 
 
 def _dilated(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     sq, sk = dilated_scores(qkv, inputs)
-    return level_scores(sq, inputs.geom), level_scores(sk, inputs.geom)
+    sq, sk = (level_scores(x, inputs.geom, inputs.positions) for x in (sq, sk))
+    return sq, sk
 
 
 @without_autocast
@@ -69,7 +80,8 @@ def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     Within a block of `scorer_window` tokens (or a stratum, if shorter), the tokens with the same
     index modulo `dilation` attend causally among themselves. A token's residue goes into the head
     axis, so that a stock kernel takes the tensors as they lie in memory. Blocks never span a
-    stratum, so nothing here depends on how the sequence is sharded.
+    stratum, so nothing here depends on how the sequence is sharded. With documents, a token attends
+    inside its own.
 
     Args:
         qkv: q [B, n, H, E], k [B, n, Hk, E], v [B, n, Hk, D].
@@ -95,6 +107,9 @@ def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     repeated_k, repeated_v = (
         x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k, v)
     )
+    if inputs.positions is not None:
+        as_query = _inside_documents(QKV(q, repeated_k, repeated_v), inputs, window)
+        return as_query, _inside_documents(QKV(repeated_k, q, repeated_v), inputs, window)
     attend = F.scaled_dot_product_attention
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
         as_query = attend(
@@ -113,6 +128,36 @@ def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
             scale=scale,
         )
     return back(as_query), back(as_key)
+
+
+def _inside_documents(qkv: QKV, inputs: ScoreInputs, window: int) -> Tensor:
+    """Attend as `dilated_outputs`, [B, n, H, *] each, under the mask of documents, by stock kernels.
+
+    A residue is a row of the batch here, since heads share a mask; so many rows at once as a mask
+    of some size allows.
+    """
+    dilation = inputs.config.dilation
+    rows = window // dilation
+
+    def by_residue(x: Tensor) -> Tensor:
+        """Turn [B, n, ...] into [B blocks dilation, rows, ...]."""
+        return x.unflatten(1, (-1, rows, dilation)).transpose(2, 3).flatten(0, 2)
+
+    assert inputs.positions is not None
+    row = torch.arange(rows, device=qkv.q.device)
+    before = dilation * (row[:, None] - row)
+    reach = by_residue(inputs.positions)[:, None, :, None]
+    q, k, v = (by_residue(x).transpose(1, 2) for x in qkv)
+    parts, attend = [], F.scaled_dot_product_attention
+    with sdpa_kernel(_MASKED, set_priority=True):
+        size = max(1, _MASK_ELEMENTS // rows**2)
+        for start in range(0, q.shape[0], size):
+            at = slice(start, start + size)
+            mask = (before >= 0) & (before <= reach[at])
+            parts.append(attend(q[at], k[at], v[at], attn_mask=mask, scale=inputs.scale))
+    out = torch.cat(parts).transpose(1, 2)
+    blocks = out.unflatten(0, (qkv.q.shape[0], -1, dilation)).transpose(2, 3)
+    return blocks.flatten(1, 3)
 
 
 def dilated_scores(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:

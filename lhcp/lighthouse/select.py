@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lhcp.lighthouse.documents import begin_documents
 from lhcp.lighthouse.geometry import Geometry
 
 
@@ -38,15 +39,18 @@ class Selection(NamedTuple):
         return self.entries.long() - offsets_of[self.levels(geom)]
 
 
-def select(sq: Tensor, sk: Tensor, geom: Geometry) -> Selection:
+def select(sq: Tensor, sk: Tensor, geom: Geometry, positions: Tensor | None = None) -> Selection:
     """Pick entries stratum by stratum and put them in post-order.
 
     From the coarsest level down to 1, each stratum takes m/2 of its candidates by `sq`, then m/2 of
     the rest by `sk`, ties to the lower index; the children of the taken are the next candidates.
-    Every candidate of every level is in the sub-sequence.
+    Every candidate of every level is in the sub-sequence. Before all scores come the entries whose
+    windows hold a document's first token: of one document, the first of the sequence.
 
     Args:
         sq, sk: [B, Hk, pooled_size], scores of levels 1 to L-1, level 1 first. NaN ranks as +inf.
+        positions: [B, n] inside documents, of which at most `geom.picks` windows of level 1 of a
+            stratum hold a first token; None: one document.
 
     Returns:
         Selection of `geom.subsequence` entries.
@@ -55,6 +59,7 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> Selection:
     batch, heads, _ = sq.shape
     candidates = torch.arange(geom.num_candidates(geom.num_levels - 1), device=sq.device)
     candidates = candidates.expand(batch, heads, geom.num_strata, -1)
+    first = None if positions is None else begin_documents(positions, geom)[:, None]
     ids, keys = [], []
     for level in range(geom.num_levels - 1, -1, -1):
         per_stratum = geom.stratum_size // geom.window(level)
@@ -69,10 +74,14 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> Selection:
                 score[:, :, columns].unflatten(2, (geom.num_strata, -1)).gather(3, candidates)
                 for score in (sq, sk)
             )
-            if geom.has_first:
+            forced = None
+            if first is not None:
+                forced = first[:, :, columns].unflatten(2, (geom.num_strata, -1))
+                forced = forced.expand(-1, heads, -1, -1).gather(3, candidates)
+            elif geom.has_first:
                 level_q = level_q.clone()
                 level_q[:, :, 0, 0] = torch.inf
-            taken = _take(candidates, level_q, level_k, geom.picks)
+            taken = _take(candidates, (level_q, level_k), forced, geom.picks)
             children = torch.arange(p, device=sq.device)
             candidates = (taken[..., None] * p + children).flatten(3)
     order = torch.cat(keys, 3).argsort(3)
@@ -83,20 +92,34 @@ def select(sq: Tensor, sk: Tensor, geom: Geometry) -> Selection:
     return Selection(entries.int(), row_of_entry.int())
 
 
-def _take(candidates: Tensor, sq: Tensor, sk: Tensor, picks: int) -> Tensor:
-    """Take picks/2 by sq, then picks/2 of the rest by sk; ascending indices [..., picks]."""
-    by_query = _top(sq, picks // 2)
+def _take(
+    candidates: Tensor, scores: tuple[Tensor, Tensor], forced: Tensor | None, picks: int
+) -> Tensor:
+    """Take picks/2 by sq, then picks/2 of the rest by sk; ascending indices [..., picks].
+
+    The forced come before the others, and in the order of their indices.
+    """
+    sq, sk = scores
+    order = _descending(sq)
+    if forced is not None:
+        order = _descending(sq.masked_fill(forced, torch.inf))
+        order = _stably(order, ~forced)
+    by_query = order[..., : picks // 2]
     taken = torch.zeros_like(sq, dtype=torch.bool).scatter_(3, by_query, True)
     # A taken candidate must rank below every other, whatever its score: two stable sorts.
-    order = _descending(sk)
-    rest_first = taken.gather(3, order).to(torch.int8).argsort(dim=3, stable=True)
-    by_key = order.gather(3, rest_first)[..., : picks // 2]
+    if forced is None:
+        order = _stably(_descending(sk), taken)
+    else:
+        order = _descending(sk.masked_fill(forced, torch.inf))
+        order = _stably(order, 1 + taken.to(torch.int8) - (forced & ~taken).to(torch.int8))
+    by_key = order[..., : picks // 2]
     taken_at = torch.cat([by_query, by_key], 3).sort(3).values
     return candidates.gather(3, taken_at)
 
 
-def _top(score: Tensor, count: int) -> Tensor:
-    return _descending(score)[..., :count]
+def _stably(order: Tensor, group: Tensor) -> Tensor:
+    """Put candidates that are in order by their groups, lower ones first."""
+    return order.gather(3, group.gather(3, order).to(torch.int8).argsort(dim=3, stable=True))
 
 
 def _descending(score: Tensor) -> Tensor:
