@@ -42,6 +42,8 @@ class Step(NamedTuple):
     """kv heads [start, stop) that this step covers."""
     first: bool
     """The first step of its heads: it covers every query."""
+    keys: tuple[int, ...] = ()
+    """The chunks of the sequence that are delivered, in order."""
 
 
 def calls_by_keys(
@@ -53,11 +55,14 @@ def calls_by_keys(
     Neighbouring key chunks that the same queries see share a call.
     """
     if not mask.causal or q_chunks == kv_chunks:
-        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), mask),)
+        whole = CAUSAL if mask.causal else FULL
+        return (Call((0, len(q_chunks)), (0, len(kv_chunks)), whole),)
     calls: list[Call] = []
     for i, chunk in enumerate(kv_chunks):
-        # Query chunks ascend: those after this one.
-        q = (sum(other < chunk for other in q_chunks), len(q_chunks))
+        # Query chunks ascend: those after this one, as far as a document reaches.
+        reached = sum(_reaches(other, chunk, mask) for other in q_chunks)
+        before = sum(other < chunk for other in q_chunks)
+        q = (before, before + reached)
         if q[0] == q[1]:
             continue
         if calls and calls[-1].q == q and calls[-1].kv[1] == i:
@@ -67,15 +72,25 @@ def calls_by_keys(
     return tuple(calls)
 
 
-def calls_by_queries(q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...]) -> tuple[Call, ...]:
+def _reaches(chunk: int, key_chunk: int, mask: Mask) -> bool:
+    """Return whether a chunk of queries may see an earlier chunk of keys, in full or in part."""
+    return key_chunk < chunk and (not mask.documents or chunk - key_chunk <= mask.reach)
+
+
+def calls_by_queries(
+    q_chunks: tuple[int, ...], kv_chunks: tuple[int, ...], mask: Mask = CAUSAL
+) -> tuple[Call, ...]:
     """Return calls that let each query chunk see the chunks of keys before it, in one call.
 
     They must be a contiguous run of `kv_chunks`, in any order, since a full block does not care;
     that holds for every delivery of every rotation. Neighbouring query chunks share a call.
+
+    Args:
+        mask: of documents that reach so far back; without, every chunk before is seen.
     """
     calls: list[Call] = []
     for slot, chunk in enumerate(q_chunks):
-        seen = [other < chunk for other in kv_chunks]
+        seen = [_reaches(chunk, other, mask) for other in kv_chunks]
         count = sum(seen)
         if not count:
             continue
@@ -103,9 +118,9 @@ def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tup
         zigzag, rank 1 of 4, chunks (1, 6); distances 2 and 3 are ranks 3 and 2, chunks 3 4, 2 5
         causal: 5 4 3 2, all before chunk 6;  distance 1 is rank 0, chunks 0 7: 0 alone
     """
-    last = _first_unseen(layout.chunks(rank), layout, mask)
+    mine = layout.chunks(rank)
     ranks = [(rank - distance) % layout.world_size for distance in distances]
-    seen = [c for other in ranks for c in layout.chunks(other) if c < last]
+    seen = [c for other in ranks for c in layout.chunks(other) if _is_seen(c, mine, mask)]
     return tuple(sorted(seen, reverse=True))
 
 
@@ -114,12 +129,12 @@ def chunks_at(layout: Layout, mask: Mask, distance: int) -> list[int]:
     of_rank = [layout.chunks(rank) for rank in range(layout.world_size)]
     # Negative indices go round the ring.
     pairs = ((mine, of_rank[rank - distance]) for rank, mine in enumerate(of_rank))
-    return [sum(c < _first_unseen(mine, layout, mask) for c in others) for mine, others in pairs]
+    return [sum(_is_seen(c, mine, mask) for c in others) for mine, others in pairs]
 
 
-def _first_unseen(mine: tuple[int, ...], layout: Layout, mask: Mask) -> int:
-    """Return the chunk from which on a rank sees none of others' keys; its chunks ascend."""
-    return mine[-1] if mask.causal else layout.num_chunks
+def _is_seen(key_chunk: int, mine: tuple[int, ...], mask: Mask) -> bool:
+    """Return whether some chunk of a rank's own may see a chunk of another's keys."""
+    return not mask.causal or any(_reaches(chunk, key_chunk, mask) for chunk in mine)
 
 
 @lru_cache(maxsize=8192)
@@ -132,12 +147,12 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
     """
     layout, mask, heads = shape.layout, shape.mask, (0, shape.num_kv_heads)
     mine, by_queries = layout.chunks(rank), mask.causal and not backward
-    steps = [Step(calls_by_keys(mine, mine, mask), heads, True)]
+    steps = [Step(calls_by_keys(mine, mine, mask), heads, True, mine)]
     for distances in shape.rounds:
         run = round_chunks(rank, layout, mask, distances)
-        calls = calls_by_queries(mine, run) if by_queries else calls_by_keys(mine, run, mask)
+        calls = calls_by_queries(mine, run, mask) if by_queries else calls_by_keys(mine, run, mask)
         # Later queries see more keys, and earlier keys, which come last, are seen by more queries.
-        steps.append(Step(calls[::-1], heads, False))
+        steps.append(Step(calls[::-1], heads, False, run))
     return tuple(steps)
 
 
@@ -161,10 +176,11 @@ def allgather_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
     mine, groups = shape.layout.chunks(rank), shape.head_groups
     everything = gathered_order(shape.layout, range(shape.world_size))
     if not shape.mask.causal:
-        return tuple(Step(calls_by_keys(mine, everything, FULL), heads, True) for heads in groups)
-    first = Step((diagonal(len(mine)),), (groups[0][0], groups[-1][1]), True)
+        all_keys = calls_by_keys(mine, everything, FULL)
+        return tuple(Step(all_keys, heads, True, everything) for heads in groups)
+    first = Step((diagonal(len(mine)),), (groups[0][0], groups[-1][1]), True, mine)
     before = calls_by_queries(mine, everything)
-    return (first, *(Step(before, heads, False) for heads in groups))
+    return (first, *(Step(before, heads, False, everything) for heads in groups))
 
 
 @lru_cache(maxsize=8192)
@@ -180,7 +196,7 @@ def hierarchical_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
     own = rank // node_size
     steps: list[Step] = []
     if shape.mask.causal:
-        steps.append(Step((diagonal(len(mine)),), heads, True))
+        steps.append(Step((diagonal(len(mine)),), heads, True, mine))
     for j in range(num_nodes):
         node = (own - j) % num_nodes
         keys = gathered_order(shape.layout, range(node * node_size, (node + 1) * node_size))
@@ -188,5 +204,5 @@ def hierarchical_steps(shape: AttentionShape, rank: int) -> tuple[Step, ...]:
             calls = calls_by_queries(mine, keys)
         else:
             calls = calls_by_keys(mine, keys, FULL)
-        steps.append(Step(calls[::-1], heads, not shape.mask.causal and j == 0))
+        steps.append(Step(calls[::-1], heads, not shape.mask.causal and j == 0, keys))
     return tuple(steps)

@@ -18,6 +18,13 @@ class Mask(NamedTuple):
 
     causal: bool
     """The triangle: keys up to the query's own. Else every key."""
+    documents: int = 0
+    """Documents that one chunk of a batch row holds rows of, at most; 0: rows are not packed. What
+    follows is of packed rows: `Limits`."""
+    longest: int = 0
+    """Rows of one document, at most."""
+    reach: int = 0
+    """How many chunks before that of its last row a document begins, at most."""
 
 
 CAUSAL = Mask(True)
@@ -226,7 +233,7 @@ def _unpacked(layout: Layout, values: tuple[int, ...]) -> AttentionShape:
         batch=batch,
         element_bytes=element,
         wire_bytes=wire or None,
-        mask=Mask(*map(bool, more[:fields])),
+        mask=Mask(bool(more[0]), *more[1:fields]),
         node_size=node or None,
         tuning=Tuning(*more[fields:]),
     )

@@ -29,6 +29,26 @@ class BackwardInputs(NamedTuple):
     """[B, H, Sq], of the whole attention too."""
 
 
+class Bounds(NamedTuple):
+    """Runs of a call's queries, and of its keys, that attend to one another and to nothing else.
+
+    In flash-attn's form, with the rows of a batch laid end to end: run i is of queries q[i] to
+    q[i + 1] and of keys kv[i] to kv[i + 1]; either may be empty, and together they are all rows. A
+    causal call's runs of queries and keys are the same.
+    """
+
+    q: Tensor
+    """int32 [runs + 1], on the device."""
+    kv: Tensor
+    """int32 [runs + 1]."""
+    longest_q: int
+    """Rows of a run of queries, at most."""
+    longest_kv: int
+    per_head: bool
+    """Each kv head of a batch row has runs of its own: its rows are laid end to end, head by head.
+    Else all heads share those of the batch row."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a backend is asked to do: static facts, which every rank sees alike."""
@@ -41,10 +61,25 @@ class Request:
     """The compute capability of a CUDA device."""
     deterministic: bool = False
     """Whether `torch.use_deterministic_algorithms(True)` is in force."""
+    documents: bool = False
+    """Whether rows are packed of documents."""
 
 
 Forward = Callable[[Tensor, KV, Mask, float], tuple[Tensor, Tensor]]
 Backward = Callable[[BackwardInputs, Mask, float], Grads]
+
+
+@dataclass(frozen=True)
+class PackedCalls:
+    """A block's two functions where documents cut a call: each query attends inside its run.
+
+    A query whose run has no keys has out 0 and lse -inf, and gives no gradients.
+    """
+
+    forward: Callable[[Tensor, KV, Mask, Bounds, float], tuple[Tensor, Tensor]]
+    """(q, kv, mask, bounds, scale), as `Block.forward`."""
+    backward: Callable[[BackwardInputs, Mask, Bounds, float], Grads]
+    """(inputs, mask, bounds, scale), as `Block.backward`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +108,8 @@ class Block:
     """Whether the backward obeys `torch.use_deterministic_algorithms(True)`."""
     missing: str | None = None
     """Why the backend cannot be used at all, with what to install; None if it can."""
+    packed: PackedCalls | None = None
+    """The same of rows that are packed of documents; None: it cannot."""
 
     def refuses(self, asked: Request) -> str | None:
         """Return why this backend cannot do what is asked, or None if it can."""
@@ -86,4 +123,6 @@ class Block:
             return f"head_dim={asked.head_dim}, it takes multiples of {self.head_dim_multiple}"
         if asked.deterministic and not self.can_be_deterministic:
             return "its backward is not deterministic and torch.use_deterministic_algorithms is on"
+        if asked.documents and self.packed is None:
+            return "it has no bounds of documents (cu_seqlens)"
         return self.other_rules(asked)

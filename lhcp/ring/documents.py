@@ -1,0 +1,123 @@
+"""Documents that rows are packed of: what a call sees of them. Tensors on the device, no waiting.
+
+Rows have the numbers of their documents, which ascend along the sequence, so that one search says
+how many rows are before any document, of the whole sequence and so of any of its chunks. A call's
+queries and keys are then cut alike, into runs that attend to one another:
+
+    chunk 2 of queries has the numbers 5 5 6 7, chunk 1 of keys 3 4 5 5
+    own keys, causal:  cut before 6 and before 7:  queries 2 1 1, keys 2 1 1
+    keys of chunk 1:   cut before 5 and before 6:  queries 0 2 2, keys 2 2 0
+
+Chunks of queries and of keys before them share one document at most. Rows that meet no key have a
+run of their own, without keys, and keys that meet no row one without rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lhcp.ring.block.base import Bounds
+from lhcp.ring.plan import RingPlan
+from lhcp.ring.schedule import Call, Step
+from lhcp.ring.shape import AttentionShape, Mask
+
+
+class Documents(NamedTuple):
+    """The documents of the rows of a whole sequence, which every rank has."""
+
+    numbers: Tensor
+    """[B, Hk, S] int32 in the order of the sequence, ascending; [B, 1, S] where all heads share
+    them. A batch row's count on after those of the row before."""
+    limits: Tensor
+    """int64 [3] on the CPU: `Mask.documents`, `longest` and `reach`, equal on all ranks: messages
+    depend on them."""
+
+    def of_heads(self, index: int, num_groups: int) -> "Documents":
+        """Return those of group number `index` of the kv heads, of so many equal groups."""
+        if self.numbers.shape[1] == 1:
+            return self
+        return self._replace(numbers=self.numbers.chunk(num_groups, 1)[index])
+
+    def on_one_rank(self, num_chunks: int) -> "Documents":
+        """Return the same for a plan in which the whole sequence, of so many chunks, is one."""
+        documents, longest, _ = self.limits.tolist()
+        return self._replace(limits=torch.tensor([documents * num_chunks, longest, 0]))
+
+    def limit(self, plan: RingPlan) -> RingPlan:
+        """Return a plan whose calls and messages reach as far as documents do."""
+        return replace(plan, shape=_limited(plan.shape, *self.limits.tolist()))
+
+
+@lru_cache(maxsize=1024)
+def _limited(shape: AttentionShape, documents: int, longest: int, reach: int) -> AttentionShape:
+    """Return the shape of packed rows; one object for equal ones, as in `AttentionShape.unpack`."""
+    return replace(shape, mask=Mask(shape.mask.causal, documents, longest, reach))
+
+
+class Cuts:
+    """Where documents cut the calls of one rank.
+
+    Args:
+        numbers: of `Documents`. shape: with their limits.
+    """
+
+    def __init__(self, numbers: Tensor, shape: AttentionShape, rank: int) -> None:
+        self._shape, self._own = shape, shape.layout.chunks(rank)
+        first = torch.stack([numbers[..., c * shape.chunk] for c in self._own], 2)
+        within = torch.arange(shape.mask.documents + 1, dtype=torch.int32, device=numbers.device)
+        # Documents of one chunk may be those of another too: numbers stay in order all the same.
+        values = (first[..., None] + within).flatten(2).cummax(2).values
+        before = torch.searchsorted(numbers.contiguous(), values, out_int32=True)
+        self._before = before.unflatten(2, (len(self._own), -1))
+        """[B, Hk, own chunks, documents + 1]: rows of the whole sequence with a smaller number than
+        the first row's of each chunk, than that plus one, and so on."""
+
+    def bounds(self, call: Call, step: Step) -> Bounds:
+        """Return the bounds of a call's runs; keys are those of its chunks in ascending order."""
+        before = self._before
+        if before.shape[1] > 1:
+            before = before[:, slice(*step.heads)]
+        chunk, own = self._shape.chunk, self._own[slice(*call.q)]
+        keys = sorted(step.keys[slice(*call.kv)])
+        mine = before[:, :, slice(*call.q)]
+        longest = self._shape.mask.longest
+        if call.per_chunk:
+            ends = torch.stack(
+                [_rows_within(mine[:, :, slot], [c], chunk) for slot, c in enumerate(own)], 1
+            )
+            cut = _lay_out(ends.flatten(0, 1), chunk)
+            return Bounds(cut, cut, min(longest, chunk), min(longest, chunk), before.shape[1] > 1)
+        rows, num_keys = chunk * len(own), chunk * len(keys)
+        if self._shape.mask.causal and not call.mask.causal:
+            # What both share is the first document of the queries.
+            mine = mine[:, :, :1, :2]
+        ends = _rows_within(mine.flatten(2), own, chunk)
+        cut = _lay_out(ends, rows)
+        if call.mask.causal:
+            longest = min(longest, rows)
+            return Bounds(cut, cut, longest, longest, before.shape[1] > 1)
+        of_keys = _lay_out(_rows_within(mine.flatten(2), keys, chunk), num_keys)
+        return Bounds(cut, of_keys, rows, num_keys, before.shape[1] > 1)
+
+
+def _rows_within(before: Tensor, chunks: Sequence[int], size: int) -> Tensor:
+    """Return how many rows of some chunks are among the first `before` of the sequence."""
+    edges = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(chunks)) if b != a + 1), len(chunks)]
+    counts = [
+        (before - chunks[start] * size).clamp(0, (stop - start) * size)
+        for start, stop in pairwise(edges)
+    ]
+    return counts[0] if len(counts) == 1 else sum(counts[1:], counts[0])
+
+
+def _lay_out(ends: Tensor, length: int) -> Tensor:
+    """Return the bounds of runs [B, Hk, m] of rows of `length` laid end to end: the last is all."""
+    ends = pad(ends.flatten(0, 1), (0, 1), value=length)
+    begins = torch.arange(len(ends), dtype=torch.int32, device=ends.device)[:, None] * length
+    return pad((ends + begins).flatten(), (1, 0))
