@@ -25,6 +25,10 @@ class Documents(NamedTuple):
     """[B, n] int32, ascending along the sequence; row b's count on after those of row b-1."""
     positions: Tensor
     """[B, n] int32: how many tokens of its document are before a token."""
+    whole: Tensor
+    """[B, N] int32, the numbers of all ranks' tokens in the order of the sequence."""
+    limits: Tensor
+    """int64 [3] on the CPU, the same on all ranks: see `limits_of`."""
 
 
 class Cut(NamedTuple):
@@ -180,12 +184,38 @@ def _starts(cu_seqlens: Tensor, batch: int, seqlen: int) -> Tensor:
 def number_tokens(starts: Tensor, cut: Cut, device: torch.device) -> Documents:
     """Return the documents of a rank's tokens from `Packing.starts`; nothing is waited for."""
     size = cut.seqlen // cut.num_chunks
-    own = [torch.arange(c * size, (c + 1) * size, device=device) for c in cut.chunks]
-    rows = torch.arange(cut.batch, device=device)[:, None] * cut.seqlen
-    tokens = rows + torch.cat(own)
     first = starts.to(device, non_blocking=True)
-    numbers = torch.bucketize(tokens, first, right=True) - 1
-    return Documents(numbers.int(), (tokens - first[numbers]).int())
+    rows = torch.arange(cut.batch, device=device)[:, None] * cut.seqlen
+    all_tokens = rows + torch.arange(cut.seqlen, device=device)
+    whole = torch.bucketize(all_tokens, first, right=True, out_int32=True) - 1
+    own = [slice(c * size, (c + 1) * size) for c in cut.chunks]
+    tokens, numbers = (torch.cat([x[:, run] for run in own], 1) for x in (all_tokens, whole))
+    positions = (tokens - first[numbers]).int()
+    return Documents(numbers, positions, whole, limits_of(starts, cut))
+
+
+def limits_of(starts: Tensor, cut: Cut) -> Tensor:
+    """Return how documents lie at most, int64 [3] on the CPU: what kernels and messages depend on.
+
+    The documents that one chunk of a row holds tokens of; the tokens of one document; how many
+    chunks before that of its last token a document begins. Rounded up to powers of two, so that
+    there are few different ones over the steps of a run.
+    """
+    size = cut.seqlen // cut.num_chunks
+    stops = torch.cat([starts[1:], torch.tensor([cut.batch * cut.seqlen])])
+    first, last = starts // size, (stops - 1) // size
+    num_chunks = cut.batch * cut.num_chunks
+    begun = torch.bincount(first, minlength=num_chunks)
+    # And the one that goes on, where none begins with the chunk.
+    begins = torch.isin(torch.arange(num_chunks) * size, starts)
+    most = (begun + ~begins).max(), (stops - starts).max(), (last - first).max()
+    documents, longest, reach = (_power_of_two(int(x)) for x in most)
+    fits = min(documents, size), min(longest, cut.seqlen), min(reach, cut.num_chunks - 1)
+    return torch.tensor(fits)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length() if at_least else 0
 
 
 def cu_seqlens_from_document_ids(document_ids: Tensor) -> Tensor:

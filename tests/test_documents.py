@@ -32,14 +32,15 @@ def test_each_rank_s_tokens_have_their_document_and_place(world_size: int, layou
     how = make_layout(layout, world_size)
     for seed in range(5):
         cu_seqlens = random_cuts(batch, seqlen, 9, seed)
-        whole = documents(cu_seqlens, batch, seqlen)
+        expected = documents(cu_seqlens, batch, seqlen)
         places = torch.cat([torch.arange(n) for n in cu_seqlens.diff()]).view(batch, seqlen)
         packing = read_packing(cu_seqlens, batch, seqlen)
         for rank in range(world_size):
             cut = Cut(batch, seqlen, how.num_chunks, how.chunks(rank))
-            numbers, positions = number_tokens(packing.starts, cut, torch.device("cpu"))
+            numbers, positions, whole, _ = number_tokens(packing.starts, cut, torch.device("cpu"))
             assert numbers.dtype == positions.dtype == torch.int32
-            assert torch.equal(numbers.long(), part_of(whole, layout, world_size, rank))
+            assert torch.equal(numbers.long(), part_of(expected, layout, world_size, rank))
+            assert torch.equal(whole.long(), expected) and whole.dtype == torch.int32
             assert torch.equal(positions.long(), part_of(places, layout, world_size, rank))
 
 

@@ -38,7 +38,11 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         element_bytes=dtype.itemsize,
     )
     plan = RingPlan(Ranks(), shape, "p2p", "cpu", 0.25).pack()
-    out, lse = torch.ops.lhcp.ring_forward(*sub, *plan)
+    out, lse = torch.ops.lhcp.ring_forward(*sub, [], *plan)
+    # Documents of the batch's two rows, of one entry and of all others each.
+    numbers = torch.ones(2, 1, shape.seqlen, dtype=torch.int32).cumsum(0, dtype=torch.int32) * 2
+    numbers[..., 0] -= 1
+    packed = [numbers, torch.tensor([2, shape.seqlen, 0])]
     where = pack_words(["", "", "", "zigzag", "torch"])
     return {
         "pool_and_score": (q, k, v, sizes, True, "torch"),
@@ -46,8 +50,10 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "select": (sq, sk, sizes, "torch"),
         "gather": ([q, k, v], means, entries, sizes, "torch"),
         "gather_backward": (*sub, rows, sizes, "torch"),
-        "ring_forward": (*sub, *plan),
+        "ring_forward": (*sub, [], *plan),
         "ring_backward": (o, [*sub], [out, lse], *plan),
+        "ring_forward of documents": (*sub, packed, *plan),
+        "ring_backward of documents": (o, [*sub], [out, lse, *packed], *plan),
         "scatter_back": (o, rows, sizes, where),
         "scatter_back_backward": (do, entries, rows, sizes, where),
     }
@@ -60,7 +66,7 @@ NAMES = list(arguments(torch.float32))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_contract(name: str, dtype: torch.dtype) -> None:
     """Fails if a fake result has another shape, dtype or stride, or a result is an input's view."""
-    operator = getattr(torch.ops.lhcp, name).default
+    operator = getattr(torch.ops.lhcp, name.split()[0]).default
     # No autograd: the autograd.Functions that call the operators own it.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(operator, arguments(dtype)[name], test_utils=checks)

@@ -50,6 +50,8 @@ def check_ring_flash_attn(asked: Request, layout: Layout, mask: Mask) -> None:
         )
     if layout.name != "zigzag":
         raise ValueError(f"{PACKAGE}: layout={layout.name!r}; it takes 'zigzag', {other}")
+    if asked.documents:
+        raise ValueError(f"{PACKAGE}: cu_seqlens; its zigzag ring takes no documents, {other}")
     if not mask.causal:
         raise ValueError(f"{PACKAGE}: causal=False; its zigzag ring is causal, {other}")
     _zigzag_function()

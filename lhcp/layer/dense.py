@@ -8,8 +8,11 @@ from lhcp.checks import as_autocast, check_qkv
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
+from lhcp.documents import Documents
 from lhcp.layer.call import Call
+from lhcp.layer.documents import Bounds
 from lhcp.layer.plan import Choices, by_name, carry_out, make_plan
+from lhcp.ring.documents import PackedRows
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import Mask
 from lhcp.timing import UNTIMED, Spans
@@ -24,6 +27,7 @@ class RingOptions(TypedDict, total=False):
     backend: str
     causal: bool
     scale: float | None
+    cu_seqlens: Tensor | None
     timers: Spans
 
 
@@ -56,6 +60,7 @@ def ring_attention(
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
+    cu_seqlens: Tensor | None = None,
     timers: Spans = UNTIMED,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend densely and exactly over a sequence that is sharded over ranks (arXiv 2310.01889).
@@ -74,6 +79,10 @@ def ring_attention(
         causal: mask keys after the query's global position.
         scale: of the logits; D ** -0.5 by default.
         return_lse: return the log-sum-exp as well.
+        cu_seqlens: documents that the whole batch is packed of, inside which alone is attended:
+            int32 [num_docs + 1], ascending from 0 to B N, rows one after another, each row
+            beginning a document. On the CPU; or on the device, from where it is copied once for as
+            long as this tensor lives. The same on every rank.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
 
     Returns:
@@ -87,7 +96,10 @@ def ring_attention(
     """
     choices = Choices(layout, rotation, backend, scale=scale, timers=timers)
     ranks = as_ranks(group, two_axes=by_name(rotation))
-    out, lse = dense_attention((q, k, v), ranks, choices, Mask(causal))
+    documents = None
+    if cu_seqlens is not None:
+        documents = Bounds(cu_seqlens, q, ranks, layout).agreed(None)
+    out, lse = dense_attention((q, k, v), ranks, choices, Mask(causal), documents)
     return (out, lse) if return_lse else out
 
 
@@ -96,6 +108,7 @@ def dense_attention(
     ranks: Ranks,
     choices: Choices,
     mask: Mask,
+    documents: Documents | None = None,
     layer: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `ring_attention`, which has the rules; return (out, lse). `layer`: whose call."""
@@ -103,9 +116,13 @@ def dense_attention(
 
     def prepare() -> RingPlan:
         check_qkv(q, k, v)
-        plan = make_plan(q, k, ranks, choices, mask)
+        plan = make_plan(q, k, ranks, choices, mask, packed=documents is not None)
         plan.layout.check_seqlen(plan.shape.seqlen)
         return plan
 
-    plan = Call("dense", qkv, choices, (("mask", mask),), layer).agreed(ranks, prepare)
-    return carry_out(q, k, v, plan, choices.spans)
+    more = (("mask", mask), ("documents given", documents is not None))
+    plan = Call("dense", qkv, choices, more, layer).agreed(ranks, prepare)
+    packed = None
+    if documents is not None:
+        packed = PackedRows(documents.whole[:, None], documents.limits)
+    return carry_out(q, k, v, plan, choices.spans, packed)

@@ -82,15 +82,17 @@ def _sizes(config: LighthouseConfig) -> list[int]:
 
 def _fake_read(
     cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int]
-) -> tuple[Tensor, Tensor]:
-    numbers, positions = (like.new_empty(like.shape[:2], dtype=torch.int32) for _ in range(2))
-    return numbers, positions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens = like.shape[:2]
+    numbers, positions = (like.new_empty((batch, tokens), dtype=torch.int32) for _ in range(2))
+    whole = like.new_empty((batch, sizes[1]), dtype=torch.int32)
+    return numbers, positions, whole, torch.empty(3, dtype=torch.int64, device="cpu")
 
 
 @operator("documents", _fake_read)
 def _read(
     cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read bounds, and number the tokens of a `Cut`; `rule`: sizes of a config, or nothing."""
     batch, seqlen, num_chunks, *chunks = sizes
     packing = read_packing(cu_seqlens, batch, seqlen)
@@ -102,5 +104,5 @@ def _read(
         packing.check_fits(config, num_chunks)
     # Fresh ones: whoever calls an operator may write into what it returns.
     cut = Cut(batch, seqlen, num_chunks, tuple(chunks))
-    numbers, positions = number_tokens(packing.starts, cut, like.device)
-    return numbers, positions
+    numbers, positions, whole, limits = number_tokens(packing.starts, cut, like.device)
+    return numbers, positions, whole, limits

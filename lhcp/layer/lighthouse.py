@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Hashable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +20,13 @@ from lhcp.layer.plan import Choices, by_name, carry_out, choose_kernels, make_pl
 from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.autograd import GatherSubsequence
-from lhcp.lighthouse.documents import numbers_of
+from lhcp.lighthouse.documents import entry_limits, numbers_of
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.score import SCORERS, ScoreInputs
 from lhcp.lighthouse.select import Selection
 from lhcp.operators import pack_integers
+from lhcp.ring.documents import PackedRows, gather_numbers
 from lhcp.ring.plan import RingPlan
 from lhcp.timing import UNTIMED, Spans
 
@@ -53,21 +55,34 @@ class Given(NamedTuple):
         """Of the tokens inside their documents."""
         return None if self.documents is None else self.documents.positions
 
-    def flat(self) -> tuple[tuple[str, ...], list[Tensor]]:
-        """Return the names of what is given, and its tensors; `from_flat` is the way back."""
-        named = [(name, x) for name, x in zip(self._fields, self, strict=True) if x is not None]
-        tensors = [y for _, x in named for y in ((x,) if isinstance(x, Tensor) else x)]
-        return tuple(name for name, _ in named), tensors
+    def flat(self) -> tuple[tuple[tuple[str, Hashable], ...], list[Tensor]]:
+        """Return what is given: names, with what a graph is recorded for, and tensors.
+
+        `from_flat` is the way back.
+        """
+        names: list[tuple[str, Hashable]] = []
+        tensors: list[Tensor] = []
+        for name, x in zip(self._fields, self, strict=True):
+            if isinstance(x, Documents):
+                names.append((name, tuple(x.limits.tolist())))
+                tensors += x[:-1]
+            elif x is not None:
+                names.append((name, None))
+                tensors += [x] if isinstance(x, Tensor) else x
+        return tuple(names), tensors
 
     @classmethod
-    def from_flat(cls, names: Sequence[str], tensors: Sequence[Tensor]) -> "Given":
+    def from_flat(
+        cls, names: Sequence[tuple[str, Hashable]], tensors: Sequence[Tensor]
+    ) -> "Given":
         """Return what was given."""
         left = iter(tensors)
-        records: dict[str, Any] = {"selection": Selection, "documents": Documents}
-        found = {
-            name: records[name](next(left), next(left)) if name in records else next(left)
-            for name in names
-        }
+        found: dict[str, Any] = {}
+        for name, limits in names:
+            if name == "documents":
+                found[name] = Documents(*islice(left, 3), torch.tensor(limits))
+            else:
+                found[name] = Selection(*islice(left, 2)) if name == "selection" else next(left)
         return cls(**found)
 
 
@@ -311,12 +326,14 @@ def sparse_attention(
     with timers.span("gather", "compute", 0, q.device):
         sizes = (integers, kernels, given.positions)
         qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, *sizes)
-        numbers = None
+        packed = None
         if given.documents is not None:
             numbers = numbers_of(selection.entries, given.documents.numbers, geom)
+            limits = entry_limits(given.documents.limits, geom)
+            packed = PackedRows(gather_numbers(numbers, ranks, plan.layout), limits)
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
     del pooled
-    out, _ = carry_out(qs, ks, vs, plan, timers)
+    out, _ = carry_out(qs, ks, vs, plan, timers, packed)
     with timers.span("scatter", "compute", 0, q.device):
         back = ScatterPlan(integers, kernels, ranks, plan.layout)
         scattered: Tensor = ScatterBack.apply(out, *selection, back, timers, given.positions)
@@ -334,7 +351,8 @@ def prepare(
     q, k, v = qkv
     check_qkv(q, k, v)
     geom = local_geometry(config, q.shape[1], ranks, choices.layout)
-    plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence)
+    packed = given.documents is not None
+    plan = make_plan(q, k, ranks, choices, tokens=geom.subsequence, packed=packed)
     kernels = choose_kernels(choices.kernels, q.dtype, q.device)
     scores = scored_on(given, q, k, config)
     if given.selection is not None:

@@ -26,6 +26,7 @@ from lhcp.ring import rotation as rotations
 from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block, Request
+from lhcp.ring.documents import PackedRows
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
 from lhcp.timing import UNTIMED, Spans
@@ -87,12 +88,14 @@ def make_plan(
     choices: Choices,
     mask: Mask = CAUSAL,
     tokens: int | None = None,
+    packed: bool = False,
 ) -> RingPlan:
     """Resolve every "auto" of an attention and check every name; no communication.
 
     Args:
         q: [B, n, H, D]; k: [B, n, Hk, D]; only their sizes, dtype and device are read.
         tokens: of this rank that attention runs on, such as entries of the sub-sequence; None: n.
+        packed: whether rows are packed of documents.
 
     Raises:
         ValueError, ImportError: see `lhcp.ring_attention`.
@@ -113,19 +116,19 @@ def make_plan(
     name = _rotation(shape, choices.rotation, q.device)
     check_rotation(name, ranks, shape.num_kv_heads)
     if (package := PACKAGE_RINGS.get(name)) is not None:
-        package.check(_request(q.dtype, q.shape[3], q.device), layout, mask)
-    block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device)
+        package.check(_request(q.dtype, q.shape[3], q.device, packed), layout, mask)
+    block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device, packed)
     return RingPlan(ranks, shape, name, block.name, choices.scale_of(q))
 
 
 def carry_out(
-    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, timers: Spans
+    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, timers: Spans, packed: PackedRows | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attend as the plan says, in the ring or in another package's: see `ring.attention`."""
     package = PACKAGE_RINGS.get(plan.rotation)
     if package is not None and plan.ranks.world_size > 1:
         return package.attend(q, k, v, plan)
-    return attention(q, k, v, plan, timers)
+    return attention(q, k, v, plan, timers, packed)
 
 
 def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
@@ -184,20 +187,25 @@ def _fastest(shape: AttentionShape, calibration: Calibration) -> str:
     return rotation
 
 
-def choose_backend(name: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Block:
+def choose_backend(
+    name: str, dtype: torch.dtype, head_dim: int, device: torch.device, packed: bool = False
+) -> Block:
     """Return the backend called `name`, or for "auto" the preferred one of those that can.
+
+    Args:
+        packed: whether rows are packed of documents.
 
     Raises:
         ValueError: no backend has this name, or it cannot do these inputs (the message names
             those that can).
         ImportError: the backend's package is missing or not understood.
     """
-    asked = _request(dtype, head_dim, device)
+    asked = _request(dtype, head_dim, device, packed)
     if name == "auto":
         able = _able(asked)
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
-            _announce(name, device.type, str(dtype), head_dim)
+            _announce(name, asked)
     if name not in BLOCKS:
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BLOCKS)}")
     block = BLOCKS[name]
@@ -233,10 +241,12 @@ def _preferred(blocks: Sequence[Block]) -> Block:
     return best
 
 
-def _request(dtype: torch.dtype, head_dim: int, device: torch.device) -> Request:
+def _request(
+    dtype: torch.dtype, head_dim: int, device: torch.device, packed: bool = False
+) -> Request:
     capability = _capability(device.type, device.index)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return Request(dtype, head_dim, device.type, capability, deterministic)
+    return Request(dtype, head_dim, device.type, capability, deterministic, packed)
 
 
 def _capability(kind: str, index: int | None) -> tuple[int, int] | None:
@@ -254,9 +264,10 @@ def _capability_of(index: int | None) -> tuple[int, int] | None:
 
 
 @cache
-def _announce(name: str, device: str, dtype: str, head_dim: int) -> None:
-    message = "attention backend %r: the preferred of those that can do %s, head_dim %d on %s"
-    _log.info(message, name, dtype, head_dim, device)
+def _announce(name: str, asked: Request) -> None:
+    message = "attention backend %r: the preferred of those that can do %s, head_dim %d on %s%s"
+    packed = ", packed documents" if asked.documents else ""
+    _log.info(message, name, str(asked.dtype), asked.head_dim, asked.device, packed)
 
 
 def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -81,3 +81,13 @@ def numbers_of(entries: Tensor, numbers: Tensor, geom: Geometry) -> Tensor:
     """
     pyramid = torch.cat([of_last_tokens(numbers, i, geom) for i in range(geom.num_levels)], 1)
     return pyramid[:, None].expand(-1, entries.shape[1], -1).gather(2, entries.long())
+
+
+def entry_limits(limits: Tensor, geom: Geometry) -> Tensor:
+    """Return `Documents.limits` for the rows of a sub-sequence, int64 [3] on the CPU.
+
+    A document has no entries in a chunk where it has no tokens, and of each level at most one for
+    each of its tokens: of all levels together at most twice as many, and one a level.
+    """
+    documents, longest, reach = limits.unbind()
+    return torch.stack([documents, 2 * longest + geom.num_levels, reach])

@@ -22,13 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lhcp.comm.collectives import all_gathers
+from lhcp.comm.layout import Layout
+from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.operators import operator
 from lhcp.ring.block.base import Bounds
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.schedule import Call, Step
 from lhcp.ring.shape import AttentionShape, Mask
 
 
-class Documents(NamedTuple):
+class PackedRows(NamedTuple):
     """The documents of the rows of a whole sequence, which every rank has."""
 
     numbers: Tensor
@@ -38,13 +42,13 @@ class Documents(NamedTuple):
     """int64 [3] on the CPU: `Mask.documents`, `longest` and `reach`, equal on all ranks: messages
     depend on them."""
 
-    def of_heads(self, index: int, num_groups: int) -> "Documents":
+    def of_heads(self, index: int, num_groups: int) -> "PackedRows":
         """Return those of group number `index` of the kv heads, of so many equal groups."""
         if self.numbers.shape[1] == 1:
             return self
         return self._replace(numbers=self.numbers.chunk(num_groups, 1)[index])
 
-    def on_one_rank(self, num_chunks: int) -> "Documents":
+    def on_one_rank(self, num_chunks: int) -> "PackedRows":
         """Return the same for a plan in which the whole sequence, of so many chunks, is one."""
         documents, longest, _ = self.limits.tolist()
         return self._replace(limits=torch.tensor([documents * num_chunks, longest, 0]))
@@ -52,6 +56,41 @@ class Documents(NamedTuple):
     def limit(self, plan: RingPlan) -> RingPlan:
         """Return a plan whose calls and messages reach as far as documents do."""
         return replace(plan, shape=_limited(plan.shape, *self.limits.tolist()))
+
+
+def gather_numbers(numbers: Tensor, ranks: Ranks, layout: Layout) -> Tensor:
+    """Return the numbers of all ranks' rows, in the order of the sequence, from each rank's own.
+
+    Where they depend on a selection, no rank can compute another's. They are 4 bytes a row and kv
+    head, sent once in a forward, so that neither keys nor their gradients must bring them along.
+
+    Args:
+        numbers: int32 [B, Hk, n] of this rank's rows, in layout order.
+
+    Returns:
+        int32 [B, Hk, S], the same on every rank.
+    """
+    if ranks.world_size == 1:
+        return numbers
+    gathered: Tensor = _gather_numbers(numbers, pack_cut(ranks, layout))
+    return gathered
+
+
+def _fake_gather(numbers: Tensor, words: str) -> Tensor:
+    batch, heads, rows = numbers.shape
+    return numbers.new_empty((batch, heads, rows * unpack_cut(words)[0].world_size))
+
+
+@operator("gather_numbers", _fake_gather)
+def _gather_numbers(numbers: Tensor, words: str) -> Tensor:
+    ranks, layout, _ = unpack_cut(words)
+    assert ranks.flat is not None
+    own = numbers.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 0).contiguous()
+    received = ranks.receive_buffer(own, ranks.world_size * len(own), *own.shape[1:])
+    all_gathers([(received, own)], ranks.flat).wait()
+    owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
+    order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
+    return torch.cat([received[i] for i in order], 2)
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +103,7 @@ class Cuts:
     """Where documents cut the calls of one rank.
 
     Args:
-        numbers: of `Documents`. shape: with their limits.
+        numbers: of `PackedRows`. shape: with their limits.
     """
 
     def __init__(self, numbers: Tensor, shape: AttentionShape, rank: int) -> None:

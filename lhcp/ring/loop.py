@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from lhcp.precision import without_autocast
-from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs, Grads
+from lhcp.ring.calls import BlockCalls
+from lhcp.ring.documents import PackedRows
 from lhcp.ring.kv import KV
 from lhcp.ring.merge.deferred import DeferredMerge
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.rotation import ROTATIONS
 from lhcp.ring.rotation.base import CallGrads, Rotation, RotationContext
-from lhcp.ring.schedule import Call, Step
+from lhcp.ring.schedule import Call, Step, own_call
 from lhcp.ring.shape import AttentionShape
 from lhcp.ring.streams import CallStreams, Started
 from lhcp.timing import Spans
@@ -25,19 +26,23 @@ R = TypeVar("R")
 
 
 @without_autocast
-def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tensor, Tensor]:
+def ring_forward(
+    q: Tensor, kv: KV, plan: RingPlan, spans: Spans, packed: PackedRows | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend to all ranks' keys and values.
 
     Args:
         q: [B, n, H, D]; kv: [B, n, Hk, D], this rank's tokens.
+        packed: the documents inside which alone is attended.
 
     Returns:
         out [B, n, H, D] in the dtype of q; lse [B, H, n], float32 (float64 for float64).
     """
-    block, shape = BLOCKS[plan.backend], plan.shape
+    plan = plan if packed is None else packed.limit(plan)
+    shape, blocks = plan.shape, BlockCalls(plan, packed)
     if plan.ranks.world_size == 1:
         with spans.span("ring_forward", "compute", 0, q.device):
-            whole = block.forward(q, kv, shape.mask, plan.scale)
+            whole = blocks.forward(q, kv, *own_call(shape, 0))
         return whole[0].contiguous(), whole[1].contiguous()
     rotation = ROTATIONS[plan.rotation](RotationContext(plan.ranks, shape, False, spans), kv)
     views, merge = _Views(shape), DeferredMerge(q, shape.tuning)
@@ -45,7 +50,7 @@ def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tenso
     def start(i: int, step: Step, call: Call, kv_i: KV) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
             keys = views.keys(kv_i, call)
-            return block.forward(views.queries(q, call, step), keys, call.mask, plan.scale)
+            return blocks.forward(views.queries(q, call, step), keys, call, step)
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
         for call, (out, lse) in zip(step.calls, results, strict=True):
@@ -59,22 +64,26 @@ def ring_forward(q: Tensor, kv: KV, plan: RingPlan, spans: Spans) -> tuple[Tenso
 
 
 @without_autocast
-def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads:
+def ring_backward(
+    inputs: BackwardInputs, plan: RingPlan, spans: Spans, packed: PackedRows | None = None
+) -> Grads:
     """Compute the gradients of `ring_forward` with respect to q, k and v of this rank's tokens.
 
     Sums over steps and ranks are wide (float32, float64 for float64) and rounded once.
 
     Args:
         inputs: of this rank's tokens; out and lse are what `ring_forward` returned.
+        packed: what it was given.
 
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k, v.
     """
-    block, shape = BLOCKS[plan.backend], plan.shape
+    plan = plan if packed is None else packed.limit(plan)
+    shape, blocks = plan.shape, BlockCalls(plan, packed)
     dout, q, kv, out, lse = inputs = inputs._replace(dout=inputs.dout.contiguous())
     if plan.ranks.world_size == 1:
         with spans.span("ring_backward", "compute", 0, q.device):
-            return block.backward(inputs, shape.mask, plan.scale)
+            return blocks.backward(inputs, *own_call(shape, 0))
     rotation = ROTATIONS[plan.rotation](RotationContext(plan.ranks, shape, True, spans), kv)
     views, merge = _Views(shape), DeferredMerge(q, shape.tuning)
 
@@ -87,7 +96,7 @@ def ring_backward(inputs: BackwardInputs, plan: RingPlan, spans: Spans) -> Grads
                 views.queries(out, call, step),
                 views.lse(lse, call, step),
             )
-            return block.backward(mine, call.mask, plan.scale)
+            return blocks.backward(mine, call, step)
 
     def finish(i: int, step: Step, results: Sequence[Grads]) -> None:
         grads = []

@@ -9,6 +9,7 @@ from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.precision import wide
 from lhcp.ring.block.base import BackwardInputs
+from lhcp.ring.documents import PackedRows
 from lhcp.ring.kv import KV
 from lhcp.ring.loop import ring_backward, ring_forward
 from lhcp.ring.plan import RingPlan
@@ -16,7 +17,13 @@ from lhcp.timing import UNTIMED, Spans, goes_through_operators
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, words: str, integers: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: list[Tensor],
+    words: str,
+    integers: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -25,10 +32,16 @@ def _fake_forward(
 
 @operator("ring_forward", _fake_forward)
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, words: str, integers: list[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: list[Tensor],
+    words: str,
+    integers: list[int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     plan = RingPlan.unpack((words, integers, scale))
-    return ring_forward(q, KV(k, v), plan, UNTIMED)
+    return ring_forward(q, KV(k, v), plan, UNTIMED, _packed_rows(packed))
 
 
 def _fake_backward(
@@ -52,11 +65,17 @@ def _backward(
     integers: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (q, k, v), (out, lse) = qkv, saved
+    (q, k, v), (out, lse, *packed) = qkv, saved
     plan = RingPlan.unpack((words, integers, scale))
-    grads = ring_backward(BackwardInputs(dout, q, KV(k, v), out, lse), plan, UNTIMED)
+    inputs = BackwardInputs(dout, q, KV(k, v), out, lse)
+    grads = ring_backward(inputs, plan, UNTIMED, _packed_rows(packed))
     dq, dk, dv = (x.contiguous() for x in grads)
     return dq, dk, dv
+
+
+def _packed_rows(tensors: list[Tensor]) -> PackedRows | None:
+    """Return the documents that came into an operator, as no tensors where there are none."""
+    return PackedRows(*tensors) if tensors else None
 
 
 class RingAttention(torch.autograd.Function):
@@ -64,14 +83,14 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, spans: Spans
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, spans: Spans, *packed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Attend as `ring_forward`."""
+        """Attend as `ring_forward`; `packed`: fields of `PackedRows`, or nothing."""
         if goes_through_operators(spans):
-            out, lse = _forward(q, k, v, *plan.pack())
+            out, lse = _forward(q, k, v, list(packed), *plan.pack())
         else:
-            out, lse = ring_forward(q, KV(k, v), plan, spans)
-        ctx.save_for_backward(q, k, v, out, lse)
+            out, lse = ring_forward(q, KV(k, v), plan, spans, _packed_rows(list(packed)))
+        ctx.save_for_backward(q, k, v, out, lse, *packed)
         ctx.mark_non_differentiable(lse)
         ctx.plan, ctx.spans = plan, spans
         return out, lse
@@ -80,10 +99,11 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Compute gradients as `ring_backward`."""
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         if goes_through_operators(ctx.spans):
-            dq, dk, dv = _backward(grads[0], [q, k, v], [out, lse], *ctx.plan.pack())
+            dq, dk, dv = _backward(grads[0], [q, k, v], saved, *ctx.plan.pack())
         else:
+            out, lse, *packed = saved
             inputs = BackwardInputs(grads[0], q, KV(k, v), out, lse)
-            dq, dk, dv = ring_backward(inputs, ctx.plan, ctx.spans)
-        return dq, dk, dv, None, None
+            dq, dk, dv = ring_backward(inputs, ctx.plan, ctx.spans, _packed_rows(packed))
+        return dq, dk, dv, None, None, *(None for _ in saved[2:])

@@ -109,6 +109,13 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), CAUSAL, per_chunk=num_chunks > 1)
 
 
+def own_call(shape: AttentionShape, rank: int) -> tuple[Call, Step]:
+    """Return the one call in which a rank attends to its own keys, and its step."""
+    mine = shape.layout.chunks(rank)
+    calls = calls_by_keys(mine, mine, shape.mask)
+    return calls[0], Step(calls, (0, shape.num_kv_heads), True, mine)
+
+
 @lru_cache(maxsize=2**17)
 def round_chunks(rank: int, layout: Layout, mask: Mask, distances: range) -> tuple[int, ...]:
     """Return the chunks that come to `rank` in a round of the ring: those that it may see.
@@ -147,7 +154,7 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
     """
     layout, mask, heads = shape.layout, shape.mask, (0, shape.num_kv_heads)
     mine, by_queries = layout.chunks(rank), mask.causal and not backward
-    steps = [Step(calls_by_keys(mine, mine, mask), heads, True, mine)]
+    steps = [own_call(shape, rank)[1]]
     for distances in shape.rounds:
         run = round_chunks(rank, layout, mask, distances)
         calls = calls_by_queries(mine, run, mask) if by_queries else calls_by_keys(mine, run, mask)

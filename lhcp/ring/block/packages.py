@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.ring.block.base import BackwardInputs, Block, Grads, Request
+from lhcp.ring.block.base import BackwardInputs, Block, Bounds, Grads, Request
+from lhcp.ring.block.packed import Varlen, packed_calls, without_keys
 from lhcp.ring.kv import KV
 from lhcp.ring.shape import Mask
 
@@ -84,6 +85,70 @@ def _fa4_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
     return results[0], results[1], results[2]
 
 
+def _used(bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Return how many queries and keys of each run are attended with: none where either is empty.
+
+    flash-attn-4 reads keys where a run has none; what it does not use it does not write.
+    """
+    num_q, num_kv = bounds.q.diff(), bounds.kv.diff()
+    return num_q.where(num_kv > 0, 0), num_kv.where(num_q > 0, 0)
+
+
+def _fa4_varlen(bounds: Bounds) -> dict[str, Any]:
+    used_q, used_kv = _used(bounds)
+    return {
+        "cu_seqlens_q": bounds.q,
+        "cu_seqlens_k": bounds.kv,
+        "seqused_q": used_q,
+        "seqused_k": used_kv,
+        "max_seqlen_q": bounds.longest_q,
+        "max_seqlen_k": bounds.longest_kv,
+    }
+
+
+def _fa4_varlen_forward(
+    q: Tensor, kv: KV, mask: Mask, bounds: Bounds, scale: float
+) -> tuple[Tensor, Tensor]:
+    interface = _load("flash_attn.cute.interface")
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    results = interface._flash_attn_fwd(
+        q,
+        *kv,
+        softmax_scale=scale,
+        causal=mask.causal,
+        return_lse=True,
+        out=out,
+        lse=lse,
+        **_fa4_varlen(bounds),
+    )
+    return results[0], without_keys(results[1], q, "flash-attn-4's _flash_attn_fwd")
+
+
+def _fa4_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
+    interface = _load("flash_attn.cute.interface")
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    results = interface._flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        softmax_scale=scale,
+        causal=mask.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        **_fa4_varlen(bounds),
+    )
+    if len(results) < 3:
+        raise ImportError(f"flash-attn-4's _flash_attn_bwd returned {len(results)} results")
+    return results[0], results[1], results[2]
+
+
 def _fa2_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     interface = _load("flash_attn.flash_attn_interface")
     results = interface._flash_attn_forward(
@@ -127,6 +192,63 @@ def _fa2_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
     return dq, dk, dv
 
 
+def _fa2_varlen(bounds: Bounds) -> dict[str, Any]:
+    # A longest run of one query would mean "decode" to the kernel: one query in each.
+    return {
+        "cu_seqlens_q": bounds.q,
+        "cu_seqlens_k": bounds.kv,
+        "max_seqlen_q": max(bounds.longest_q, 2),
+        "max_seqlen_k": max(bounds.longest_kv, 2),
+    }
+
+
+def _fa2_varlen_forward(
+    q: Tensor, kv: KV, mask: Mask, bounds: Bounds, scale: float
+) -> tuple[Tensor, Tensor]:
+    interface = _load("flash_attn.flash_attn_interface")
+    results = interface._flash_attn_varlen_forward(
+        q,
+        *kv,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=mask.causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+        **_fa2_varlen(bounds),
+    )
+    return results[0], without_keys(results[1], q, "flash-attn's _flash_attn_varlen_forward")
+
+
+def _fa2_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, scale: float) -> Grads:
+    dout, q, (k, v), out, lse = inputs
+    interface = _load("flash_attn.flash_attn_interface")
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    interface._flash_attn_varlen_backward(
+        dout.contiguous(),
+        q,
+        k,
+        v,
+        out.contiguous(),
+        lse,
+        dq,
+        dk,
+        dv,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=mask.causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_fa2_varlen(bounds),
+    )
+    return dq, dk, dv
+
+
 # Compute capability -> (largest head_dim, others that have a kernel of their own), as the package
 # checks them (flash_attn/cute/interface.py of 4.0.0b36, _validate_head_dims). Others it does not
 # check: what its kernels share.
@@ -154,6 +276,7 @@ FA4 = Block(
     max_head_dim=256,
     head_dim_multiple=8,
     other_rules=_fa4_head_dim,
+    packed=packed_calls(Varlen(_fa4_varlen_forward, _fa4_varlen_backward)),
     missing=_missing("flash_attn", "cute", "pip install 'lhcp[fa4]'", needs="cutlass"),
 )
 
@@ -166,5 +289,6 @@ FLASH_ATTN = Block(
     preference=30,
     max_head_dim=256,
     head_dim_multiple=8,
+    packed=packed_calls(Varlen(_fa2_varlen_forward, _fa2_varlen_backward)),
     missing=_missing("flash_attn", "flash_attn_interface", "pip install 'lhcp[flash]'"),
 )

@@ -7,6 +7,7 @@ head and its queries' group.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lhcp.ring.block.base import BackwardInputs, Bounds, Grads, PackedCalls
@@ -44,6 +45,19 @@ def packed_calls(kernel: Varlen) -> PackedCalls:
         return rows.restore(dq), rows.restore(dk), rows.restore(dv)
 
     return PackedCalls(forward, backward)
+
+
+def without_keys(lse: Tensor | None, q: Tensor, source: str) -> Tensor:
+    """Return a flash kernel's lse [H, rows], where it writes inf for a query that met no key: -inf.
+
+    Raises:
+        ImportError: the kernel returned something else.
+    """
+    wanted = (q.shape[1], q.shape[0])
+    if lse is None or tuple(lse.shape) != wanted or lse.dtype != torch.float32:
+        seen = None if lse is None else (tuple(lse.shape), lse.dtype)
+        raise ImportError(f"{source} returned lse {seen}, expected float32 {wanted}")
+    return lse.masked_fill_(lse == torch.inf, -torch.inf)
 
 
 class _Rows:
