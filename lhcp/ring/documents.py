@@ -110,10 +110,9 @@ class Cuts:
         self._shape, self._own = shape, shape.layout.chunks(rank)
         first = torch.stack([numbers[..., c * shape.chunk] for c in self._own], 2)
         within = torch.arange(shape.mask.documents + 1, dtype=torch.int32, device=numbers.device)
-        # Documents of one chunk may be those of another too: numbers stay in order all the same.
-        values = (first[..., None] + within).flatten(2).cummax(2).values
-        before = torch.searchsorted(numbers.contiguous(), values, out_int32=True)
-        self._before = before.unflatten(2, (len(self._own), -1))
+        values = first[..., None] + within
+        before = torch.searchsorted(numbers.contiguous(), values.flatten(2), out_int32=True)
+        self._before = before.view(values.shape)
         """[B, Hk, own chunks, documents + 1]: rows of the whole sequence with a smaller number than
         the first row's of each chunk, than that plus one, and so on."""
 
@@ -135,13 +134,15 @@ class Cuts:
         rows, num_keys = chunk * len(own), chunk * len(keys)
         if self._shape.mask.causal and not call.mask.causal:
             # What both share is the first document of the queries.
-            mine = mine[:, :, :1, :2]
-        ends = _rows_within(mine.flatten(2), own, chunk)
-        cut = _lay_out(ends, rows)
+            cuts = mine[:, :, 0, :2]
+        else:
+            # What the next chunk is asked for may be what the last one was: it is cut there already.
+            cuts = mine.flatten(2).cummax(2).values
+        cut = _lay_out(_rows_within(cuts, own, chunk), rows)
         if call.mask.causal:
             longest = min(longest, rows)
             return Bounds(cut, cut, longest, longest, before.shape[1] > 1)
-        of_keys = _lay_out(_rows_within(mine.flatten(2), keys, chunk), num_keys)
+        of_keys = _lay_out(_rows_within(cuts, keys, chunk), num_keys)
         return Bounds(cut, of_keys, rows, num_keys, before.shape[1] > 1)
 
 
