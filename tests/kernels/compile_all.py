@@ -43,6 +43,9 @@ def compiled(kernel, arch: int, args: tuple, kwargs: dict):
         def describe(value, path: tuple, specialize: bool):
             if isinstance(value, tuple):
                 return tuple(describe(x, (*path, j), specialize) for j, x in enumerate(value))
+            if value is None:
+                constants[path] = None
+                return "constexpr"
             if isinstance(value, torch.Tensor):
                 attributes[path] = [["tt.divisibility", 16]]
                 return TYPES[value.dtype]
@@ -71,7 +74,7 @@ def resources(binary) -> str:
 
 
 def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
-    """Call every launcher once, on meta tensors."""
+    """Call every launcher once, and once more with documents, on meta tensors."""
 
     def rows(length: int, num: int) -> torch.Tensor:
         return torch.empty((1, length, num, head_dim), dtype=dtype, device="meta")
@@ -80,19 +83,21 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
         return QKV(*(rows(length, num) for num in (heads, kv_heads, kv_heads)))
 
     tokens = q, k, v = qkv(geom.num_tokens)
-    means, sq, sk = pool.pool_and_score(tokens, geom)
-    pool.score_tensors(q, k, geom)
-    entries, row_of_entry = select.select(sq, sk, geom)
-    sub = gather.gather(tokens, means, entries, geom)
-    gather.gather_backward(sub, row_of_entry, geom)
-    out = scatter.scatter(sub.q, row_of_entry, geom)
+    packed = torch.empty((1, geom.num_tokens), dtype=torch.int32, device="meta")
     halo = rows(geom.num_chunks * (geom.num_levels - 1), heads)
     halo = halo.unflatten(1, (geom.num_chunks, geom.num_levels - 1))
-    scatter.scatter_edges(out, sub[0], row_of_entry, halo, geom)
+    for positions in (None, packed):
+        means, sq, sk = pool.pool_and_score(tokens, geom, True, positions)
+        pool.score_tensors(q, k, geom, positions)
+        entries, row_of_entry = select.select(sq, sk, geom, positions)
+        sub = gather.gather(tokens, means, entries, geom)
+        gather.gather_backward(sub, row_of_entry, geom, positions)
+        out = scatter.scatter(sub.q, row_of_entry, geom, positions)
+        scatter.scatter_edges(out, sub[0], row_of_entry, halo, geom, positions)
+        scatter_backward.scatter_backward(out, row_of_entry, geom, positions)
+        scatter_backward.edge_grads(out, geom, positions)
     last_rows.last_rows(sub[0], row_of_entry, geom)
     last_rows.add_last_grads(sub[0], out, halo.float(), row_of_entry, geom)
-    scatter_backward.scatter_backward(out, row_of_entry, geom)
-    scatter_backward.edge_grads(out, geom)
     lse = torch.empty((1, heads, geom.num_tokens), dtype=torch.float32, device="meta")
     for merged in (q, q.float()):
         half = geom.num_tokens // 2

@@ -8,9 +8,13 @@ from lhcp.lighthouse.kernels import gather, last_rows, pool, scatter, scatter_ba
 
 
 def _scatter_backward(
-    dout: Tensor, entries: Tensor, row_of_entry: Tensor, geom: Geometry
+    dout: Tensor,
+    entries: Tensor,
+    row_of_entry: Tensor,
+    geom: Geometry,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    return scatter_backward.scatter_backward(dout, row_of_entry, geom)
+    return scatter_backward.scatter_backward(dout, row_of_entry, geom, positions)
 
 
 TRITON = KernelSet(

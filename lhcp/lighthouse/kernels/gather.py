@@ -8,9 +8,11 @@ from lhcp.kernel_launch import ceil_div, kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.kernels.primitives import (
+    contiguous,
     empty_like_rows,
     level_offset,
     row_mask,
+    row_of_level,
     row_tile,
     rows_at,
     rows_contiguous,
@@ -162,6 +164,7 @@ def gather(tokens: QKV, means: QKV, entries: Tensor, geom: Geometry) -> QKV:
 def gather_backward_rows(
     dsub,
     row_of_entry,
+    positions,
     dx,
     i_tile,
     n,
@@ -188,10 +191,14 @@ def gather_backward_rows(
     p_dx = dx + i_b * n * (HEADS * D) + (i_head * D)[:, None] + o_d
     p_place = row_of_entry + (i_b * HK + i_head // (HEADS // HK)) * level_offset(n, L, P)
     b_place = tl.load(p_place + level_offset(n, L - 1, P) + i_window, mask=m_row, other=-1)
-    b_row = rows_at(p_sub, b_place, dsub_stride_s, D, DP) * (1.0 / (P ** (L - 1)))
+    b_row = rows_at(p_sub, b_place, dsub_stride_s, D, DP)
+    p_position = positions
+    if positions is not None:
+        p_position = positions + i_b * n + tl.zeros_like(i_row)
+    b_row, b_bound = row_of_level(b_row, p_position, m_row, i_window, n, P ** (L - 1), True)
     spread(
-        p_dx, p_sub, p_place, m_row, i_window, tl.zeros_like(i_row), (b_row,), n, n, HEADS * D,
-        dsub_stride_s, L - 1, L, P, D, DP, 0, True,
+        p_dx, p_sub, p_place, m_row, i_window, tl.zeros_like(i_row), (b_row,), (b_bound,),
+        p_position, n, n, HEADS * D, dsub_stride_s, L - 1, L, P, D, DP, 0, True,
     )  # fmt: skip
 
 
@@ -202,6 +209,7 @@ def gather_backward_kernel(
     dks,
     dvs,
     row_of_entry,
+    positions,
     dq,
     dk,
     dv,
@@ -230,22 +238,24 @@ def gather_backward_kernel(
     i_tile = tl.program_id(0)
     if i_tile < q_tiles:
         gather_backward_rows(
-            dqs, row_of_entry, dq, i_tile, n, subsequence, dqs_stride_b, dqs_stride_s, dqs_stride_h,
-            HK * G, HK, R, L, P, D, DP,
+            dqs, row_of_entry, positions, dq, i_tile, n, subsequence, dqs_stride_b, dqs_stride_s,
+            dqs_stride_h, HK * G, HK, R, L, P, D, DP,
         )  # fmt: skip
     elif i_tile < q_tiles + kv_tiles:
         gather_backward_rows(
-            dks, row_of_entry, dk, i_tile - q_tiles, n, subsequence, dks_stride_b, dks_stride_s,
-            dks_stride_h, HK, HK, R, L, P, D, DP,
+            dks, row_of_entry, positions, dk, i_tile - q_tiles, n, subsequence, dks_stride_b,
+            dks_stride_s, dks_stride_h, HK, HK, R, L, P, D, DP,
         )  # fmt: skip
     else:
         gather_backward_rows(
-            dvs, row_of_entry, dv, i_tile - q_tiles - kv_tiles, n, subsequence, dvs_stride_b,
-            dvs_stride_s, dvs_stride_h, HK, HK, R, L, P, D, DP,
+            dvs, row_of_entry, positions, dv, i_tile - q_tiles - kv_tiles, n, subsequence,
+            dvs_stride_b, dvs_stride_s, dvs_stride_h, HK, HK, R, L, P, D, DP,
         )  # fmt: skip
 
 
-def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
+def gather_backward(
+    grads: QKV, row_of_entry: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> QKV:
     """Compute the gradients of q, k, v through `gather` and the means.
 
     Each token sums, in fp32 from level 0 upwards, the rows of its entries over p**level.
@@ -253,6 +263,7 @@ def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
     Args:
         grads: of the sub-sequence, q [B, S, H, D], k and v [B, S, Hk, D].
         row_of_entry: [B, Hk, pyramid_size] int32.
+        positions: [B, n] int32 inside documents, whose tokens alone have a share in an entry.
 
     Returns:
         gradients of the tokens: q [B, n, H, D], k and v [B, n, Hk, D].
@@ -270,6 +281,7 @@ def gather_backward(grads: QKV, row_of_entry: Tensor, geom: Geometry) -> QKV:
         (
             *inputs,
             row_of_entry.contiguous(),
+            contiguous(positions),
             *out,
             geom.num_tokens,
             geom.subsequence,

@@ -8,7 +8,14 @@ from torch import Tensor
 from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV, Pooled
-from lhcp.lighthouse.kernels.primitives import empty_like_rows, level_offset, row_mask, row_tile
+from lhcp.lighthouse.kernels.primitives import (
+    contiguous,
+    empty_like_rows,
+    level_offset,
+    part_of_window,
+    row_mask,
+    row_tile,
+)
 
 # Note [One reduction order]
 # A token's score must have the same bits however the sequence is sharded. How a compiled kernel
@@ -25,6 +32,7 @@ def pool_window(
     p_x,
     p_mean,
     p_score,
+    p_position,
     m_row,
     m_group,
     i_window,
@@ -45,7 +53,9 @@ def pool_window(
     scores 4, 16 and 16.
 
     p_x, p_mean: [R, DP] pointers to token 0 and to pooled entry 0. p_score: [R / GP], to pooled
-    entry 0. GP: rows of one group, padded to a power of two.
+    entry 0. p_position: to token 0's position inside its document, or None; a child whose last
+    token is not in the document of the window's last one has none that is. GP: rows of one group,
+    padded to a power of two.
 
     Returns:
         fp32 sum [R, DP], largest squared norm of each row's head [R].
@@ -61,11 +71,14 @@ def pool_window(
     else:
         b_sum = tl.zeros([p_x.shape[0], DP], tl.float32)
         b_score = tl.zeros([p_x.shape[0]], tl.float32)
+        if p_position is not None:
+            b_position = tl.load(p_position + (i_window + 1) * (P**LEVEL) - 1)
         for c in tl.range(P, loop_unroll_factor=P if P**LEVEL <= 16 else 1):
             b_child, b_child_score = pool_window(
                 p_x,
                 p_mean,
                 p_score,
+                p_position,
                 m_row,
                 m_group,
                 i_window * P + c,
@@ -80,11 +93,19 @@ def pool_window(
                 MEAN,
                 SCORE,
             )
+            if p_position is not None:
+                is_own = (P - 1 - c) * (P ** (LEVEL - 1)) <= b_position
+                b_child = tl.where(is_own, b_child, 0.0)
+                b_child_score = tl.where(is_own, b_child_score, 0.0)
             b_sum += b_child
             b_score = tl.maximum(b_score, b_child_score)
         i_entry = level_offset(n, LEVEL, P) - n + i_window
         if MEAN:
-            b_mean = (b_sum * (1.0 / (P**LEVEL))).to(p_mean.dtype.element_ty)
+            if p_position is None:
+                b_mean = b_sum * (1.0 / (P**LEVEL))
+            else:
+                b_mean = b_sum * part_of_window(b_position, P**LEVEL)
+            b_mean = b_mean.to(p_mean.dtype.element_ty)
             p_row = p_mean + i_entry.to(tl.int64) * mean_stride
             tl.store(p_row, b_mean, mask=row_mask(m_row, D, DP))
         if SCORE:
@@ -101,6 +122,7 @@ def pool_heads(
     x,
     mean,
     score,
+    positions,
     i_block,
     n,
     x_stride_b,
@@ -130,10 +152,14 @@ def pool_heads(
     p_x = x + i_b * (x_stride_b * UNIT) + i_head[:, None] * (x_stride_h * UNIT) + o_d
     p_mean = mean + i_b * pooled * (HK * G * D) + (i_head * D)[:, None] + o_d
     p_score = score + (i_b * HK + i_kv) * pooled
+    p_position = positions
+    if positions is not None:
+        p_position = positions + i_b * n
     pool_window(
         p_x,
         p_mean,
         p_score,
+        p_position,
         m_row,
         i_kv < HK,
         i_window,
@@ -164,6 +190,7 @@ def pool_kernel(
     pv,
     sq,
     sk,
+    positions,
     n,
     q_stride_b,
     q_stride_t,
@@ -193,18 +220,18 @@ def pool_kernel(
     kv_blocks: tl.constexpr = (HK + R - 1) // R
     if i_block < q_blocks:
         pool_heads(
-            q, pq, sq, i_block, n, q_stride_b, q_stride_t, q_stride_h,
+            q, pq, sq, positions, i_block, n, q_stride_b, q_stride_t, q_stride_h,
             HK, G, GP, RQ, L, P, D, DP, UNIT, MEAN, SCORE,
         )  # fmt: skip
     elif i_block < q_blocks + kv_blocks:
         pool_heads(
-            k, pk, sk, i_block - q_blocks, n, k_stride_b, k_stride_t, k_stride_h,
+            k, pk, sk, positions, i_block - q_blocks, n, k_stride_b, k_stride_t, k_stride_h,
             HK, 1, 1, R, L, P, D, DP, UNIT, MEAN, SCORE,
         )  # fmt: skip
     else:
         pool_heads(
-            v, pv, sk, i_block - q_blocks - kv_blocks, n, v_stride_b, v_stride_t, v_stride_h,
-            HK, 1, 1, R, L, P, D, DP, UNIT, MEAN, False,
+            v, pv, sk, positions, i_block - q_blocks - kv_blocks, n, v_stride_b, v_stride_t,
+            v_stride_h, HK, 1, 1, R, L, P, D, DP, UNIT, MEAN, False,
         )  # fmt: skip
 
 
@@ -221,7 +248,9 @@ def stride_unit(x: Tensor) -> int:
     return STRIDE_UNIT if x.shape[-1] % STRIDE_UNIT == 0 else 1
 
 
-def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None:
+def _launch(
+    tokens: QKV, into: Pooled, geom: Geometry, with_means: bool, positions: Tensor | None
+) -> None:
     """Launch over q, k and v where means are wanted, else over q and k alone."""
     q, k, v = (evenly_loadable(x) for x in tokens)
     batch, _, num_heads, head_dim = q.shape
@@ -245,6 +274,7 @@ def _launch(tokens: QKV, into: Pooled, geom: Geometry, with_means: bool) -> None
             *into.means,
             into.sq,
             into.sk,
+            contiguous(positions),
             geom.num_tokens,
             *strides,
         ),
@@ -270,11 +300,15 @@ def _empty_scores(x: Tensor, num_kv_heads: int, geom: Geometry) -> tuple[Tensor,
     return sq, torch.empty_like(sq)
 
 
-def pool_and_score(tokens: QKV, geom: Geometry, with_scores: bool = True) -> Pooled:
+def pool_and_score(
+    tokens: QKV, geom: Geometry, with_scores: bool = True, positions: Tensor | None = None
+) -> Pooled:
     """Pool q, k, v into levels 1 to L-1 and score them by squared norms.
 
     Args:
         tokens: q [B, n, H, D], k and v [B, n, Hk, D].
+        positions: [B, n] int32 inside documents; means and scores are then of those tokens of a
+            window that are in its last one's.
 
     Returns:
         means of q [B, pooled_size, H, D], of k and v [B, pooled_size, Hk, D], level 1 first, summed
@@ -287,11 +321,13 @@ def pool_and_score(tokens: QKV, geom: Geometry, with_scores: bool = True) -> Poo
         sq, sk = (torch.empty(0, dtype=torch.float32, device=tokens.q.device) for _ in "qk")
         scores = sq, sk
     into = Pooled(means, *scores)
-    _launch(tokens, into, geom, with_means=True)
+    _launch(tokens, into, geom, True, positions)
     return into
 
 
-def score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Tensor, Tensor]:
+def score_tensors(
+    score_q: Tensor, score_k: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Score levels 1 to L-1 by the squared norms of score_q [B, n, H, E], score_k [B, n, Hk, E].
 
     Returns:
@@ -300,5 +336,5 @@ def score_tensors(score_q: Tensor, score_k: Tensor, geom: Geometry) -> tuple[Ten
     scores = _empty_scores(score_q, score_k.shape[2], geom)
     # No means: the third tensor and the outputs of the first three are never touched.
     unused = QKV(score_q, score_k, score_k)
-    _launch(unused, Pooled(unused, *scores), geom, with_means=False)
+    _launch(unused, Pooled(unused, *scores), geom, False, positions)
     return scores

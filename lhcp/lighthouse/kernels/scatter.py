@@ -8,10 +8,13 @@ from lhcp.kernel_launch import ceil_div, kernel
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     chunk_window,
+    contiguous,
     empty_like_rows,
     level_offset,
     load_places,
+    load_positions,
     row_mask,
+    row_of_level,
     row_tile,
     rows_at,
     rows_contiguous,
@@ -26,6 +29,7 @@ TILE, NUM_WARPS = 256, 1
 def scatter_kernel(
     o,
     row_of_entry,
+    positions,
     out,
     n,
     chunk_size,
@@ -56,17 +60,24 @@ def scatter_kernel(
     offset = level_offset(n, L - 1, P) + i_start // W
     b_place = load_places(p_place, m_row, i_window - 1, chunk_size // W, offset)
     b_row = rows_at(p_o, b_place, o_stride_s, D, DP)
+    p_position = positions
+    if positions is not None:
+        p_position = positions + i_b * n + i_start
+    b_row, b_bound = row_of_level(b_row, p_position, m_row, i_window - 1, chunk_size, W, False)
     spread(
-        p_out, p_o, p_place, m_row, i_window, i_start, (b_row,), n, chunk_size, H * D, o_stride_s,
-        L - 1, L, P, D, DP, 1, False,
+        p_out, p_o, p_place, m_row, i_window, i_start, (b_row,), (b_bound,), p_position, n,
+        chunk_size, H * D, o_stride_s, L - 1, L, P, D, DP, 1, False,
     )  # fmt: skip
 
 
-def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
+def scatter(
+    o: Tensor, row_of_entry: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> Tensor:
     """Sum, for each position, the rows of its entries in the same chunk, from level 0 upwards.
 
     Args:
         o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
+        positions: [B, n] int32 inside documents; an entry then serves its own alone.
 
     Returns:
         [B, n, H, D] in the dtype of `o`, rounded once. See `scatter_edges` for what it lacks.
@@ -81,6 +92,7 @@ def scatter(o: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
         (
             o,
             row_of_entry.contiguous(),
+            contiguous(positions),
             out,
             geom.num_tokens,
             geom.chunk_size,
@@ -105,6 +117,7 @@ def scatter_edges_kernel(
     out,
     o,
     row_of_entry,
+    positions,
     halo,
     n,
     chunk_size,
@@ -150,6 +163,11 @@ def scatter_edges_kernel(
             b_row += tl.load(p_halo + (level - 1) * halo_stride_l, mask=m_halo, other=0.0).to(
                 tl.float32
             )
+            if positions is not None:
+                p_position = positions + i_b * n + i_start
+                b_position = load_positions(p_position, m_row, i_token, chunk_size)
+                m_own = (i_token + 1) % (P**level) <= b_position
+                b_row = tl.where(m_own[:, None], b_row, 0.0)
         b_out += b_row
     p_out = out + i_b * out_stride_b + (i_head64 * out_stride_h)[:, None] + o_d
     p_out += ((i_start + i_token).to(tl.int64) * out_stride_t)[:, None]
@@ -157,7 +175,12 @@ def scatter_edges_kernel(
 
 
 def scatter_edges(
-    out: Tensor, o: Tensor, row_of_entry: Tensor, halo: Tensor, geom: Geometry
+    out: Tensor,
+    o: Tensor,
+    row_of_entry: Tensor,
+    halo: Tensor,
+    geom: Geometry,
+    positions: Tensor | None = None,
 ) -> None:
     """Complete, in place, the positions that the last entries of the chunk before also serve.
 
@@ -165,6 +188,7 @@ def scatter_edges(
         out: [B, n, H, D] from `scatter`; overwritten at p**(L-1) - 1 positions a chunk.
         o: [B, S, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
         halo: [B, num_chunks, L-1, H, D] in the dtype of `o`, zero rows where nothing is owed.
+        positions: as in `scatter`.
     """
     batch, _, num_heads, head_dim = o.shape
     o, halo = rows_contiguous(o), rows_contiguous(halo)
@@ -178,6 +202,7 @@ def scatter_edges(
             out,
             o,
             row_of_entry.contiguous(),
+            contiguous(positions),
             halo,
             geom.num_tokens,
             geom.chunk_size,

@@ -10,9 +10,11 @@ from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernels.primitives import (
     any_child,
     chunk_window,
+    contiguous,
     empty_like_rows,
     level_offset,
     load_places,
+    load_positions,
     row_mask,
     row_tile,
     rows_contiguous,
@@ -22,10 +24,23 @@ TILE, NUM_WARPS = 256, 1
 
 
 @triton.jit
+def own(b_sum, p_position, m_row, i_first, after_last, chunk_size):
+    """Return the sum of a child of an entry, or 0 where it is of a later document.
+
+    i_first: [R], the child's first token, which is `after_last` tokens after the entry's last.
+    """
+    if p_position is not None:
+        b_position = load_positions(p_position, m_row, i_first, chunk_size)
+        b_sum = tl.where((after_last <= b_position)[:, None], b_sum, 0.0)
+    return b_sum
+
+
+@triton.jit
 def window_sum(
     p_dout,
     p_do,
     p_place,
+    p_position,
     m_row,
     i_window,
     i_start,
@@ -42,9 +57,11 @@ def window_sum(
     """Sum the rows of dout that entry i_window - 1 of LEVEL serves in its chunk.
 
     With STORE, writes the sum to the entry's place and so for all windows inside this one: they
-    nest in u = position + 1, so each row is read once for all levels.
+    nest in u = position + 1, so each row is read once for all levels. With documents a child's sum
+    is all that it has of the entry's, or its first token is in a later one.
 
-    p_dout, p_do: [R, DP] pointers to token 0 of the row's chunk and to place 0.
+    p_dout, p_do: [R, DP] pointers to token 0 of the row's chunk and to place 0. p_position: [R], to
+    the position of that token inside its document, or None.
 
     Returns:
         [R, DP] fp32.
@@ -63,16 +80,24 @@ def window_sum(
             store_children = any_child(p_place, m_row, i_window * P - 1, size, offset, 1)
         if store_children:
             for c in tl.range(P, loop_unroll_factor=P if LEVEL == 1 else 1):
-                b_sum += window_sum(
-                    p_dout, p_do, p_place, m_row, i_window * P + c, i_start, n, chunk_size,
-                    dout_stride, do_stride, LEVEL - 1, P, D, DP, STORE,
+                b_child = window_sum(
+                    p_dout, p_do, p_place, p_position, m_row, i_window * P + c, i_start, n,
+                    chunk_size, dout_stride, do_stride, LEVEL - 1, P, D, DP, STORE,
                 )  # fmt: skip
+                i_first = (i_window * P + c) * (P ** (LEVEL - 1)) - 1
+                b_sum += own(
+                    b_child, p_position, m_row, i_first, c * (P ** (LEVEL - 1)), chunk_size
+                )
         else:
             for c in tl.range(P, loop_unroll_factor=P if LEVEL == 1 else 1):
-                b_sum += window_sum(
-                    p_dout, p_do, p_place, m_row, i_window * P + c, i_start, n, chunk_size,
-                    dout_stride, do_stride, LEVEL - 1, P, D, DP, False,
+                b_child = window_sum(
+                    p_dout, p_do, p_place, p_position, m_row, i_window * P + c, i_start, n,
+                    chunk_size, dout_stride, do_stride, LEVEL - 1, P, D, DP, False,
                 )  # fmt: skip
+                i_first = (i_window * P + c) * (P ** (LEVEL - 1)) - 1
+                b_sum += own(
+                    b_child, p_position, m_row, i_first, c * (P ** (LEVEL - 1)), chunk_size
+                )
     if STORE:
         size = chunk_size // (P**LEVEL)
         offset = level_offset(n, LEVEL, P) + i_start // (P**LEVEL)
@@ -87,6 +112,7 @@ def window_sum(
 def scatter_backward_kernel(
     dout,
     row_of_entry,
+    positions,
     do,
     n,
     subsequence,
@@ -114,17 +140,23 @@ def scatter_backward_kernel(
     p_dout = dout + i_b * dout_stride_b + i_first[:, None] + o_d
     p_do = do + i_b * subsequence * (H * D) + (i_head * D)[:, None] + o_d
     p_place = row_of_entry + (i_b * HK + i_head // (H // HK)) * level_offset(n, L, P)
+    p_position = positions
+    if positions is not None:
+        p_position = positions + i_b * n + i_start
     window_sum(
-        p_dout, p_do, p_place, m_row, i_window, i_start, n, chunk_size, dout_stride_t, H * D,
-        L - 1, P, D, DP, True,
+        p_dout, p_do, p_place, p_position, m_row, i_window, i_start, n, chunk_size, dout_stride_t,
+        H * D, L - 1, P, D, DP, True,
     )  # fmt: skip
 
 
-def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tensor:
+def scatter_backward(
+    dout: Tensor, row_of_entry: Tensor, geom: Geometry, positions: Tensor | None = None
+) -> Tensor:
     """Sum, for each entry, the rows of `dout` that it serves in its chunk: `scatter`'s gradient.
 
     Args:
         dout: [B, n, H, D]. row_of_entry: [B, Hk, pyramid_size] int32.
+        positions: [B, n] int32 inside documents; an entry then has served its own alone.
 
     Returns:
         [B, S, H, D] in the dtype of `dout`, summed in fp32, rounded once.
@@ -139,6 +171,7 @@ def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tens
         (
             dout,
             row_of_entry.contiguous(),
+            contiguous(positions),
             do,
             geom.num_tokens,
             geom.subsequence,
@@ -162,6 +195,7 @@ def scatter_backward(dout: Tensor, row_of_entry: Tensor, geom: Geometry) -> Tens
 @triton.jit
 def edge_grads_kernel(
     dout,
+    positions,
     dhalo,
     n,
     chunk_size,
@@ -187,20 +221,26 @@ def edge_grads_kernel(
     i_halo = (i_b * num_chunks + i_chunk) * (L - 1) * H + i_head
     p_dhalo = dhalo + (i_halo * D)[:, None] + o_d
     b_sum = tl.zeros([R, DP], tl.float32)
+    p_position = positions
+    if positions is not None:
+        p_position = positions + i_b * n + i_start
     for level in tl.static_range(1, L):
         for c in range(1, P):
-            b_sum += window_sum(
-                p_dout, p_dout, dout, m_row, tl.zeros_like(i_row) + c, i_start, n, chunk_size,
-                dout_stride_t, 0, level - 1, P, D, DP, False,
+            b_child = window_sum(
+                p_dout, p_dout, dout, p_position, m_row, tl.zeros_like(i_row) + c, i_start, n,
+                chunk_size, dout_stride_t, 0, level - 1, P, D, DP, False,
             )  # fmt: skip
+            after_last = c * (P ** (level - 1))
+            i_child = tl.zeros_like(i_row) + (after_last - 1)
+            b_sum += own(b_child, p_position, m_row, i_child, after_last, chunk_size)
         tl.store(p_dhalo + (level - 1) * (H * D), b_sum, mask=row_mask(m_row, D, DP))
 
 
-def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
+def edge_grads(dout: Tensor, geom: Geometry, positions: Tensor | None = None) -> Tensor:
     """Sum, per chunk and level, the first p**level - 1 rows of `dout`: the halo's gradient.
 
     Args:
-        dout: [B, n, H, D].
+        dout: [B, n, H, D]. positions: as in `scatter_backward`.
 
     Returns:
         [B, num_chunks, L-1, H, D] fp32.
@@ -214,6 +254,7 @@ def edge_grads(dout: Tensor, geom: Geometry) -> Tensor:
         (ceil_div(geom.num_chunks * num_heads, rows), batch),
         (
             dout,
+            contiguous(positions),
             dhalo,
             geom.num_tokens,
             geom.chunk_size,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lhcp.kernel_launch import ceil_div, kernel, next_power_of_2
 from lhcp.lighthouse.geometry import Geometry
-from lhcp.lighthouse.kernels.primitives import level_offset
+from lhcp.lighthouse.kernels.primitives import contiguous, level_offset
 
 EXCLUDED = tl.constexpr(-(2**31))
 FORCED = tl.constexpr(2**31 - 1)
@@ -82,9 +82,11 @@ def take_level(
     p_taken,
     p_key_q,
     p_key_k,
+    p_position,
     size,
     picks,
     is_first,
+    WINDOW: tl.constexpr,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -94,6 +96,9 @@ def take_level(
 
     Writes p_ranks[j] = 2 * (taken before j) + (j is taken) for all candidates j and for j = size,
     and p_taken, the indices of the taken in ascending order.
+
+    p_position: to the position of the stratum's first token inside its document, or None. The
+    entries whose WINDOW holds a document's first token are then taken before all scores.
     """
     o_block = tl.arange(0, BLOCK)
     for start in range(0, size, BLOCK):
@@ -102,7 +107,13 @@ def take_level(
         b_index = candidate_index(p_parent, o_key, m_key, P, COARSEST)
         b_key_q = ordered_bits(tl.load(p_sq + b_index, mask=m_key, other=0.0))
         b_key_k = ordered_bits(tl.load(p_sk + b_index, mask=m_key, other=0.0))
-        b_key_q = tl.where((b_index == 0) & is_first, FORCED, b_key_q)
+        if p_position is None:
+            b_key_q = tl.where((b_index == 0) & is_first, FORCED, b_key_q)
+        else:
+            p_last = p_position + (b_index + 1) * WINDOW - 1
+            b_forced = tl.load(p_last, mask=m_key, other=WINDOW) < WINDOW
+            b_key_q = tl.where(b_forced, FORCED, b_key_q)
+            b_key_k = tl.where(b_forced, FORCED, b_key_k)
         tl.store(p_key_q + o_key, b_key_q, mask=m_key)
         tl.store(p_key_k + o_key, b_key_k, mask=m_key)
     tl.debug_barrier()
@@ -142,9 +153,11 @@ def take_level(
 def cascade_kernel(
     sq,
     sk,
+    positions,
     ranks,
     scratch,
     n,
+    num_kv_heads,
     num_strata,
     picks,
     coarsest,
@@ -171,6 +184,10 @@ def cascade_kernel(
     p_lists = scratch + i_program * scratch_stride
     p_keys = p_lists + 2 * picks
     keys = tl.maximum(coarsest, picks * P)
+    p_position = positions
+    if positions is not None:
+        i_token = i_stratum * coarsest * (P ** (L - 1))
+        p_position = positions + i_head // num_kv_heads * n + i_token
     for i in tl.static_range(L - 1):
         # Level L-1-i; the lists alternate, so a level never overwrites the one it reads.
         i_entry = level_offset(n, L - 1 - i, P) - n + i_stratum * coarsest * (P**i)
@@ -180,14 +197,14 @@ def cascade_kernel(
         p_parent = p_lists + ((i + 1) % 2) * picks
         if i == 0:
             take_level(
-                p_sq, p_sk, p_ranks, p_parent, p_taken, p_keys, p_keys + keys, coarsest, picks,
-                is_first, P, BLOCK_COARSEST, SINGLE_COARSEST, True,
+                p_sq, p_sk, p_ranks, p_parent, p_taken, p_keys, p_keys + keys, p_position, coarsest,
+                picks, is_first, P ** (L - 1), P, BLOCK_COARSEST, SINGLE_COARSEST, True,
             )  # fmt: skip
             p_ranks += coarsest + 1
         else:
             take_level(
-                p_sq, p_sk, p_ranks, p_parent, p_taken, p_keys, p_keys + keys, picks * P, picks,
-                is_first, P, BLOCK, SINGLE, False,
+                p_sq, p_sk, p_ranks, p_parent, p_taken, p_keys, p_keys + keys, p_position,
+                picks * P, picks, is_first, P ** (L - 1 - i), P, BLOCK, SINGLE, False,
             )  # fmt: skip
             p_ranks += picks * P + 1
 
@@ -280,12 +297,17 @@ def place_kernel(
 
 
 def select(
-    sq: Tensor, sk: Tensor, geom: Geometry, max_block: int = MAX_BLOCK
+    sq: Tensor,
+    sk: Tensor,
+    geom: Geometry,
+    positions: Tensor | None = None,
+    max_block: int = MAX_BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """Run the cascade in each local stratum and put what is in into post-order.
 
     Args:
         sq, sk: [B, Hk, pooled_size] fp32, scores of levels 1 to L-1, level 1 first.
+        positions: [B, n] int32 inside documents; None: one document.
 
     Returns:
         entries [B, Hk, S] int32 and row_of_entry [B, Hk, pyramid_size] int32, see `Selection`.
@@ -312,9 +334,11 @@ def select(
         (
             sq,
             sk,
+            contiguous(positions),
             ranks,
             scratch,
             geom.num_tokens,
+            num_kv_heads,
             geom.num_strata,
             picks,
             coarsest,
