@@ -20,8 +20,10 @@ from lhcp import LighthouseConfig, Selection, reference
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import as_ranks
 from lhcp.config import Scorer
+from lhcp.reference_documents import documents
 from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import qkv, small_config
+from tests.documents import cu_seqlens
 
 ROTATIONS = NAMES
 """Every rotation of the library, those that are written later too."""
@@ -50,6 +52,8 @@ class Problem:
     """score_q and score_k are given."""
     fixed: bool = False
     """The selection is given: the one that other inputs have."""
+    packed: str | None = None
+    """Of which documents rows are packed: of `tests.documents.KINDS`."""
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -73,6 +77,12 @@ class Problem:
             scorer=self.scorer,
             dilation=2,
         )
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        if self.packed is None:
+            return None
+        return cu_seqlens(self.packed, self.config, self.seqlen, self.batch)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the output's gradient, the same on every rank."""
@@ -113,6 +123,7 @@ class Case:
         words += [f"B{p.batch}G{p.groups}D{p.head_dim}", p.scorer]
         words += [word for word in ("scored", "fixed") if getattr(p, word)]
         words += [] if p.scale is None else ["scale"]
+        words += [] if p.packed is None else [p.packed]
         return "-".join(words)
 
 
@@ -133,8 +144,11 @@ def reference_selection(problem: Problem) -> reference.ReferenceSelection:
     """The reference's selection of a problem."""
     q, k, v, _ = problem.other_inputs() if problem.fixed else problem.inputs()
     score_q, score_k = problem.other_inputs()[:2] if problem.scored else (q, k)
-    scores = reference.token_scores(score_q, score_k, v, problem.config, problem.scale)
-    return reference.select(*scores, problem.config)
+    config, docs = problem.config, None
+    if problem.cu_seqlens is not None:
+        docs = documents(problem.cu_seqlens, problem.batch, problem.seqlen)
+    scores = reference.token_scores(score_q, score_k, v, config, problem.scale, docs)
+    return reference.select(*scores, config, docs)
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +158,13 @@ def reference_answer(problem: Problem, dtype: torch.dtype | None = None) -> Answ
     selection = reference_selection(problem)
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     o = reference.lighthouse_attention(
-        q, k, v, config=problem.config, scale=problem.scale, selection=selection
+        q,
+        k,
+        v,
+        config=problem.config,
+        scale=problem.scale,
+        selection=selection,
+        cu_seqlens=problem.cu_seqlens,
     )
     return Answer(o.detach(), *torch.autograd.grad(o, (q, k, v), do), *selection)
 
@@ -226,6 +246,7 @@ def library_selection(group: Any, case: Case) -> Selection:
         score_q=score_q,
         score_k=score_k,
         scale=p.scale,
+        cu_seqlens=p.cu_seqlens,
     )
 
 
@@ -254,6 +275,7 @@ def library_answer(group: Any, case: Case) -> Answer:
         selection=selection if p.fixed else None,
         score_q=score_q,
         score_k=score_k,
+        cu_seqlens=p.cu_seqlens,
     )
     grads = torch.autograd.grad(o, (q, k, v), do)
     decoded = decode(selection, p.config, p.seqlen, case.layout, ranks.world_size, ranks.rank)
