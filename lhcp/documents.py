@@ -59,6 +59,11 @@ class Packing:
         weights = torch.arange(1, len(self.starts) + 1) * 0x9E3779B97F4A7C1
         return f"{len(self.starts)} documents of digest {int((self.starts * weights).sum()):x}"
 
+    @property
+    def divides_rows(self) -> bool:
+        """Whether some row has more than one document: else there is nothing to keep apart."""
+        return len(self.starts) > self.batch
+
     def local(self, cut: Cut, device: torch.device) -> Documents:
         """Return the documents of a rank's tokens; made once, so nobody may change them."""
         key = (cut, device)

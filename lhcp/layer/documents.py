@@ -27,8 +27,9 @@ class Bounds:
     config: LighthouseConfig | None = None
     """Of a call that selects: documents must then fit its strata."""
 
-    def local(self) -> Documents:
-        """Return the documents of this rank's tokens; no communication.
+    def local(self) -> Documents | None:
+        """Return the documents of this rank's tokens; None where rows are whole ones. Nothing is
+        sent.
 
         The bounds are read once: further layers of a step, which are given the same tensor, look
         them up. In a compiled graph, whose input they are, an operator reads them as it runs.
@@ -41,9 +42,9 @@ class Bounds:
             rule = [] if self.config is None else _sizes(self.config)
             return Documents(*_read(self.cu_seqlens, self.q, [*cut[:3], *cut.chunks], rule))
         packing, cut = self._read()
-        return packing.local(cut, self.q.device)
+        return packing.local(cut, self.q.device) if packing.divides_rows else None
 
-    def agreed(self, layer: object) -> Documents:
+    def agreed(self, layer: object) -> Documents | None:
         """Return what `local` does, when ranks were given the same bounds at this layer's first.
 
         Raises:
@@ -53,7 +54,7 @@ class Bounds:
             return self.local()
         key = ("documents", layer, getattr(self.q, "shape", None), str(self.layout), self.config)
         packing, cut = agreed(self.ranks, key, self._read, _fields)
-        return packing.local(cut, self.q.device)
+        return packing.local(cut, self.q.device) if packing.divides_rows else None
 
     def _read(self) -> tuple[Packing, Cut]:
         cut = self._cut()

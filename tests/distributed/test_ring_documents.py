@@ -21,7 +21,7 @@ from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from lhcp.timing import UNTIMED
-from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, covering, part_of, serves, together
+from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, covering, serves, together
 
 Results = tuple[Tensor, ...]
 NAMES = ("o", "dq", "dk", "dv", "lse")
@@ -190,3 +190,78 @@ def test_equals_the_oracle(ranks: RankPool, case: Packed) -> None:
     """Fails if a token sees another document, or misses a key of its own."""
     for name, ours, theirs in zip(NAMES, whole(ranks, case), expected(case), strict=True):
         assert_close_float64(name, ours, theirs)
+
+
+def before_and_after(group: Any, case: Packed, token: int) -> tuple[Results, Results]:
+    """This rank's results without and with a change of one token of row 0, of q, k and v."""
+    q, k, v, do = case.inputs()
+    answers = []
+    for change in (0.0, 3.0):
+        leaves = []
+        for x in (q, k, v):
+            x = x.clone()
+            x[0, token] += change
+            leaves.append(lhcp.shard(x, group, layout=case.layout).requires_grad_())
+        o = lhcp.ring_attention(
+            *leaves,
+            group=group,
+            layout=case.layout,
+            rotation=case.rotation,
+            backend=case.backend,
+            cu_seqlens=case.cu_seqlens(),
+        )
+        own = lhcp.shard(do, group, layout=case.layout)
+        answers.append((o.detach(), *torch.autograd.grad(o, leaves, own)))
+    return answers[0], answers[1]
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+def test_nothing_leaks(ranks: RankPool, backend: str, rotation: str) -> None:
+    """Fails if one bit of an output or a gradient moves with a token of another document."""
+    case = Packed(world_size=4, rotation=rotation, backend=backend, num_kv_heads=4, batch=2)
+    docs = case.numbers()[0, 0]
+    edge = int((docs.diff() != 0).nonzero()[2]) + 1
+    for token in (edge, edge - 1, case.seqlen - 1):
+        parts = ranks.run(before_and_after, 4, case, token, num_nodes=case.num_nodes)
+        other = docs != docs[token]
+        for i in range(4):
+            before, after = (together([p[j][i] for p in parts], case.layout) for j in range(2))
+            moved = (before != after).flatten(2).any(2)
+            assert not moved[1].any() and not moved[0][other].any()
+            # So that the test can fail: the document itself does move.
+            assert moved[0][~other].any()
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_low_precision_is_within_budget(ranks: RankPool, rotation: str) -> None:
+    """Fails if results of rows that see no key of a call cost precision in the merge."""
+    case = Packed(
+        world_size=4, rotation=rotation, num_kv_heads=4, groups=2, chunk=16, dtype=torch.bfloat16
+    )
+    got = whole(ranks, case)
+    same_dtype, exact = expected(case, torch.bfloat16), expected(case)
+    for name, ours, theirs, truth in zip(NAMES[:4], got, same_dtype, exact, strict=False):
+        assert ours.dtype == torch.bfloat16 and ours.isfinite().all()
+        lse_eps = torch.finfo(torch.float32).eps * exact[4].abs().max().item()
+        assert_within_budget(name, ours, theirs, truth, lse_eps * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_a_document_a_row_is_no_documents(ranks: RankPool, rotation: str) -> None:
+    """Fails if rows that are whole documents cost other messages, calls or bits."""
+    case = Packed(world_size=4, rotation=rotation, num_kv_heads=4, batch=2)
+    assert all(ranks.run(as_without, 4, case, num_nodes=case.num_nodes))
+
+
+def as_without(group: Any, case: Packed) -> bool:
+    answers = []
+    rows = torch.arange(case.batch + 1, dtype=torch.int32) * case.seqlen
+    for cu_seqlens in (None, rows):
+        q, k, v, do = (lhcp.shard(x, group, layout=case.layout) for x in case.inputs())
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        o = lhcp.ring_attention(
+            *leaves, group=group, rotation=case.rotation, cu_seqlens=cu_seqlens
+        )
+        answers.append((o, *torch.autograd.grad(o, leaves, do)))
+    return all(torch.equal(*pair) for pair in zip(*answers, strict=True))
