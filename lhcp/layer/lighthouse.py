@@ -72,15 +72,13 @@ class Given(NamedTuple):
         return tuple(names), tensors
 
     @classmethod
-    def from_flat(
-        cls, names: Sequence[tuple[str, Hashable]], tensors: Sequence[Tensor]
-    ) -> "Given":
+    def from_flat(cls, names: Sequence[tuple[str, Hashable]], tensors: Sequence[Tensor]) -> "Given":
         """Return what was given."""
         left = iter(tensors)
         found: dict[str, Any] = {}
         for name, limits in names:
             if name == "documents":
-                found[name] = Documents(*islice(left, 3), torch.tensor(limits))
+                found[name] = Documents(next(left), next(left), next(left), torch.tensor(limits))
             else:
                 found[name] = Selection(*islice(left, 2)) if name == "selection" else next(left)
         return cls(**found)

@@ -136,7 +136,9 @@ class LighthouseAttention(nn.Module):
         """Attend in the mode that is set, without a graph."""
         qkv = QKV(q, k, v)
         if self._mode == "dense":
-            out, _ = dense_attention(qkv, self.ranks, self.choices, CAUSAL, given.documents, self._token)
+            out, _ = dense_attention(
+                qkv, self.ranks, self.choices, CAUSAL, given.documents, self._token
+            )
             return out
         assert self.config is not None
         return sparse_attention(qkv, self.config, self.ranks, self.choices, given, self._token)

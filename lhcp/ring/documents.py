@@ -136,7 +136,7 @@ class Cuts:
             # What both share is the first document of the queries.
             cuts = mine[:, :, 0, :2]
         else:
-            # What the next chunk is asked for may be what the last one was: it is cut there already.
+            # Where the second chunk's numbers are the first one's too, it is cut already.
             cuts = mine.flatten(2).cummax(2).values
         cut = _lay_out(_rows_within(cuts, own, chunk), rows)
         if call.mask.causal:

@@ -260,8 +260,6 @@ def as_without(group: Any, case: Packed) -> bool:
     for cu_seqlens in (None, rows):
         q, k, v, do = (lhcp.shard(x, group, layout=case.layout) for x in case.inputs())
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        o = lhcp.ring_attention(
-            *leaves, group=group, rotation=case.rotation, cu_seqlens=cu_seqlens
-        )
+        o = lhcp.ring_attention(*leaves, group=group, rotation=case.rotation, cu_seqlens=cu_seqlens)
         answers.append((o, *torch.autograd.grad(o, leaves, do)))
     return all(torch.equal(*pair) for pair in zip(*answers, strict=True))

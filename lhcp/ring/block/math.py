@@ -14,8 +14,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _hidden(q: Tensor, k: Tensor, mask: Mask, bounds: Bounds | None) -> Tensor | None:
-    """Return which keys a query may not see, [Sq, Sk] or [B, 1 or Hk, 1, Sq, Sk]; None: it may all.
-    """
+    """Return which keys a query may not see: [Sq, Sk], or [B, 1 or Hk, 1, Sq, Sk]; None: none."""
     hidden = None
     if mask.causal:
         hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).triu(1)
