@@ -1,5 +1,6 @@
 """Shapes, inputs and verdicts shared by the kernel tests."""
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +69,28 @@ class KernelCase:
                 score[torch.rand(shape, device=DEVICE) < 0.1] = -torch.inf
         return sq, sk
 
-    def selection(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def selection(self, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Both maps of a selection by random scores, by the torch path."""
         from lhcp.lighthouse.select import select
 
-        return tuple(select(*self.scores("ties"), self.geom))
+        return tuple(select(*self.scores("ties"), self.geom, positions))
+
+    def positions(self, seed: int, begins: float = 0.1) -> torch.Tensor:
+        """Of tokens inside documents, of which one begins with this chance at each token.
+
+        The first of a chunk may lie inside of one, near its beginning or far from it.
+        """
+        draw = random.Random(seed)
+        rows = []
+        for _ in range(self.batch):
+            row: list[int] = []
+            for _ in range(self.geom.num_chunks):
+                position = draw.choice([0, 1, 3, 1000])
+                for _ in range(self.geom.chunk_size):
+                    row.append(position)
+                    position = 0 if draw.random() < begins else position + 1
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
 CASES = {
