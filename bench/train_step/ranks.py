@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile:
         # One compiled block a mode and kind of layer, each of static shape.
         torch._dynamo.config.recompile_limit = 64
-    data = open_data(run.data, run.seqlen, run.seed).train
+    data = open_data(run.data, run.seqlen, run.seed, run.shortest_document).train
     trainee = build(run, device)
     more = {"recipe": args.recipe, "parameters": num_parameters(trainee.model), "cp": run.cp}
     facts = shown_card(device, ranks, **more)

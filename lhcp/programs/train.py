@@ -38,7 +38,7 @@ def main(run: Run, own: Process) -> None:
 
 def do(run: Run, own: Process, progress: report.Progress) -> None:
     """Train and report."""
-    data = open_data(run.data, run.seqlen, run.seed)
+    data = open_data(run.data, run.seqlen, run.seed, run.shortest_document)
     trainee = build(run, own.device)
     progress.say(
         f"{run.name}: {num_parameters(trainee.model):,} parameters; {len(data.train.corpus):,} "

@@ -19,7 +19,7 @@ class StepRecord:
     """Number of the step, from 1."""
     stage: str
     loss: float
-    """Mean over all tokens of the global batch, nats per byte, before the step."""
+    """Mean over all bytes that the global batch asks for, nats per byte, before the step."""
     grad_norm: float
     """Norm of the whole gradient, before clipping."""
     lr: float
@@ -31,6 +31,8 @@ class StepRecord:
     """GiB that tensors of rank 0 held on its GPU at most so far; None: no GPU."""
     mfu: float | None = None
     """Model FLOPs over what the GPUs could do in bf16; None: not known."""
+    documents: int | None = None
+    """Documents of the global batch, each part of one that a sequence has; None: text runs on."""
 
 
 @dataclass(frozen=True)

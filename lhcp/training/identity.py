@@ -42,7 +42,11 @@ MAY_CHANGE = {
 
 Identity = dict[str, Any]
 
-ADDED: Identity = {"data.passkey": 0.0}
+ADDED: Identity = {
+    "data.passkey": 0.0,
+    "data.documents": False,
+    "data.restart_positions": False,
+}
 """What younger fields were in runs of before there were such fields."""
 
 
@@ -84,6 +88,8 @@ def identity(
         "dtype": str(dtype).removeprefix("torch."),
         "data.heldout": run.data.heldout,
         "data.passkey": run.data.passkey,
+        "data.documents": run.data.documents,
+        "data.restart_positions": run.data.restart_positions,
         "data.files": manifest.digest,
         "stages": [[stage.mode, stage.steps] for stage in completed(stages, done)],
     }

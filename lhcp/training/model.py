@@ -16,7 +16,8 @@ from lhcp.config import LighthouseConfig
 from lhcp.layer.mode import set_mode
 
 AttentionFactory = Callable[[bool], nn.Module]
-"""Is asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D]."""
+"""Is asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D],
+which takes `cu_seqlens` where documents are packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +79,16 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
     """Return the RoPE factors (arXiv 2104.09864) that `rotate` takes, fp32.
 
     Args:
-        positions: Global positions of this rank's tokens, int64 [n].
+        positions: Global positions of this rank's tokens, int64 [n]; or [B, n].
         head_dim: D.
         theta: Base of the frequencies.
 
     Returns:
-        cos [n, 1, 1, D / 2]; sin [n, 1, 2, D / 2], negative for the first half of a head.
+        cos [..., n, 1, 1, D / 2]; sin [..., n, 1, 2, D / 2], negative for the first half of a head.
     """
     # At a million tokens an fp32 angle is wrong by 0.06 rad, so the angles are float64.
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = (positions.to(torch.float64)[:, None] * theta**-exponent)[:, None, None]
+    angles = (positions.to(torch.float64)[..., None] * theta**-exponent)[..., None, None, :]
     sin = angles.sin()
     return angles.cos().float(), torch.cat((-sin, sin), dim=-2).float()
 
@@ -170,12 +171,15 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Return x [B, n, dim] after this layer."""
         # Here and not in a module of its own: where the core is a CUDA graph, torch.compile ends a
         # graph of its own at it, and another one in each module around it.
         q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
-        o = self.attention.core(q, k, v)
+        core = self.attention.core
+        o = core(q, k, v) if cu_seqlens is None else core(q, k, v, cu_seqlens=cu_seqlens)
         x = x + self.attention.out(o.flatten(-2))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
@@ -206,20 +210,23 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Return logits [B, n, V] of the byte after each token.
 
         Args:
             tokens: int64 [B, n], this rank's tokens in layout order.
-            positions: int64 [n], where they are in the whole sequence.
+            positions: int64 [n], where they are in the whole sequence; or [B, n].
+            cu_seqlens: documents that the whole sequences are packed of; None: each is one.
         """
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embedding(tokens)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, cu_seqlens, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, cu_seqlens)
         logits: Tensor = self.head(self.norm(x))
         return logits
 

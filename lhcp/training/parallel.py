@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import lhcp
+from lhcp.comm.layout import LayoutName
 from lhcp.layer.recording import Graphs
 from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
@@ -29,6 +30,15 @@ class Placement:
     """The ranks that share a sequence; None where one rank holds it whole."""
     positions: torch.Tensor
     """int64 [n], global positions of this rank's tokens, on `device`."""
+    layout: LayoutName
+    restart_positions: bool
+    """Whether RoPE's positions begin at 0 in each document."""
+
+    def rope_positions(self, seqlen: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """Return the positions that RoPE turns by: int64 [n], or [B, n] where documents restart."""
+        if cu_seqlens is None or not self.restart_positions:
+            return self.positions
+        return lhcp.positions(seqlen, self.cp_group, self.layout, self.device, cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,9 @@ def place(run: Run, device: torch.device) -> Placement:
     mesh = init_device_mesh(device.type, (dp_size, run.cp), mesh_dim_names=("dp", "cp"))
     group = mesh["cp"].get_group() if run.cp > 1 else None
     positions = lhcp.positions(run.seqlen, group, layout=run.layout).to(device)
-    return Placement(device, mesh["dp"].get_local_rank(), dp_size, group, positions)
+    place_in_dp = mesh["dp"].get_local_rank()
+    restarts = run.data.restart_positions
+    return Placement(device, place_in_dp, dp_size, group, positions, run.layout, restarts)
 
 
 def attention_factory(

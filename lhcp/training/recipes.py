@@ -62,6 +62,8 @@ def demo() -> Run:
         # As many dense steps as lighthouse ones, at a constant rate: fewer, or a rate that decays,
         # leave the dense stage too little to recover with.
         optim=OptimConfig(lr=4e-3, warmup_steps=40),
+        # The standard library's files are short: several a sequence, each a document.
+        data=DataConfig(documents=True),
         seqlen=1024,
         global_batch=2,
         lighthouse_steps=300,
@@ -157,6 +159,7 @@ def recover_tiny() -> Recovery:
     run = replace(
         demo(),
         name="recover_tiny",
+        data=DataConfig(),
         global_batch=1,
         lighthouse_steps=0,
         dense_steps=0,

@@ -175,7 +175,7 @@ def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) ->
     """
     folder = seed_folder(recovery.run, seed)
     path = recovery_results.path_of(recovery.run.folder, recovery.run.name, seed)
-    data = open_data(recovery.run.data, recovery.run.seqlen, seed)
+    data = open_data(recovery.run.data, recovery.run.seqlen, seed, recovery.run.shortest_document)
     for arm in recovery.arms:
         run = recovery.run_of(arm.name, seed)
         done = finished(path)

@@ -67,10 +67,11 @@ class Progress:
         if not (self.in_place or new_stage or last or record.step % STEPS_A_LINE == 0):
             return
         left = round((total_steps(stages) - record.step) * pace)
+        packed = "" if record.documents is None else f"documents {record.documents:>3}  "
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
             f"grad {record.grad_norm:6.3f}  {record.tokens_per_second:>7,.0f} tok/s  "
-            f"rotation {share_of(record.rotation_share)}{use_of(record)}  "
+            f"{packed}rotation {share_of(record.rotation_share)}{use_of(record)}  "
             f"ETA {left // 60}:{left % 60:02d}"
         )
         if self.in_place:

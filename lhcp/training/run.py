@@ -87,6 +87,12 @@ class Run:
         return Path(self.out or f"runs/{self.name}")
 
     @property
+    def shortest_document(self) -> int:
+        """Return the least bytes of a document, N / k: more would begin in a stratum than it can
+        take entries of."""
+        return -(-self.seqlen // self.lighthouse.topk)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """Return the two stages, in order."""
         return (

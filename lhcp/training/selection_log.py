@@ -49,10 +49,12 @@ def diagnose_layers(
     """
     set_mode(trainee.model, mode)
     place = trainee.placement
-    whole, _ = heldout.batch(0, place.dp_rank, place.dp_size, run.eval_sequences)
-    tokens = whole[: max(run.global_batch // place.dp_size // run.accumulate, 1)]
+    whole = heldout.batch(0, place.dp_rank, place.dp_size, run.eval_sequences)
+    batch = whole.rows(0, max(run.global_batch // place.dp_size // run.accumulate, 1))
+    positions = place.rope_positions(run.seqlen, batch.cu_seqlens)
     with watched(run, trainee) as reports, torch.compiler.set_stance("force_eager"):
-        trainee.model(tokens.to(place.device)[:, place.positions], place.positions)
+        tokens = batch.tokens.to(place.device)[:, place.positions]
+        trainee.model(tokens, positions, batch.cu_seqlens)
     trainee.sharded.reshard()
     rows = [[r.spread_q, r.spread_k, r.near_ties, r.overlap or 0.0] for r in reports.values()]
     if not rows:

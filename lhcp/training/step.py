@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
-from lhcp.training.data import Sequences
+from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
 from lhcp.training.parallel import Placement, Trainee
@@ -45,26 +45,29 @@ def mine(whole: Tensor, placement: Placement) -> Tensor:
     return whole.to(placement.device, non_blocking=True)[:, placement.positions]
 
 
-def loss_sum(trainee: Trainee, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross-entropy of this rank's part of whole sequences [B, N], in fp32."""
-    given, target = (mine(whole, trainee.placement) for whole in (tokens, labels))
-    logits = trainee.model(given, trainee.placement.positions)
-    return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
+def loss_sum(trainee: Trainee, batch: Batch) -> Tensor:
+    """Return the summed cross-entropy of this rank's part of whole sequences, in fp32."""
+    placement, cu_seqlens = trainee.placement, batch.cu_seqlens
+    given, target = (mine(whole, placement) for whole in (batch.tokens, batch.labels))
+    positions = placement.rope_positions(batch.tokens.shape[1], cu_seqlens)
+    logits = trainee.model(given, positions, cu_seqlens).float().flatten(0, 1)
+    return F.cross_entropy(logits, target.flatten(), reduction="sum", ignore_index=IGNORED)
 
 
 def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     """Add the gradients of step `step` and return this rank's share of its loss, a scalar.
 
-    The shares of all ranks add up to the mean over all tokens of the global batch, and so do the
-    gradients, because FSDP sums them: whatever the mesh, it is the same step.
+    The shares of all ranks add up to the mean over all bytes that the global batch asks for, and so
+    do the gradients, because FSDP sums them: whatever the mesh, it is the same step.
     """
     placement = trainee.placement
-    tokens, labels = data.batch(step, placement.dp_rank, placement.dp_size, run.global_batch)
+    batch = data.batch(step, placement.dp_rank, placement.dp_size, run.global_batch)
+    num_labels = data.size(step, run.global_batch).num_labels
     loss = torch.zeros((), device=placement.device)
-    parts = zip(tokens.chunk(run.accumulate), labels.chunk(run.accumulate), strict=True)
-    for index, (part, target) in enumerate(parts):
+    rows = len(batch.tokens) // run.accumulate
+    for index in range(run.accumulate):
         trainee.sharded.set_requires_gradient_sync(index == run.accumulate - 1)
-        share = loss_sum(trainee, part, target) / (run.global_batch * run.seqlen)
+        share = loss_sum(trainee, batch.rows(index * rows, (index + 1) * rows)) / num_labels
         torch.autograd.backward(share)
         loss += share.detach()
     return loss
@@ -134,6 +137,7 @@ def train_step(
         rotation_share=waited_share,
         peak_gib=peak_gib(trainee.placement.device),
         mfu=utilization(run, stage_at(stages, step).mode, tokens / seconds, trainee.placement),
+        documents=data.size(step, run.global_batch).num_documents,
     )
 
 
@@ -142,12 +146,12 @@ def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> floa
     """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte."""
     set_mode(trainee.model, mode)
     placement = trainee.placement
-    tokens, labels = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
+    batch = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
     rows = max(run.global_batch // placement.dp_size // run.accumulate, 1)
     total = torch.zeros((), device=placement.device)
-    for part, target in zip(torch.split(tokens, rows), torch.split(labels, rows), strict=True):
-        total += loss_sum(trainee, part, target)
+    for start in range(0, len(batch.tokens), rows):
+        total += loss_sum(trainee, batch.rows(start, start + rows))
     # FSDP leaves the root gathered for a backward that does not come here.
     trainee.sharded.reshard()
     (loss,) = sum_over_ranks((total,), placement.device)
-    return loss / (run.eval_sequences * run.seqlen)
+    return loss / heldout.size(0, run.eval_sequences).num_labels

@@ -96,7 +96,7 @@ def test_the_share_of_a_mix_is_kept_and_the_rest_stays(corpus: Corpus) -> None:
 def test_a_step_is_the_same_on_any_mesh(corpus: Corpus) -> None:
     """Fails if which sequences are passkey text depends on the ranks that read them."""
     mixed = Sequences(corpus, 64, seed=0, passkey=0.5)
-    whole, _ = mixed.batch(3, 0, 1, 4)
+    whole = mixed.batch(3, 0, 1, 4).tokens
     parts = [mixed.batch(3, rank, 2, 4)[0] for rank in range(2)]
     assert whole.tolist() == [row for part in parts for row in part.tolist()]
 

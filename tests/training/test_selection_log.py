@@ -74,7 +74,7 @@ def test_a_record_is_what_diagnose_says_of_the_layers_inputs(run: Run) -> None:
     seen: list[Any] = []
     core = trainee.model.blocks[0].get_submodule("attention.core")
     handle = core.register_forward_pre_hook(lambda module, qkv: seen.append(qkv))
-    tokens, _ = data.heldout.batch(0, 0, 1, run.eval_sequences)
+    tokens = data.heldout.batch(0, 0, 1, run.eval_sequences).tokens
     with torch.no_grad():
         trainee.model(tokens, trainee.placement.positions)
     handle.remove()
