@@ -6,7 +6,9 @@ Names are those of Hugging Face's batches, which most data loaders follow:
     labels                     shifted to the next token, then cut; returned as shift_labels
     shift_labels               cut (they are shifted already)
     attention_mask             must be ones, then zeros (padding at the end); returned as valid
-    position_ids               made, [1, N]; where given, they must be 0 to N - 1
+    position_ids               made, [1, N]; where given, they must be 0 to N - 1, or begin at 0 in
+                               each document, and are then cut
+    cu_seqlens and its like    packed documents (`lhcp.context.documents`); returned as cu_seqlens
     other tensors              cut where their second axis is the sequence, else kept
     anything else              kept
 """
@@ -20,12 +22,17 @@ from torch import Tensor
 
 from lhcp.checks import shape_of
 from lhcp.comm.sharding import pad_to_length
+from lhcp.context.documents import (
+    DOCUMENTS,
+    pad_documents,
+    positions_of,
+    read_documents,
+    starts_of,
+)
 from lhcp.context.loss import shift_labels
 
 TOKENS = ("input_ids", "inputs_embeds", "labels", "shift_labels")
 """Keys by whose second axis the length of the sequence is known."""
-
-_DOCUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "document_ids")
 
 
 @dataclass(frozen=True)
@@ -53,40 +60,55 @@ def prepare(batch: Mapping[str, Any], *, ignore_index: int, pad_to: int | None) 
             and what to do.
     """
     seqlen = _length(batch)
+    like: Tensor = next(batch[key] for key in TOKENS if key in batch)
+    rows = like.shape[0]
     _check_known(batch, seqlen)
+    documents = read_documents(batch, rows, seqlen)
+    positions = _positions(batch, documents, like)
     if pad_to is not None and pad_to < seqlen:
         raise ValueError(f"pad_to={pad_to}: must be at least the {seqlen} tokens of the batch")
     tokens: dict[str, Tensor] = {}
     kept: dict[str, Any] = {}
     for key, value in batch.items():
-        if key in ("labels", "attention_mask", "position_ids"):
+        if key in ("labels", "attention_mask", "position_ids", *DOCUMENTS):
             continue
         cut = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == seqlen
         (tokens if cut else kept)[key] = value
-    like: Tensor = next(batch[key] for key in TOKENS if key in batch)
     valid = _valid(batch, like, pad_to)
     labels: Tensor | None = batch.get("labels")
     if labels is not None:
         # Before the shift: the last real token has no next one.
         labels = labels if valid is None else labels.masked_fill(~valid, ignore_index)
+        if documents is not None:
+            # The last token of a document has no next one either.
+            first = tuple(x.to(labels.device) for x in starts_of(documents, seqlen))
+            labels = labels.index_put(first, labels.new_tensor(ignore_index))
         tokens["shift_labels"] = shift_labels(labels, ignore_index)
     elif valid is not None and "shift_labels" in tokens:
         tokens["shift_labels"] = tokens["shift_labels"].masked_fill(~valid, ignore_index)
     if valid is not None:
         tokens["valid"] = valid
+    if positions is not None:
+        tokens["position_ids"] = positions
     if pad_to is not None:
+        if documents is not None:
+            documents = pad_documents(documents, rows, seqlen, pad_to)
         fill = {"shift_labels": ignore_index}
         tokens = {
             key: pad_to_length(x, pad_to, value=fill.get(key, 0)) for key, x in tokens.items()
         }
         seqlen = pad_to
-    tokens["position_ids"] = torch.arange(seqlen, device=like.device)[None]
+    if positions is None:
+        tokens["position_ids"] = torch.arange(seqlen, device=like.device)[None]
+    if documents is not None:
+        kept["cu_seqlens"] = documents
     return WholeBatch(tokens, kept, seqlen)
 
 
-def describe(batch: Mapping[str, Tensor]) -> dict[str, str]:
+def describe(batch: WholeBatch) -> dict[str, str]:
     """Return shapes, dtypes and integers of a batch in words, the same for equal ones."""
-    return {f"batch[{key!r}]": _digest(x) for key, x in batch.items()}
+    read = {key: x for key, x in batch.kept.items() if key in DOCUMENTS}
+    return {f"batch[{key!r}]": _digest(x) for key, x in {**batch.tokens, **read}.items()}
 
 
 def _digest(value: Tensor) -> str:
@@ -137,14 +159,9 @@ def _check_known(batch: Mapping[str, Any], seqlen: int) -> None:
             "batch has the key 'valid', which is made here: pass attention_mask [B, N] instead, "
             "ones and then zeros"
         )
-    documents = [key for key in _DOCUMENTS if batch.get(key) is not None]
-    if documents:
-        raise ValueError(
-            f"batch has {', '.join(documents)}: packed documents are not supported, and attention "
-            "would reach across them; pass one document a sequence, padded at its end"
-        )
     for key, value in batch.items():
-        if not isinstance(value, Tensor) or key == "inputs_embeds" or seqlen == 1:
+        known = ("inputs_embeds", *DOCUMENTS)
+        if not isinstance(value, Tensor) or key in known or seqlen == 1:
             continue
         if seqlen in value.shape[2:] or list(value.shape) == [seqlen]:
             raise ValueError(
@@ -152,14 +169,27 @@ def _check_known(batch: Mapping[str, Any], seqlen: int) -> None:
                 f"length of the sequence, {seqlen}; attention is causal and takes no mask or bias: "
                 "leave it out, or cut it on its own with shard(x, dim=)"
             )
-    positions = batch.get("position_ids")
-    if positions is not None and not bool(
-        (positions == torch.arange(seqlen, device=positions.device)).all()
-    ):
+
+
+def _positions(batch: Mapping[str, Any], documents: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return positions [B, N] that begin at 0 in each document; None where they are global."""
+    positions: Tensor | None = batch.get("position_ids")
+    rows, seqlen = like.shape[:2]
+    if positions is None or bool((positions == torch.arange(seqlen).to(positions.device)).all()):
+        return None
+    if documents is None:
         raise ValueError(
-            "batch['position_ids'] are not 0 to N - 1 in every sequence: packed documents, or "
-            "sequences that were cut before; leave position_ids out to have them made"
+            "batch['position_ids'] are not 0 to N - 1 in every sequence, and the batch has no "
+            "documents: pass cu_seqlens=lhcp.cu_seqlens_from_position_ids(position_ids) if they "
+            "restart in packed documents; sequences that were cut before are not taken"
         )
+    restarted = positions_of(documents, rows, seqlen).to(positions.device)
+    if not torch.equal(positions.expand(rows, -1).long(), restarted):
+        raise ValueError(
+            "batch['position_ids'] are neither 0 to N - 1 in every sequence nor begin at 0 in each "
+            "document of cu_seqlens: leave position_ids out to have the first made"
+        )
+    return restarted
 
 
 def _valid(batch: Mapping[str, Any], like: Tensor, pad_to: int | None) -> Tensor | None:

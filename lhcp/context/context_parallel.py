@@ -158,13 +158,19 @@ class ContextParallel:
         )
         return out.transpose(1, 2)
 
-    def positions(self, seqlen: int, device: torch.device | str | None = None) -> Tensor:
+    def positions(
+        self,
+        seqlen: int,
+        device: torch.device | str | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Return the global positions of this rank's tokens, int64 [N / W]: see `lhcp.positions`.
 
         Args:
             seqlen: N, tokens of the whole sequence.
+            cu_seqlens: documents in each of which positions begin at 0: then int64 [B, N / W].
         """
-        return sharding.positions(seqlen, self.ranks, self.layout, device)
+        return sharding.positions(seqlen, self.ranks, self.layout, device, cu_seqlens)
 
     def padded_length(self, seqlen: int, config: LighthouseConfig | None = None) -> int:
         """Return the shortest whole length, of at least `seqlen` tokens, that fits these ranks.
@@ -202,6 +208,10 @@ class ContextParallel:
         - `position_ids` [1, N / W] are added: global, for RoPE.
         - `attention_mask` [B, N], ones and then zeros, comes back as `valid`, bool [B, N / W], for
           `attend(q, k, v, valid=)`; padding has no label.
+        - packed documents, `cu_seqlens` or one of the forms in lhcp/context/documents.py, come back
+          as `cu_seqlens` of the whole batch, for `attend(q, k, v, cu_seqlens=)`. No label asks for
+          the first token of the next document (`shift_labels` are taken as they are), and padding
+          is a document. Where `position_ids` begin at 0 in each document, they are cut, [B, N / W].
         - other tensors are cut where their second axis has N tokens; all else is kept.
 
         At its first batch the ranks compare what they hold, since a sampler that gives each rank
@@ -217,8 +227,8 @@ class ContextParallel:
             tensor of N / W tokens along `dim`, or a dict.
 
         Raises:
-            TypeError, ValueError: the batch holds what cannot be cut, such as another mask or
-                packed documents, the layout does not divide N, or ranks hold different batches.
+            TypeError, ValueError: the batch holds what cannot be cut, such as another mask,
+                the layout does not divide N, or ranks hold different batches.
         """
         if isinstance(batch, Tensor):
             whole = batch if pad_to is None else sharding.pad_to_length(batch, pad_to, dim)
@@ -238,7 +248,7 @@ class ContextParallel:
         if self._agreed:
             ready = make()
         else:
-            ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r.tokens))
+            ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r))
         self._agreed = True
         index = self.positions(ready.seqlen)
         parts = {key: x.index_select(1, index.to(x.device)) for key, x in ready.tokens.items()}
