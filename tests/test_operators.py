@@ -44,7 +44,19 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     numbers[..., 0] -= 1
     packed = [numbers, torch.tensor([2, shape.seqlen, 0])]
     where = pack_words(["", "", "", "zigzag", "torch"])
+    # Positions in documents of 7 tokens, of the second row of all.
+    positions = torch.arange(seqlen, dtype=torch.int32).repeat(2, 1)
+    positions[0] %= 7
+    bounds = torch.tensor([0, 5, seqlen, 2 * seqlen], dtype=torch.int32)
+    rule = [config.num_levels, config.pool_factor, config.topk, config.num_strata]
     return {
+        "documents": (bounds, q, [2, seqlen, 1, 0], rule),
+        "pool_and_score of documents": (q, k, v, sizes, True, "torch", positions),
+        "score_tensors of documents": (q, k, sizes, "torch", positions),
+        "select of documents": (sq, sk, sizes, "torch", positions),
+        "gather_backward of documents": (*sub, rows, sizes, "torch", positions),
+        "scatter_back of documents": (o, rows, sizes, where, positions),
+        "scatter_back_backward of documents": (do, entries, rows, sizes, where, positions),
         "pool_and_score": (q, k, v, sizes, True, "torch"),
         "score_tensors": (q, k, sizes, "torch"),
         "select": (sq, sk, sizes, "torch"),

@@ -143,10 +143,10 @@ def limit_sets(size: Size, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...
     local = kernel_set("triton")
     *qkv, dout = inputs
     tokens = QKV(*qkv)
-    means, sq, sk = local.pool_and_score(tokens, size.geom, True)
-    entries, rows = local.select(sq, sk, size.geom)
+    means, sq, sk = local.pool_and_score(tokens, size.geom, True, None)
+    entries, rows = local.select(sq, sk, size.geom, None)
     sub = local.gather(tokens, means, entries, size.geom)
-    do = local.scatter_backward(dout, entries, rows, size.geom)
+    do = local.scatter_backward(dout, entries, rows, size.geom, None)
     copies = -(-BEYOND_CACHE // (size.token_bytes * size.subsequence))
     return [tuple(x.clone() for x in (*sub, do)) for _ in range(copies)]
 

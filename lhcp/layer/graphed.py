@@ -24,6 +24,10 @@ def graphed(
     Which it is, each rank measures in the second call of its layers, and if the host of any of them
     is the slower, all ranks record: so call `graphed` on every rank.
 
+    Documents (`cu_seqlens`) are read before a graph, which gets them as inputs: they may change at
+    every step. How many lie in a chunk, how long they are and how far they reach, each up to a
+    power of two, is a graph's own: where that changes it is recorded anew, as at another size.
+
     What cannot be a graph runs as it is and is counted by reason in `Graphs.eager` (and logged
     once each): calls without a gradient, on a CPU, with timers, or inside another graph. A model
     that runs two forwards before the first one's backward, as in a pipeline, gets an error in that

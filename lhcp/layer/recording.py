@@ -228,9 +228,12 @@ class Graphs:
             return (kept[0].detach(),)
 
         (out,), again = self.recorder.record(forward)
-        if any(x.untyped_storage().data_ptr() in saved for x in inputs):
-            # The backward reads them, so they have to stay until then: this layer has its own.
-            inputs[:] = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+        read_again = [x.untyped_storage().data_ptr() in saved for x in inputs]
+        if any(read_again):
+            # By the backward, so they have to stay until then: this layer has its own.
+            for i, x in enumerate(tensors):
+                if read_again[i]:
+                    inputs[i] = x.detach().clone().requires_grad_(x.requires_grad)
             (out,), again = self.recorder.record(forward)
         wanted = [x for x in inputs[:3] if x.requires_grad]
         dout = self._buffer("dout", out)

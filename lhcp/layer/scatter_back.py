@@ -157,9 +157,9 @@ class ScatterBack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Sum, for each entry, the gradients of its positions."""
-        (*maps, positions), dout = ctx.saved_tensors, grads[0].contiguous()
+        (entries, rows, positions), dout = ctx.saved_tensors, grads[0].contiguous()
         if goes_through_operators(ctx.spans):
-            do = _scatter_back_backward(dout, *maps, *ctx.plan.pack(), positions)
+            do = _scatter_back_backward(dout, entries, rows, *ctx.plan.pack(), positions)
         else:
-            do = scatter_back_backward(dout, *maps, ctx.plan, ctx.spans, positions)
+            do = scatter_back_backward(dout, entries, rows, ctx.plan, ctx.spans, positions)
         return do, *(None,) * 5

@@ -131,7 +131,7 @@ def dilated_outputs(qkv: QKV, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
 
 
 def _inside_documents(qkv: QKV, inputs: ScoreInputs, window: int) -> Tensor:
-    """Attend as `dilated_outputs`, [B, n, H, *] each, under the mask of documents, by stock kernels.
+    """Attend as `dilated_outputs`, [B, n, H, *] each, by stock kernels that take a mask.
 
     A residue is a row of the batch here, since heads share a mask; so many rows at once as a mask
     of some size allows.

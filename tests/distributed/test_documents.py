@@ -111,7 +111,7 @@ def tokens_to_change(problem: Problem) -> list[int]:
     of = docs_of(problem)[0]
     ends = [t for t in range(1, problem.seqlen) if of[t] != of[t - 1]]
     chunk = problem.seqlen // 4
-    return sorted({0, *(t - i for t in ends[::5] for i in (0, 1)), chunk - 1, 2 * chunk})
+    return sorted({0, *(t - i for t in ends[::9] for i in (0, 1)), chunk - 1, 2 * chunk})
 
 
 def changes(group: Any, case: Case, own: bool) -> list[list[Tensor]]:
@@ -148,8 +148,7 @@ def changes(group: Any, case: Case, own: bool) -> list[list[Tensor]]:
 
 WAYS = [(1, "zigzag", "p2p")] + [
     (world, layout, rotation)
-    for world in (2, 4)
-    for layout in LAYOUTS
+    for world, layout in ((2, "zigzag"), (2, "contiguous"), (4, "zigzag"))
     for rotation in ROTATIONS
     if serves(rotation, world, PROBLEM.num_kv_heads) and rotation != "hierarchical"
 ]
@@ -263,9 +262,7 @@ def test_within_the_error_budget(ranks: RankPool, dtype: torch.dtype, world_size
 
 def kernels_answer(group: Any, kernels: str) -> list[Tensor]:
     """This rank's selection, output and gradients by one set of kernels."""
-    p = Problem(
-        num_strata=8, groups=3, num_kv_heads=1, batch=2, dtype=torch.float32, packed=KINDS[4]
-    )
+    p = Problem(num_strata=4, num_kv_heads=1, dtype=torch.float32, packed="of one token")
     q, k, v, do = (lhcp.shard(x, group) for x in p.inputs())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     how: dict[str, Any] = {"config": p.config, "group": group, "kernels": kernels}

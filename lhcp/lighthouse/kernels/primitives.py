@@ -150,11 +150,7 @@ def reads(b_bound, b_begin, i_token, SHIFT: tl.constexpr):
     token's document, which begins at b_begin. Without, the token is in the entry's window: it must
     not be before the bound, where the entry's document begins.
     """
-    if SHIFT > 0:
-        m_reads = b_bound >= b_begin
-    else:
-        m_reads = b_bound <= i_token
-    return m_reads
+    return b_bound >= b_begin if SHIFT > 0 else b_bound <= i_token
 
 
 @triton.jit
