@@ -136,18 +136,18 @@ def read_packing(cu_seqlens: Tensor, batch: int, seqlen: int) -> Packing:
         TypeError, ValueError: it is none of that.
     """
     check_plain("cu_seqlens", cu_seqlens)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "cu_seqlens is given while a CUDA graph is recorded, which would keep these documents: "
+            "use lhcp.graphed, which reads them anew at each call, or leave the attention out of "
+            "the graph"
+        )
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
     known = _READ.get(cu_seqlens)
     if known is not None and known[0] == version:
         packing: Packing = known[1]
         if (packing.batch, packing.seqlen) == (batch, seqlen):
             return packing
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "cu_seqlens is on the device while a CUDA graph is recorded, which would keep these "
-            "documents: use lhcp.graphed, which reads them anew at each call, or leave the "
-            "attention out of the graph"
-        )
     packing = Packing(_starts(cu_seqlens, batch, seqlen), batch, seqlen)
     if version is not None:
         _READ[cu_seqlens] = (version, packing)

@@ -11,6 +11,7 @@ from lhcp.lighthouse.geometry import Geometry
 from lhcp.testing import inputs
 from lhcp.testing.inputs import small_config
 from lhcp.testing.tolerance import assert_within_budget
+from tests.documents import cu_seqlens
 
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -26,6 +27,15 @@ class LayerProblem:
     dtype: torch.dtype = torch.bfloat16
     config: LighthouseConfig = small_config(pool_factor=4, num_strata=4, picks=8)[0]
     seqlen: int = small_config(pool_factor=4, num_strata=4, picks=8)[1]
+    packed: str | None = None
+    """Of which documents rows are packed: of `tests.documents.KINDS`."""
+
+    @property
+    def documents(self) -> dict[str, Tensor]:
+        """The argument that says so; none where rows are not packed."""
+        if self.packed is None:
+            return {}
+        return {"cu_seqlens": cu_seqlens(self.packed, self.config, self.seqlen, self.batch)}
 
     @property
     def geom(self) -> Geometry:
@@ -48,11 +58,13 @@ class LayerProblem:
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, kernels: str = "triton", **choices
     ) -> tuple[Tensor, ...]:
         """Output and gradients, by the library."""
-        out = lhcp.lighthouse_attention(q, k, v, config=self.config, kernels=kernels, **choices)
+        choices = {"kernels": kernels, **self.documents, **choices}
+        out = lhcp.lighthouse_attention(q, k, v, config=self.config, **choices)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
     def select(self, q: Tensor, k: Tensor, kernels: str = "triton", **choices) -> Selection:
-        return lhcp.select(q, k, config=self.config, kernels=kernels, **choices)
+        choices = {"kernels": kernels, **self.documents, **choices}
+        return lhcp.select(q, k, config=self.config, **choices)
 
     def reference(
         self, rows: tuple[Tensor, ...], selection: Selection, dtype: torch.dtype
@@ -63,7 +75,8 @@ class LayerProblem:
         fixed = reference.ReferenceSelection(
             selection.levels(self.geom), selection.indices(self.geom)
         )
-        out = reference.lighthouse_attention(q, k, v, config=self.config, selection=fixed)
+        choices = {"config": self.config, "selection": fixed, **self.documents}
+        out = reference.lighthouse_attention(q, k, v, **choices)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
     def check(self, **choices) -> None:
