@@ -187,6 +187,8 @@ class ScoredSelection(NamedTuple):
     """[B, Hk, pooled_size], wide, level 1 first; so is sk."""
     sk: Tensor
     selection: Selection
+    positions: Tensor | None = None
+    """[B, n] of the tokens inside their documents; None: no documents."""
 
 
 def scored_selection(
@@ -213,7 +215,7 @@ def scored_selection(
     with torch.no_grad():
         sq, sk = scorer.score(QKV(score_q, score_k, k if v is None else v), inputs)
         picked = operators.select_entries(sq, sk, pack_integers(geom), kernels, given.positions)
-        return ScoredSelection(geom, sq, sk, Selection(*picked))
+        return ScoredSelection(geom, sq, sk, Selection(*picked), given.positions)
 
 
 def lighthouse_attention(

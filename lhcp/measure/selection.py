@@ -8,7 +8,8 @@ from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layer.lighthouse import Given, scored_selection
+from lhcp.layer.documents import Bounds
+from lhcp.layer.lighthouse import Given, ScoredSelection, scored_selection
 from lhcp.layer.plan import Choices
 from lhcp.measure.selection_counts import count
 from lhcp.measure.selection_report import SelectionReport, summarize
@@ -27,6 +28,7 @@ def diagnose(
     v: Tensor | None = None,
     scale: float | None = None,
     kernels: str = "auto",
+    cu_seqlens: Tensor | None = None,
 ) -> SelectionReport:
     """Select as the layer would, and tell whether the scores tell entries apart.
 
@@ -42,6 +44,7 @@ def diagnose(
         score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k.
         v, scale: values [B, N / W, Hk, D] and logit scale; the "dilated" scorer needs v.
         kernels: "triton", "torch" or "auto".
+        cu_seqlens: documents, as in `lhcp.lighthouse_attention`.
 
     Returns:
         SelectionReport: for each level the spread of the scores, the share of picks by stratum, the
@@ -55,17 +58,24 @@ def diagnose(
     ranks = as_ranks(group)
     choices = Choices(layout, kernels=kernels, scale=scale)
     given = Given(None, score_q, score_k)
+
+    def select() -> ScoredSelection:
+        documents = None
+        if cu_seqlens is not None:
+            documents = Bounds(cu_seqlens, q, ranks, layout, config).local()
+        packed = given._replace(documents=documents)
+        return scored_selection(q, k, v, config, ranks, choices, packed)
+
     asked = {
         "call": "diagnose",
         "k": str(getattr(k, "shape", type(k))),
         "config": str(config),
         "layout": str(layout),
         "scores given": str(given.asked),
+        "documents given": str(cu_seqlens is not None),
     }
     # At every call and not at new ones alone, since nobody diagnoses in a hurry.
-    scored = compared(
-        ranks, lambda: scored_selection(q, k, v, config, ranks, choices, given), lambda _: asked
-    )
+    scored = compared(ranks, select, lambda _: asked)
     counts = count(scored, make_layout(layout, ranks.world_size), ranks.rank)
     if ranks.flat is not None and ranks.world_size > 1:
         total = counts.packed()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lhcp.comm.layout import Layout
 from lhcp.layer.lighthouse import ScoredSelection
+from lhcp.lighthouse.documents import of_last_tokens
 from lhcp.lighthouse.geometry import Geometry
 
 NEAR = 1e-3
@@ -113,6 +114,17 @@ def taken_at(scored: ScoredSelection, level: int) -> Tensor:
     return rows[:, :, below].unflatten(2, (-1, geom.pool_factor))[..., 0] >= 0
 
 
+def forced_at(scored: ScoredSelection, level: int) -> Tensor:
+    """Return which entries of `level` are taken whatever their scores: bool [B or 1, 1, size]."""
+    geom = scored.geometry
+    if scored.positions is not None:
+        last = of_last_tokens(scored.positions, level, geom)
+        return (last < geom.window(level))[:, None]
+    forced = torch.zeros(1, 1, geom.level_size(level), dtype=torch.bool, device=scored.sq.device)
+    forced[..., 0] = geom.has_first
+    return forced
+
+
 def near_ties(scored: ScoredSelection, level: int, taken: Tensor) -> Tensor:
     """Return float64 [2]: picks of `level` that are near-ties, and all that scores decided.
 
@@ -129,16 +141,15 @@ def near_ties(scored: ScoredSelection, level: int, taken: Tensor) -> Tensor:
     # Scores are not negative, so that -1 ranks what is no candidate last.
     sq, sk = (stratum(_level(s, geom, level).where(candidate, -1)) for s in (scored.sq, scored.sk))
     taken, half = stratum(taken), geom.picks // 2
-    ranked = sq
-    if geom.has_first:
-        ranked = sq.clone()
-        ranked[:, :, 0, 0] = torch.inf
+    forced = stratum(forced_at(scored, level).expand_as(candidate))
+    # In the order of their indices, before infinite scores.
+    ranked = sq.masked_fill(~sq.isfinite(), torch.finfo(sq.dtype).max)
+    ranked = ranked.masked_fill(forced, torch.inf)
     by_query = ranked.argsort(dim=3, descending=True, stable=True)[..., :half]
     first = torch.zeros_like(taken).scatter_(3, by_query, True)
     second = taken & ~first
     query_left = sq.masked_fill(first, -1).amax(3, keepdim=True)
     key_left = sk.masked_fill(taken, -1).amax(3, keepdim=True)
-    if geom.has_first:
-        first[:, :, 0, 0] = False
+    first, second = first & ~forced, second & ~forced
     near = (first & (sq <= query_left * (1 + NEAR))) | (second & (sk <= key_left * (1 + NEAR)))
     return torch.stack([near.sum(), (first | second).sum()]).double()

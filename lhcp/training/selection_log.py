@@ -82,7 +82,9 @@ def watched(run: Run, trainee: Trainee) -> Iterator[dict[int, SelectionReport]]:
     handles = []
 
     def hook(layer: int, config: lhcp.LighthouseConfig) -> Any:
-        def look(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+        def look(
+            module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], given: dict[str, Any]
+        ) -> None:
             q, k, v = qkv
             reports[layer] = lhcp.diagnose(
                 q,
@@ -92,6 +94,7 @@ def watched(run: Run, trainee: Trainee) -> Iterator[dict[int, SelectionReport]]:
                 layout=run.layout,
                 v=v,
                 kernels=run.kernels,
+                cu_seqlens=given.get("cu_seqlens"),
             )
 
         return look
@@ -99,7 +102,9 @@ def watched(run: Run, trainee: Trainee) -> Iterator[dict[int, SelectionReport]]:
     for layer, block in enumerate(trainee.model.blocks):
         core = block.get_submodule("attention.core")
         if isinstance(core, LighthouseAttention) and core.config is not None:
-            handles.append(core.register_forward_pre_hook(hook(layer, core.config)))
+            handles.append(
+                core.register_forward_pre_hook(hook(layer, core.config), with_kwargs=True)
+            )
     try:
         yield reports
     finally:

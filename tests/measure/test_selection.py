@@ -14,8 +14,10 @@ import lhcp
 from lhcp import LighthouseConfig, reference
 from lhcp.comm.layout import LayoutName
 from lhcp.measure import LevelReport, SelectionReport
+from lhcp.reference_documents import documents, first_tokens
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
+from tests.documents import cu_seqlens
 
 CONFIG, SEQLEN = small_config(picks=8)
 
@@ -37,8 +39,13 @@ def near_to(score: float, left: list[float]) -> bool:
     return bool(left) and score <= max(left) * 1.001
 
 
-def oracle(sq: Tensor, sk: Tensor, config: LighthouseConfig) -> list[dict[str, Any]]:
+def oracle(
+    sq: Tensor, sk: Tensor, config: LighthouseConfig, cu_seqlens: Tensor | None = None
+) -> list[dict[str, Any]]:
     """Return all numbers of the levels, the coarsest first, by loops over one entry at a time."""
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(sq.shape[0] + 1) * sq.shape[2]
+    docs = documents(cu_seqlens, sq.shape[0], sq.shape[2])
     p, strata, half = config.pool_factor, config.num_strata, config.picks // 2
     batch, heads, seqlen = sq.shape
     levels = range(config.num_levels - 1, 0, -1)
@@ -50,12 +57,15 @@ def oracle(sq: Tensor, sk: Tensor, config: LighthouseConfig) -> list[dict[str, A
                 top = seqlen // p ** (config.num_levels - 1) // strata
                 candidates = list(range(s * top, (s + 1) * top))
                 for level in levels:
-                    q, k = (x[b, h].unflatten(0, (-1, p**level)).amax(1).tolist() for x in (sq, sk))
-                    forced = {0} if s == 0 else set()
+                    row = docs[b : b + 1]
+                    q, k = (reference.level_scores(x[b, h], row, p**level) for x in (sq, sk))
+                    first = {t // p**level for t in first_tokens(docs, b)}
+                    forced = first & set(candidates)
+                    by_rule = set(sorted(forced)[:half])
                     taken = set(reference.take(candidates, q, k, config.picks, sorted(forced)))
                     rest = sorted(set(candidates) - forced, key=lambda i: (-q[i], i))
-                    by_query = set(rest[: half - len(forced)])
-                    query_left = [q[i] for i in candidates if i not in by_query | forced]
+                    by_query = set(rest[: half - len(by_rule)])
+                    query_left = [q[i] for i in candidates if i not in by_query | by_rule]
                     key_left = [k[i] for i in candidates if i not in taken]
                     near[level] += [near_to(q[i], query_left) for i in sorted(by_query)]
                     by_key = taken - by_query - forced
@@ -67,7 +77,8 @@ def oracle(sq: Tensor, sk: Tensor, config: LighthouseConfig) -> list[dict[str, A
     def spread(score: Tensor, level: int) -> list[float]:
         found = []
         for h in range(heads):
-            values = score[:, h].unflatten(1, (-1, p**level)).amax(2).flatten().tolist()
+            rows = zip(score[:, h], docs.split(1), strict=True)
+            values = [x for row, of in rows for x in reference.level_scores(row, of, p**level)]
             found.append(pstdev(values) / fmean(values))
         return found
 
@@ -139,6 +150,19 @@ def test_equals_the_oracle(scorer: str) -> None:
     # Else the numbers could be right for nothing.
     assert scorer == "dilated" or all(0 < level.near_ties < 1 for level in report.levels)
     assert (report.seqlen, report.world_size) == (q.shape[1], 1)
+
+
+@pytest.mark.parametrize("kind", ["all that fit", "around windows", "random 0"])
+@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+def test_of_documents_equals_the_oracle(scorer: str, kind: str) -> None:
+    """Fails if what is forced counts as picked by its score, or a mixed window has all of its."""
+    config, q, k, v = inputs(scorer)
+    given = cu_seqlens(kind, config, q.shape[1], q.shape[0])
+    docs = documents(given, q.shape[0], q.shape[1])
+    scores = reference.token_scores(q, k, v, config, docs=docs)
+    report = lhcp.diagnose(q, k, config, v=v, cu_seqlens=given)
+    expected = oracle(*scores, config, given)
+    assert numbers(report.levels) == pytest.approx(numbers(expected), rel=1e-7, abs=1e-12)
 
 
 @pytest.mark.parametrize(
