@@ -62,7 +62,7 @@ def demo() -> Run:
         # As many dense steps as lighthouse ones, at a constant rate: fewer, or a rate that decays,
         # leave the dense stage too little to recover with.
         optim=OptimConfig(lr=4e-3, warmup_steps=40),
-        # The standard library's files are short: several a sequence, each a document.
+        # Sequences of many files: what ends inside one is a document of its own.
         data=DataConfig(documents=True),
         seqlen=1024,
         global_batch=2,
