@@ -7,7 +7,7 @@ from lhcp.comm.sharding import pad_to_length, pad_to_multiple, positions, shard,
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
-from lhcp.cost.tables import read_calibration
+from lhcp.cost.tables import built_in_calibration, read_calibration
 from lhcp.documents import (
     cu_seqlens_from_document_ids,
     cu_seqlens_from_hugging_face,
@@ -46,6 +46,7 @@ __all__ = [
     "SelectionReport",
     "StepCost",
     "Timers",
+    "built_in_calibration",
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_hugging_face",
     "cu_seqlens_from_position_ids",

@@ -28,7 +28,11 @@ from tests.documents import cu_seqlens
 ROTATIONS = NAMES
 """Every rotation of the library, those that are written later too."""
 
-TWO_AXES = {"hierarchical": {2: (2, 1), 3: (3, 1), 4: (2, 2), 8: (2, 4)}}
+TWO_AXES = {
+    "hierarchical": {2: (2, 1), 3: (3, 1), 4: (2, 2), 8: (2, 4)},
+    "hybrid": {2: (2, 1), 3: (1, 3), 4: (2, 2), 8: (2, 4)},
+    "hybrid_context_first": {2: (1, 2), 3: (3, 1), 4: (2, 2), 8: (4, 2)},
+}
 """Rotations that need a mesh of two axes, and the shape that they get here for each world size."""
 
 LAYOUTS: tuple[LayoutName, ...] = ("zigzag", "contiguous")
@@ -222,9 +226,11 @@ def num_nodes(case: "Case") -> int | None:
     return TWO_AXES[case.rotation][case.world_size][0]
 
 
-def serves(rotation: str, world_size: int, num_kv_heads: int) -> bool:
-    """Whether a rotation can do these heads on these ranks."""
-    return rotation != "alltoall" or num_kv_heads % world_size == 0
+def serves(rotation: str, world_size: int, num_heads: int) -> bool:
+    """Whether a rotation can do these query heads on these ranks."""
+    nodes, inner = TWO_AXES.get(rotation, {}).get(world_size, (1, 1))
+    sharing = {"alltoall": world_size, "hybrid": inner, "hybrid_context_first": nodes}
+    return num_heads % sharing.get(rotation, 1) == 0
 
 
 def library_selection(group: Any, case: Case) -> Selection:

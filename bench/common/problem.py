@@ -16,7 +16,8 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.integrations.ring_flash_attn import check_ring_flash_attn
 from lhcp.ring.block.base import Request
-from lhcp.ring.rotation import NAMES
+from lhcp.ring.heads import TWO_AXES
+from lhcp.ring.rotation import NAMES, refuses
 from lhcp.ring.shape import CAUSAL
 
 TENSORS = ("out", "dq", "dk", "dv")
@@ -125,40 +126,37 @@ class Choice:
 
 
 def choices(
-    nodes: Ranks, num_kv_heads: int, backends: Sequence[str], wanted: Sequence[str]
+    nodes: Ranks, num_heads: int, backends: Sequence[str], wanted: Sequence[str]
 ) -> list[Choice]:
     """Return every wanted rotation that these ranks and heads allow, with every backend.
 
     Args:
-        nodes: all ranks, of two axes where "hierarchical" is to be among the choices.
+        nodes: all ranks, of two axes where rotations that want them are to be among the choices.
         wanted: names of rotations, "auto" included.
     """
     flat = Ranks(nodes.flat)
     able = []
     for rotation in ("auto", *NAMES):
-        if rotation == "hierarchical" and nodes.outer is None:
-            continue
-        if rotation == "alltoall" and num_kv_heads % nodes.world_size:
-            continue
-        if rotation in wanted:
-            able.append((rotation, nodes if rotation == "hierarchical" else flat))
+        ranks = nodes if rotation in TWO_AXES else flat
+        if rotation in wanted and refuses(rotation, ranks, num_heads) is None:
+            able.append((rotation, ranks))
     return [Choice(name, backend, ranks) for backend in backends for name, ranks in able]
 
 
 def choices_beside_peer(
-    nodes: Ranks, q: Tensor, num_kv_heads: int, backend: str, wanted: Sequence[str]
+    nodes: Ranks, q: Tensor, backend: str, wanted: Sequence[str]
 ) -> tuple[list[Choice], str | None]:
     """Return the choices with `backend`, and where the peer can run with its kernel, and the peer.
 
     Args:
-        q: of the head_dim, dtype and device that the peer must serve.
+        q: of the heads, dtype and device that all of them must serve.
 
     Returns:
         choices; why ring-flash-attn is not among them, if it is not.
     """
     missing = _peer_missing(q, nodes.world_size)
     backends = [backend] if missing else [backend, "flash_attn"]
-    chosen = choices(nodes, num_kv_heads, backends, wanted)
+    chosen = choices(nodes, q.shape[2], backends, wanted)
     if missing is None:
         chosen.append(Choice(PEER, "auto", Ranks(nodes.flat)))
     return chosen, missing

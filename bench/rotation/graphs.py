@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rotations", nargs="*", default=["p2p"], choices=("auto", *NAMES))
     add_layer(parser, topk=1536)
     add_ranks(parser)
+    parser.add_argument("--nodes", type=int, default=1, help="the outer of two axes")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--calls", type=int, default=10, help="in a row")
@@ -142,7 +143,7 @@ def compare(
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Print the card and a row a length, mode and rotation."""
-    ranks = all_ranks(device)
+    ranks = all_ranks(device, args.nodes)
     document: dict[str, Any] = {"card": shown_card(device, ranks), "rows": []}
     for seqlen in args.seqlens:
         for mode in args.modes:

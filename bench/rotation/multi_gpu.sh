@@ -98,7 +98,7 @@ fi
 overhead_arguments() {
   local w="${1#*_w}" nodes=1 across=""
   case "$1" in l4_w* | l3_w* | dense_w*) ;; *) return ;; esac
-  if (( w >= 4 )); then nodes=2 across=" hierarchical"; fi
+  if (( w >= 4 )); then nodes=2 across=" hierarchical hybrid hybrid_context_first"; fi
   # The last rotation is the one whose timeline is drawn.
   local common="--nodes $nodes --rotations p2p alltoall$across allgather $shape $timing"
   case "$1" in

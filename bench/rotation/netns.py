@@ -1,12 +1,14 @@
 """A slow network between nodes, on one machine: the model against what messages really cost.
 
     python -m bench.rotation.netns --out bench/results/netns_DATE                 # .md and .json
+    python -m bench.rotation.netns --ranks-per-node 2 --rotations hierarchical hybrid \
+        hybrid_context_first --heads 4 --timeout 3600
 
-Two nodes of one rank, whose links are shaped to rates that make the rotation communication-bound,
-balanced and compute-bound; at each the cost model is calibrated and predicts before it is measured,
-and the exposed time measured must be 0.8 to 1.25 of that predicted. Nodes are network namespaces:
-namespaces.py says what they need. Ends with status 1, naming what does not hold. Training over such
-nodes is tests/evidence/netns_train.py.
+Two nodes of one rank or several, whose links are shaped to rates that make the rotation
+communication-bound, balanced and compute-bound; at each the cost model is calibrated and predicts
+before it is measured, and the exposed time measured must be 0.8 to 1.25 of that predicted. Nodes
+are network namespaces: namespaces.py says what they need. Ends with status 1, naming what does not
+hold. Training over such nodes is tests/evidence/netns_train.py.
 """
 
 import argparse
@@ -44,15 +46,18 @@ def measure(network: Nodes, args: argparse.Namespace, repeats: int) -> dict[str,
             *("--head-dim", str(args.head_dim), "--repeats", str(repeats)),
             *("--large-message", str(args.large_message), "--out", f"{folder}/found"),
         )
-        network.torchrun(1, arguments, args.timeout)
+        network.torchrun(args.ranks_per_node, arguments, args.timeout)
         document: dict[str, Any] = json.loads(Path(f"{folder}/found.json").read_text())
     return document
 
 
-def rates(document: dict[str, Any], balance: Sequence[float]) -> list[float]:
+def rates(
+    document: dict[str, Any], balance: Sequence[float], ranks_per_node: int = 1
+) -> list[float]:
     """Return the Mbit/s at which messages alone take `balance` times as long as compute alone."""
     phases = [record[phase] for record in document["records"] for phase in ("forward", "backward")]
-    num_bytes = sum(phase["bytes"] for phase in phases)
+    # All ranks of a node send over its one link.
+    num_bytes = ranks_per_node * sum(phase["across_bytes"] for phase in phases)
     seconds = sum(phase["measured"]["C"] for phase in phases) / 1e3
     return [8 * num_bytes / (b * seconds) / 1e6 for b in balance]
 
@@ -119,7 +124,9 @@ def compare(page: Page, args: argparse.Namespace) -> list[Any]:
     with nodes(2) as network:
         free = measure(network, args, min(args.repeats))
         records = [show(page, "for the rates", None, free)]
-        shaped = zip(REGIMES, rates(free, args.balance), args.repeats, strict=True)
+        shaped = zip(
+            REGIMES, rates(free, args.balance, args.ranks_per_node), args.repeats, strict=True
+        )
         for name, megabits, repeats in shaped:
             network.shape(megabits)
             records.append(show(page, name, megabits, measure(network, args, repeats)))
@@ -134,6 +141,7 @@ def compare(page: Page, args: argparse.Namespace) -> list[Any]:
 def parse() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--rotations", nargs="*", default=["p2p", "allgather"])
+    parser.add_argument("--ranks-per-node", type=int, default=1)
     parser.add_argument("--seqlen", type=int, default=32768)
     add_heads(parser, heads=2, head_dim=16)
     parser.add_argument(
@@ -155,7 +163,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     sizes = f"S={args.seqlen:,}, B=1, H=Hk={args.heads}, head_dim {args.head_dim}, float32"
-    ranks = "2, gloo; 2 network namespaces of one machine, shaped by tc tbf"
+    ranks = f"{2 * args.ranks_per_node}, gloo; 2 network namespaces, shaped by tc tbf"
     facts = dated_card(torch.device("cpu"), ranks=ranks, sizes=sizes)
     page = Page("Exposed time against the model, on two nodes at three rates", facts)
     try:

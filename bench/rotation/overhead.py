@@ -25,6 +25,7 @@ from bench.rotation.in_turn import simulate
 from bench.rotation.timeline import draw
 from lhcp.console import escape_unprintable
 from lhcp.measure import OverheadReport, measure_overhead
+from lhcp.ring.heads import TWO_AXES
 
 
 def arguments() -> argparse.Namespace:
@@ -42,8 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--simulate-ranks", type=int, help="ranks in turn on one device")
     parser.add_argument("--png", help="write a timeline of the last measurement here")
     args = parse(parser)
-    if args.simulate_ranks and args.nodes == 1 and "hierarchical" in args.rotations:
-        parser.error("hierarchical needs --nodes 2 or more")
+    wants = sorted(set(args.rotations).intersection(TWO_AXES))
+    if args.simulate_ranks and args.nodes == 1 and wants:
+        parser.error(f"{wants[0]} needs --nodes 2 or more")
     return args
 
 

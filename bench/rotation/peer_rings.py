@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     facts = shown_card(device, nodes)
     like = AttentionProblem.of(args, dtype_of(args.dtype, device))
     q = torch.empty(1, 1, args.heads, args.head_dim, dtype=like.dtype, device=device)
-    chosen, missing = choices_beside_peer(nodes, q, args.kv_heads, args.backend, args.rotations)
+    chosen, missing = choices_beside_peer(nodes, q, args.backend, args.rotations)
     for choice in chosen:
         refuse(choice.rotation, gate(choice, like, device))
     rows: list[Row] = []

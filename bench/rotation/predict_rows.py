@@ -28,6 +28,7 @@ from lhcp.console import escape_unprintable
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.choose import PhasePrediction, predict
 from lhcp.cost.tables import CALIBRATIONS
+from lhcp.ring.heads import TWO_AXES, fits
 from lhcp.ring.shape import AttentionShape
 
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def on_one_host(calibration: Calibration) -> Calibration:
 def predicted(
     name: str, arguments: list[str], calibration: Calibration, element_bytes: int
 ) -> list[Row]:
-    """Return a row a rotation and length of one call.
+    """Return a row a length and rotation of one call, of those that its ranks and heads fit.
 
     Args:
         calibration: of one host.
@@ -75,8 +76,10 @@ def predicted(
                 head_dim=args.head_dim,
                 batch=args.batch,
                 element_bytes=element_bytes,
-                node_size=args.world // args.nodes if rotation == "hierarchical" else None,
+                node_size=args.world // args.nodes if rotation in TWO_AXES else None,
             )
+            if not fits(rotation, shape):
+                continue
             found = predict(rotation, shape, calibration)
             row: Row = {
                 "row": name,

@@ -26,9 +26,11 @@ Row = dict[str, Any]
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Calibrate, predict, then measure, on these ranks; rank 0 prints both."""
-    ranks, dtype = all_ranks(device), dtype_of("auto", device)
+    ranks, dtype = all_ranks(device, args.nodes), dtype_of("auto", device)
     facts = shown_card(device, ranks)
-    chunks = [n // ranks.world_size // 2 for n in args.seqlens]
+    # Chunks of all ranks, and of the rings that are left where heads are shared.
+    sizes = {ranks.world_size, args.nodes, ranks.world_size // args.nodes} - {1}
+    chunks = [n // world // 2 for n in args.seqlens for world in sorted(sizes)]
     lengths = sorted({c for chunk in chunks for c in (chunk, 2 * chunk)})
     grid = Grid(
         heads=args.heads,
@@ -91,6 +93,7 @@ def compare(
         guess, found = getattr(predicted, phase), report.phase(phase)
         record[phase] = {
             "bytes": found.bytes_per_rank,
+            "across_bytes": guess.traffic.across_bytes if args.nodes > 1 else 0,
             "predicted": milliseconds(guess),
             "measured": {
                 "T": 1e3 * found.real.median,

@@ -123,10 +123,28 @@ def all_to_alls(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:
     return Works((together,), exchanges)
 
 
-def swap(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
-    """Exchange equal parts of axis 0 by all-to-all, and wait for it."""
-    if not is_fake(group):
+def swap(
+    output: Tensor,
+    given: Tensor,
+    group: dist.ProcessGroup,
+    to: Sequence[int],
+    sources: Sequence[int],
+) -> None:
+    """Exchange equal parts of axis 0 by all-to-all, and wait for it.
+
+    Args:
+        to: for each part of `given` the rank that gets it; sources: for each part of `output` the
+            rank that it is from; both ascending.
+    """
+    if is_fake(group):
+        return
+    if len(to) == len(sources) == group.size():
         dist.all_to_all_single(output, given, group=group)
+        return
+    rows_from, rows_to = ([int(r in ends) for r in range(group.size())] for ends in (sources, to))
+    dist.all_to_all_single(
+        output, given, output_split_sizes=rows_from, input_split_sizes=rows_to, group=group
+    )
 
 
 def _part_by_part(exchanges: Sequence[Rows], group: dist.ProcessGroup) -> Works:

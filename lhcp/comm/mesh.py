@@ -156,7 +156,7 @@ def as_ranks(group: Group | Ranks, *, two_axes: bool = True) -> Ranks:
                     f"group is a DeviceMesh of two axes {group.mesh_dim_names}, over all of which "
                     "it would attend: pass the axis that shares a sequence, for example "
                     f'mesh["{group.mesh_dim_names[1]}"]; two axes, the outer across nodes, are for '
-                    "rotation='hierarchical' by name"
+                    "rotation='hierarchical', 'hybrid' or 'hybrid_context_first', or for a table"
                 )
             _check_order(group)
             flat = flat_group(group)

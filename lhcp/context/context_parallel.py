@@ -32,7 +32,8 @@ class ContextParallel:
 
     Args:
         group: the context-parallel ranks: a ProcessGroup, a DeviceMesh of one axis, a mesh of two
-            (outer across nodes) with rotation="hierarchical" alone, or None for one rank.
+            (outer across nodes) with a rotation that is for them by name, or a table, or None for
+            one rank.
         layout: "zigzag" (balanced causal work) or "contiguous".
         rotation, backend, kernels, timers: of every layer made here, as in
             `lhcp.LighthouseAttention`.

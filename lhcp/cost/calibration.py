@@ -6,7 +6,7 @@ A calibration is data: made by `lhcp calibrate`, kept as JSON, read back here.
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import exp, log
 from operator import itemgetter
@@ -35,6 +35,19 @@ class Link:
         """Return the seconds that a ring collective takes without its bytes."""
         steps = num_ranks - 1
         return steps * self.latency if self.hop is None else self.latency + steps * self.hop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Seconds of the host for what a GPU is given to do. While they add up to more than the GPU
+    takes, the GPU waits. In a CUDA graph they are nothing."""
+
+    call: float = 0.0
+    """One block of attention: its views, its stream, its kernels, its part of a merge."""
+    message: float = 0.0
+    """One batch of messages, or one collective: posting it and waiting for it."""
+    launch: float = 0.0
+    """One copy or sum."""
 
 
 class BlockSize(NamedTuple):
@@ -78,6 +91,11 @@ class Calibration:
     """Time of a gather over that of neighbour messages of as many bytes."""
     alltoall_factor: float = 1.0
     """The same of an all-to-all."""
+    nics: int | None = None
+    """NICs of a node, which its ranks share where they are more; None: one a rank. `outer` has the
+    bandwidth of one."""
+    host: Host = Host()
+    """What launching takes where no graph does. A CPU's is in its other times."""
     byte_compute: float = 0.0
     """Seconds of compute that a byte takes from its sender, and as many from its receiver, if they
     compute while it is under way. 0: links move bytes by themselves, as a GPU's nearly do."""
@@ -107,6 +125,16 @@ class Calibration:
     def merge_seconds(self, num_bytes: float) -> float:
         """Return the seconds of adding or merging, with so many bytes read and written."""
         return self.launch + num_bytes / self.merge_bandwidth
+
+    def across(self, node_size: int | None) -> Link:
+        """Return the link between nodes of one of `node_size` ranks, all of which send at once."""
+        if self.nics is None or node_size is None or node_size <= self.nics:
+            return self.outer
+        return replace(self.outer, bandwidth=self.outer.bandwidth * self.nics / node_size)
+
+    def in_graphs(self) -> "Calibration":
+        """Return the same machine with all launches in CUDA graphs, as `lhcp.graphed` has them."""
+        return replace(self, name=f"{self.name}, graphs", host=Host())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", "")
@@ -139,6 +167,7 @@ class Calibration:
                 fields[name] = tuple(tuple(row) for row in fields[name])
             for name in ("inner", "outer"):
                 fields[name] = Link(**fields[name])
+            fields["host"] = Host(**fields.get("host", {}))
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source} does not hold an lhcp calibration: {error}") from error

@@ -12,11 +12,12 @@ from lhcp.cost.calibration import Calibration, Direction
 from lhcp.cost.clocks import Clocks, Setting, single_seconds
 from lhcp.cost.schedules import SCHEDULES
 from lhcp.cost.traffic import Traffic, most_traffic
+from lhcp.ring.heads import fits
 from lhcp.ring.shape import AttentionShape
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
-CANDIDATES = ("allgather", "p2p", "hierarchical")
+CANDIDATES = ("allgather", "p2p", "hierarchical", "hybrid", "hybrid_context_first")
 """What is chosen among. lhcp/METHOD.md, Rotations, says why "alltoall" is taken by name only."""
 
 
@@ -110,8 +111,9 @@ def choose(
 ) -> tuple[str, str]:
     """Choose the rotation with the shortest predicted forward + backward.
 
-    A pure function: ranks with equal arguments never differ. "hierarchical" is considered where
-    there are several nodes; at equal times the first name wins. One play a candidate and direction.
+    A pure function: ranks with equal arguments never differ. Those of two axes are considered
+    where there are several nodes, those that share heads where these divide; at equal times the
+    first name wins. One play a candidate and direction.
 
     Returns:
         (rotation, reason), the reason with all candidates' times.
@@ -120,7 +122,7 @@ def choose(
     seconds = {
         rotation: sum(play(rotation, Setting(shape, calibration, d)).seconds for d in DIRECTIONS)
         for rotation in rotations
-        if rotation != "hierarchical" or shape.num_nodes > 1
+        if rotation not in SCHEDULES or fits(rotation, shape)
     }
     best = min(seconds, key=lambda rotation: seconds[rotation])
     times = ", ".join(f"{r} {1e3 * t:.2f}" for r, t in seconds.items())

@@ -1,11 +1,13 @@
 """Clocks to play the schedule of one attention on: one a rank, links between them.
 
-A link carries one message at a time. Where moving bytes takes compute from a rank, its own goes on
+A link carries one message at a time. What the host launches begins once it has; it goes ahead of
+the clock, or the clock waits for it. Where moving bytes takes compute from a rank, its own goes on
 more slowly beside a message; while it waits it loses nothing. `lhcp.cost.schedules` plays the
 rotations, and `lhcp.cost.choose` asks it for times.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from lhcp.cost.calibration import BlockSize, Calibration, Direction
@@ -68,6 +70,10 @@ class Clocks:
         self._compute, self._communicate = compute, communicate
         world = self.shape.world_size
         self.now = [0.0] * world
+        self._host = [0.0] * world
+        """When each rank's host is done with what it launched so far."""
+        self._inner = self.calibration.inner
+        self._outer = self.calibration.across(self.shape.node_size)
         self._free = {"inner": [0.0] * world, "outer": [0.0] * world}
         self._nodes = [rank // (self.shape.node_size or world) for rank in range(world)]
         self._messages: list[list[Message]] = [[] for _ in range(world)]
@@ -87,6 +93,7 @@ class Clocks:
 
     def local(self, *passes: float) -> None:
         """Let every rank make elementwise passes over so many bytes; this is part of M as well."""
+        self._launch([self.calibration.host.launch * len(passes)] * self.shape.world_size)
         seconds = sum(self.calibration.copy_seconds(b) for b in passes)
         self._compute_for([seconds] * self.shape.world_size)
 
@@ -97,23 +104,41 @@ class Clocks:
             known[step] = step_seconds(step, self.setting)
         seconds = [known[step] for step in steps]
         self.steps.append(max(seconds))
-        self.work(seconds)
+        self.calls([len(step.calls) for step in steps], seconds)
 
-    def exchange(self, back: int, num_bytes: Sequence[float]) -> list[float]:
-        """Post num_bytes[r] to each rank r from the rank `back` before it; say when it is there."""
-        now, done, nodes = self.now, list(self.now), self._nodes
-        world = len(now)
-        if not self._communicate or back % world == 0:
+    def calls(self, counts: Sequence[int], seconds: Sequence[float]) -> None:
+        """Let every rank launch so many calls, the first of which begins once it is launched."""
+        if not self._compute:
+            return
+        call = self.calibration.host.call
+        self._launch([call * min(count, 1) for count in counts])
+        self._compute_for(seconds)
+        self._launch([call * max(count - 1, 0) for count in counts])
+
+    def exchange(self, messages: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+        """Post messages together, and say when each rank's are there.
+
+        Args:
+            messages: (back, num_bytes): num_bytes[r] to each rank r from the rank `back` before it.
+        """
+        done = list(self.now)
+        if not self._communicate:
             return done
-        links = (
-            (self.calibration.inner, self._free["inner"]),
-            (self.calibration.outer, self._free["outer"]),
-        )
+        self._post()
+        done = list(self.now)
+        for back, num_bytes in messages:
+            if back % len(done):
+                self._exchange(back, num_bytes, done)
+        return done
+
+    def _exchange(self, back: int, num_bytes: Sequence[float], done: list[float]) -> None:
+        now, nodes = self.now, self._nodes
+        links = ((self._inner, self._free["inner"]), (self._outer, self._free["outer"]))
         shared = self.calibration.byte_compute > 0
         for rank, moved in enumerate(num_bytes):
             if not moved:
                 continue
-            sender = (rank - back) % world
+            sender = (rank - back) % len(now)
             link, free = links[nodes[sender] != nodes[rank]]
             start = max(now[sender], now[rank], free[sender])
             busy = moved / link.bandwidth
@@ -124,33 +149,45 @@ class Clocks:
                     self._share(end, start, busy, moved)
                 if arrived > done[end]:
                     done[end] = arrived
-        return done
 
     def gather(self, own_bytes: float, groups: Sequence[range]) -> list[float]:
         """Post ring gathers in each group: every rank moves the others' `own_bytes`."""
         factor = self.calibration.gather_factor
-        return self._collective({group: factor * (len(group) - 1) * own_bytes for group in groups})
+        moved = [factor * (len(group) - 1) * own_bytes for group in groups]
+        # Rings that cross nodes use every rank's NIC, each for a part of the bytes.
+        shares = [1 / self._of_a_node(group) for group in groups]
+        return self._collective(groups, moved, shares)
 
     def all_to_all(self, most_bytes: Sequence[float], groups: Sequence[range]) -> list[float]:
         """Post all-to-alls in each group, whose busiest rank moves `most_bytes`."""
-        factor = self.calibration.alltoall_factor
-        moved = [factor * num_bytes for num_bytes in most_bytes]
-        return self._collective(dict(zip(groups, moved, strict=True)))
+        moved = [self.calibration.alltoall_factor * num_bytes for num_bytes in most_bytes]
+        # What is for another node goes over the rank's own NIC.
+        shares = [
+            (len(group) - self._of_a_node(group)) / max(len(group) - 1, 1) for group in groups
+        ]
+        return self._collective(groups, moved, shares)
 
-    def _collective(self, moved: dict[range, float]) -> list[float]:
-        ready, done = list(self.now), list(self.now)
+    def _of_a_node(self, group: range) -> int:
+        """Count the ranks of a group that share a node."""
+        return len(group) // len({self._nodes[rank] for rank in group})
+
+    def _collective(
+        self, groups: Sequence[range], moved: Sequence[float], shares: Sequence[float]
+    ) -> list[float]:
+        """Post a collective in each group. `shares`: of the bytes, what each NIC moves."""
         if not self._communicate:
-            return ready
-        for group, num_bytes in moved.items():
+            return list(self.now)
+        if all(len(group) == 1 for group in groups):
+            return list(self.now)
+        self._post()
+        ready, done = list(self.now), list(self.now)
+        for group, num_bytes, share in zip(groups, moved, shares, strict=True):
             if len(group) == 1:
                 continue
-            nodes = len({self._nodes[rank] for rank in group})
-            link, name = self.calibration.inner, "inner"
-            busy = num_bytes / link.bandwidth
-            if nodes > 1:
-                # Rings that cross nodes use every rank's link, each a part of the bytes.
-                link, name = self.calibration.outer, "outer"
-                busy = max(busy, num_bytes / (len(group) // nodes) / link.bandwidth)
+            link, name, busy = self._inner, "inner", num_bytes / self._inner.bandwidth
+            if self._of_a_node(group) < len(group):
+                link, name = self._outer, "outer"
+                busy = max(busy, share * num_bytes / link.bandwidth)
             latency = link.collective_latency(len(group))
             start = max(max(ready[r], self._free[name][r]) for r in group)
             for rank in group:
@@ -160,9 +197,40 @@ class Clocks:
                 done[rank] = start + busy + latency
         return done
 
+    def ring(self, shape: AttentionShape, rings: Sequence[range]) -> "Clocks":
+        """Return clocks of one of these equal rings, each of which begins when the last does."""
+        # A rank's NIC is its own, or shared as it is here.
+        calibration = replace(self.calibration, outer=self._outer, nics=None)
+        one = Clocks(
+            self.setting._replace(shape=shape, calibration=calibration),
+            compute=self._compute,
+            communicate=self._communicate,
+        )
+        one.now, one._host = (
+            [max(of_ranks[r] for r in place) for place in zip(*rings, strict=True)]
+            for of_ranks in (self.now, self._host)
+        )
+        return one
+
+    def after_ring(self, one: "Clocks", rings: Sequence[range]) -> None:
+        """Let every rank be where its place of a ring is."""
+        self.steps += one.steps
+        for ranks in rings:
+            for place, rank in enumerate(ranks):
+                self.now[rank], self._host[rank] = one.now[place], one._host[place]
+
     def wait(self, done: Sequence[float]) -> None:
         """Let every rank stand still until what it waits for is there."""
         self.now = [max(t, d) for t, d in zip(self.now, done, strict=True)]
+
+    def _post(self) -> None:
+        """Let every host post a batch of messages."""
+        self._launch([self.calibration.host.message] * len(self.now))
+
+    def _launch(self, seconds: Sequence[float]) -> None:
+        """Let the hosts take so long; what they launch next, or launched, is not done before."""
+        self._host = [t + s for t, s in zip(self._host, seconds, strict=True)]
+        self.now = [max(pair) for pair in zip(self.now, self._host, strict=True)]
 
     def _compute_for(self, seconds: Sequence[float]) -> None:
         if self.calibration.byte_compute <= 0:

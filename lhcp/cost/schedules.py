@@ -5,10 +5,10 @@ decide nothing; `lhcp.cost.choose` asks them for times.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 
 from lhcp.cost.clocks import Clocks, single_seconds
+from lhcp.ring.heads import SHARE_HEADS, partners, ring_ranks, shape_left, sharing_ranks
 from lhcp.ring.parts import gather_segments, parts_received, parts_sent
 from lhcp.ring.schedule import allgather_steps, chunks_at, hierarchical_steps, p2p_steps
 from lhcp.ring.shape import AttentionShape
@@ -24,20 +24,14 @@ def _p2p(clocks: Clocks) -> None:
 
     def fetch(i: int) -> list[float]:
         """Fetch the keys of a round."""
-        done = list(clocks.now)
-        for d in rounds[i]:
-            keys = [count * chunk for count in seen[d]]
-            done = list(map(max, done, clocks.exchange(d, keys)))
-        return done
+        return clocks.exchange([(d, [count * chunk for count in seen[d]]) for d in rounds[i]])
 
     def send_back(i: int) -> list[float]:
         """Return a round's gradients to the owners of the keys."""
-        done = list(clocks.now)
-        for d in rounds[i]:
-            # They come from the rank d after the owner: of what that one has seen.
-            parts = [count * part for count in seen[d][d:] + seen[d][:d]]
-            done = list(map(max, done, clocks.exchange(-d, parts)))
-        return done
+        # They come from the rank d after the owner: of what that one has seen.
+        return clocks.exchange(
+            [(-d, [count * part for count in seen[d][d:] + seen[d][:d]]) for d in rounds[i]]
+        )
 
     coming = fetch(0)
     leaving: list[float] | None = None
@@ -114,7 +108,7 @@ def _hierarchical(clocks: Clocks) -> None:
         return clocks.gather(kv, inside)
 
     def ring() -> list[float]:
-        return clocks.exchange(size, [kv] * world)
+        return clocks.exchange([(size, [kv] * world)])
 
     clocks.local(2 * kv)
     gathering = gather()
@@ -137,7 +131,7 @@ def _hierarchical(clocks: Clocks) -> None:
         if returning is not None:
             clocks.wait(returning)
             clocks.local(3 * sums)
-        return clocks.exchange(-j * size, [sums] * world)
+        return clocks.exchange([(-j * size, [sums] * world)])
 
     for node in range(nodes):
         clocks.wait(gathering)
@@ -164,27 +158,56 @@ def _hierarchical(clocks: Clocks) -> None:
         clocks.local(sums + shape.grad_bytes)
 
 
-def _alltoall(clocks: Clocks) -> None:
-    shape, calibration, direction = clocks.setting
-    world = shape.world_size
-    qkv, out = shape.q_bytes + shape.kv_bytes, shape.q_bytes
-    order = (out, qkv) if clocks.backward else (qkv, out)
-    fewer = replace(shape, num_heads=max(1, shape.num_heads // world))
-    seconds = single_seconds(fewer, calibration, direction)
-    everyone = range(world)
-    for i, num_bytes in enumerate(order):
-        clocks.local(2 * num_bytes, 2 * num_bytes)
-        sent = num_bytes * (world - 1) / world
-        clocks.wait(clocks.all_to_all([sent], [everyone]))
-        if i == 0:
+def _shares_heads(rotation: str) -> Callable[[Clocks], None]:
+    """Return the schedule of a rotation of `SHARE_HEADS`: the ring that is left, and exchanges."""
+
+    def schedule(clocks: Clocks) -> None:
+        shape = clocks.shape
+        world, node_size = shape.world_size, shape.node_size
+        sharing, left = sharing_ranks(rotation, world, node_size), shape_left(rotation, shape)
+        rings = sorted(
+            {ring_ranks(rotation, rank, world, node_size) for rank in range(world)},
+            key=lambda ring: ring.start,
+        )
+        inner = world if node_size is None else node_size
+        groups = [range(start, start + sharing) for start in range(0, world, sharing)]
+        busiest = sharing - 1
+        if rotation == "hybrid_context_first":
+            # A rank's parts go to one rank of each node, whichever it is, but all that comes to a
+            # rank is from one node: the NICs of most get all of it.
+            groups = [range(i, world, inner) for i in range(inner)]
+            busiest = max(
+                sum(other // inner != rank // inner for other in ends)
+                for rank in range(world)
+                for ends in partners(rotation, rank, world, node_size)
+            )
+
+        def exchange(num_bytes: float) -> None:
+            if sharing > 1:
+                clocks.local(2 * num_bytes, 2 * num_bytes)
+                sent = num_bytes * busiest / sharing
+                clocks.wait(clocks.all_to_all([sent] * len(groups), groups))
+
+        # kv heads that are on several ranks as often as they travel.
+        out, kv = left.q_bytes, left.kv_bytes
+        exchange(out if clocks.backward else out + kv)
+        if left.world_size > 1:
+            ring = clocks.ring(left, rings)
+            _p2p(ring)
+            clocks.after_ring(ring, rings)
+        else:
+            seconds = single_seconds(left, clocks.calibration, clocks.setting.direction)
             clocks.steps.append(seconds)
-            clocks.work([seconds] * world)
+            clocks.calls([1] * world, [seconds] * world)
+        exchange(out + left.grad_bytes if clocks.backward else out)
+
+    return schedule
 
 
 SCHEDULES: dict[str, Callable[[Clocks], None]] = {
     "allgather": _allgather,
     "p2p": _p2p,
     "hierarchical": _hierarchical,
-    "alltoall": _alltoall,
+    **{name: _shares_heads(name) for name in SHARE_HEADS},
 }
 """What the model knows."""

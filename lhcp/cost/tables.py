@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from lhcp.comm.mesh import Group, Ranks, as_ranks
-from lhcp.cost.calibration import Calibration, Link
+from lhcp.cost.calibration import Calibration, Host, Link
 
 
 def read_calibration(path: str, group: Group | Ranks = None) -> Calibration:
@@ -64,7 +64,9 @@ H200 = Calibration(
         "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 and -24. Blocks without a "
         "mask: 690 and 600 TFLOP/s where they fill 128 tiles, after prefixes of 2,048 to 16,384 "
         "queries. NVLink between two of them, 2026-11-25: 300 GB/s a direction, and 120 us for a "
-        "batch of messages as the host launches it. InfiniBand is not measured: 400 Gb/s at 80%"
+        "batch of messages as the host launches it: 100 of these are taken to be the host's. A "
+        "small Triton kernel takes the host 55 us (2026-11-26), a block call about 75. InfiniBand "
+        "is not measured: 400 Gb/s at 80%, one NIC a GPU, 10 us more than NVLink"
     ),
     num_heads=8,
     head_dim=128,
@@ -85,8 +87,10 @@ H200 = Calibration(
     copy_bandwidth=4.2e12,
     merge_bandwidth=3.0e12,
     launch=5e-6,
-    inner=Link(latency=120e-6, bandwidth=300e9, hop=1e-6),
-    outer=Link(latency=130e-6, bandwidth=40e9, hop=3e-6),
+    inner=Link(latency=20e-6, bandwidth=300e9, hop=1e-6),
+    outer=Link(latency=30e-6, bandwidth=40e9, hop=3e-6),
+    nics=8,
+    host=Host(call=75e-6, message=100e-6, launch=55e-6),
 )
 
 B200 = replace(
@@ -95,14 +99,13 @@ B200 = replace(
     source=(
         "not measured: the H200's blocks divided by 2.27 and its copy by 1.67, the ratios of the "
         "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates; "
-        "the H200's latency, which is the host's"
+        "the H200's host and latencies"
     ),
     square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
     full=_full_blocks((690e12 * 2.27, 600e12 * 2.27), 148),
     copy_bandwidth=7.0e12,
     merge_bandwidth=5.0e12,
-    inner=Link(latency=120e-6, bandwidth=720e9, hop=1e-6),
-    outer=Link(latency=130e-6, bandwidth=40e9, hop=3e-6),
+    inner=Link(latency=20e-6, bandwidth=720e9, hop=1e-6),
 )
 
 CPU = Calibration(
@@ -123,3 +126,26 @@ CPU = Calibration(
 )
 
 CALIBRATIONS = {calibration.name: calibration for calibration in (H200, B200, CPU)}
+
+
+def built_in_calibration(name: str) -> Calibration:
+    """Return a built-in table, to pass as `rotation`, or its `in_graphs()`; the same on every rank.
+
+    Args:
+        name: "H200", "B200" or "cpu".
+
+    Raises:
+        ValueError: no table is called so.
+    """
+    if name not in CALIBRATIONS:
+        raise ValueError(f"name={name!r}: built-in tables are {', '.join(CALIBRATIONS)}")
+    return CALIBRATIONS[name]
+
+
+def read_or_built_in(name: str) -> Calibration:
+    """Return the built-in table called so, or what the file of that name holds, on this rank.
+
+    Raises:
+        ValueError, OSError: there is neither, or it holds no calibration.
+    """
+    return CALIBRATIONS.get(name) or Calibration.load(name)

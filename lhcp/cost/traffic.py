@@ -1,11 +1,19 @@
 """What rotations send and hold: bytes and messages, counted exactly, from a shape alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lhcp.cost.calibration import BlockSize, Direction
-from lhcp.ring.parts import gather_segments, parts_sent, ring_sources
-from lhcp.ring.schedule import round_chunks
+from lhcp.ring.heads import (
+    RING,
+    SHARE_HEADS,
+    exchange_ranks,
+    partners,
+    ring_ranks,
+    shape_left,
+    sharing_ranks,
+)
+from lhcp.ring.parts import Segment, gather_segments, ring_route
 from lhcp.ring.shape import AttentionShape
 
 
@@ -17,7 +25,49 @@ class Traffic:
     """A gather counts W - 1 times the rank's own part: what a ring of them has to move. An
     all-to-all counts what is for others."""
     num_messages: int
-    """Sends as gloo posts them; NCCL gathers and exchanges many of them as one collective."""
+    """Sends as gloo posts them, and all-to-alls; NCCL gathers and exchanges many of them as one
+    collective."""
+    across_bytes: int = 0
+    """Of the bytes, those for ranks on other nodes: what goes over NICs. The rest is inside."""
+    across_messages: int = 0
+    """Of the messages, those that ranks on other nodes get, or some of it."""
+
+
+class _Sent:
+    """Counts what one rank sends, by whether the receiver is on its node.
+
+    Args:
+        ranks: the members of a group, counted among all ranks, as receivers are counted.
+    """
+
+    def __init__(self, rank: int, node_size: int, ranks: Sequence[int]) -> None:
+        self._rank, self._node_size, self._ranks = rank, node_size, ranks
+        # Inside the node, and across.
+        self.num_bytes, self.messages = [0, 0], [0, 0]
+
+    def on(self, ranks: Sequence[int]) -> "_Sent":
+        """Return a counter of a group of these members, which adds to this one."""
+        one = _Sent(self._rank, self._node_size, ranks)
+        one.num_bytes, one.messages = self.num_bytes, self.messages
+        return one
+
+    def add(self, receiver: int, num_bytes: int, messages: int) -> None:
+        """Count so many messages, of so many bytes together, if they leave the rank."""
+        to = self._ranks[receiver]
+        if to != self._rank:
+            across = to // self._node_size != self._rank // self._node_size
+            self.num_bytes[across] += num_bytes
+            self.messages[across] += messages
+
+    def all_to_all(self, receivers: Sequence[int], part_bytes: int) -> None:
+        """Count one message to all receivers, with a part for each."""
+        nodes = {self._ranks[r] // self._node_size for r in receivers}
+        self.messages[nodes != {self._rank // self._node_size}] += 1
+        for receiver in receivers:
+            self.add(receiver, part_bytes, 0)
+
+
+Count = Callable[[_Sent, AttentionShape, bool, int], None]
 
 
 def traffic(rotation: str, shape: AttentionShape, direction: Direction, rank: int) -> Traffic:
@@ -28,59 +78,91 @@ def traffic(rotation: str, shape: AttentionShape, direction: Direction, rank: in
     """
     if rotation not in TRAFFIC:
         raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(TRAFFIC)}")
-    if shape.world_size == 1:
-        return Traffic(0, 0)
-    return TRAFFIC[rotation](shape, direction == "backward", rank)
+    world = shape.world_size
+    sent = _Sent(rank, world // shape.num_nodes, range(world))
+    if world > 1:
+        TRAFFIC[rotation](sent, shape, direction == "backward", rank)
+    (inside, across), messages = sent.num_bytes, sent.messages
+    return Traffic(inside + across, sum(messages), across, messages[1])
 
 
-def _p2p(shape: AttentionShape, back: bool, rank: int) -> Traffic:
-    layout, mask, others = shape.layout, shape.mask, range(1, shape.world_size)
-    keys = sum(map(len, ring_sources(rank, layout, mask, (others,))))
-    parts = len(round_chunks(rank, layout, mask, others)) if back else 0
-    num_bytes = keys * shape.chunk_bytes + parts * shape.part_bytes
-    return Traffic(num_bytes, 2 * (keys + parts))
+def _p2p(sent: _Sent, shape: AttentionShape, back: bool, rank: int) -> None:
+    owners, leaving = ring_route(rank, shape.layout, shape.mask, range(1, shape.world_size))
+    for _, receiver in leaving:
+        sent.add(receiver, shape.chunk_bytes, 2)
+    for owner in owners if back else ():
+        sent.add(owner, shape.part_bytes, 2)
 
 
-def _allgather(shape: AttentionShape, back: bool, rank: int) -> Traffic:
-    everyone, others = range(shape.world_size), shape.world_size - 1
-    segments = gather_segments(shape.layout, shape.mask, everyone, everyone)
-    parts = parts_sent(segments, shape.world_size)[rank] if back else 0
-    keys = shape.layout.chunks_per_rank * others
-    num_bytes = others * shape.kv_bytes + parts * shape.part_bytes
-    return Traffic(num_bytes, 2 * len(shape.head_groups) * (keys + parts))
+def _gather(sent: _Sent, shape: AttentionShape, size: int, groups: int = 1) -> None:
+    """Count a gather of `size` ranks, by groups of heads."""
+    for receiver in range(size):
+        sent.add(receiver, shape.kv_bytes, 2 * shape.layout.chunks_per_rank * groups)
 
 
-def _alltoall(shape: AttentionShape, back: bool, rank: int) -> Traffic:
-    lse = shape.q_elements // shape.head_dim * shape.sum_bytes
-    sent = 2 * shape.q_bytes + (shape.grad_bytes if back else shape.kv_bytes + lse)
-    return Traffic(sent * (shape.world_size - 1) // shape.world_size, 2 if back else 3)
+def _parts(
+    sent: _Sent, shape: AttentionShape, segments: Sequence[Segment], index: int, groups: int = 1
+) -> None:
+    """Count the parts that rank `index` of a gather gives back."""
+    for segment in segments:
+        for owner in range(*segment.runs[index]):
+            sent.add(owner, shape.part_bytes, 2 * groups)
 
 
-def _hierarchical(shape: AttentionShape, back: bool, rank: int) -> Traffic:
-    kv, sums = shape.kv_bytes, shape.kv_sum_bytes
-    nodes, inner = shape.num_nodes, shape.world_size // shape.num_nodes
-    num_bytes = (nodes - 1) * kv + nodes * (inner - 1) * kv
-    messages = nodes - 1 + nodes * 2 * shape.layout.chunks_per_rank * (inner - 1)
+def _allgather(sent: _Sent, shape: AttentionShape, back: bool, rank: int) -> None:
+    everyone, groups = range(shape.world_size), len(shape.head_groups)
+    _gather(sent, shape, len(everyone), groups)
     if back:
-        num_bytes += (nodes - 1) * sums
-        messages += 2 * (nodes - 1)
-        own, index = divmod(rank, inner)
-        for node in range(nodes):
-            pair = (range(n * inner, (n + 1) * inner) for n in (own, node))
-            segments = gather_segments(shape.layout, shape.mask, *pair)
-            parts = parts_sent(segments, inner)[index]
-            num_bytes += parts * shape.part_bytes
-            messages += 2 * parts
-    return Traffic(num_bytes, messages)
+        segments = gather_segments(shape.layout, shape.mask, everyone, everyone)
+        _parts(sent, shape, segments, rank, groups)
 
 
-TRAFFIC: dict[str, Callable[[AttentionShape, bool, int], Traffic]] = {
+def _hierarchical(sent: _Sent, shape: AttentionShape, back: bool, rank: int) -> None:
+    nodes, size = shape.num_nodes, shape.world_size // shape.num_nodes
+    own, index = divmod(rank, size)
+    of_node = [range(node * size, (node + 1) * size) for node in range(nodes)]
+    inside, outside = sent.on(of_node[own]), sent.on(range(index, shape.world_size, size))
+    for node in range(nodes):
+        _gather(inside, shape, size)
+        if node != own:
+            outside.add((own + 1) % nodes, shape.kv_bytes, 1)
+        if back:
+            outside.add(node, shape.kv_sum_bytes, 2)
+            pair = (of_node[own], of_node[node])
+            _parts(inside, shape, gather_segments(shape.layout, shape.mask, *pair), index)
+
+
+def _shares_heads(rotation: str) -> Count:
+    """Return the count of a rotation of `SHARE_HEADS`: exchanges, and the ring that is left."""
+
+    def count(sent: _Sent, shape: AttentionShape, back: bool, rank: int) -> None:
+        where = (rank, shape.world_size, shape.node_size)
+        sharing, left = sharing_ranks(rotation, *where[1:]), shape_left(rotation, shape)
+        if sharing > 1:
+            to, sources = partners(rotation, *where)
+            peers = sent.on(exchange_ranks(rotation, *where))
+            # A rank's q, k and v of the heads as they are left: of kv heads all that travel.
+            out, kv = left.q_bytes // sharing, left.kv_bytes // sharing
+            for ends, part in (
+                ((to, out), (sources, out + left.grad_bytes // sharing))
+                if back
+                else ((to, out + kv), (sources, out))
+            ):
+                peers.all_to_all(ends, part)
+        ring = ring_ranks(rotation, *where)
+        if len(ring) > 1:
+            _p2p(sent.on(ring), left, back, ring.index(rank))
+
+    return count
+
+
+TRAFFIC: dict[str, Count] = {
     "p2p": _p2p,
     "allgather": _allgather,
     "hierarchical": _hierarchical,
-    "alltoall": _alltoall,
+    **{name: _shares_heads(name) for name in SHARE_HEADS},
 }
-"""(shape, whether it is the backward, rank) -> what the rank sends, with several ranks."""
+"""(counter, shape, whether it is the backward, rank): counts what the rank sends, of several."""
 
 
 def most_traffic(rotation: str, shape: AttentionShape, direction: Direction) -> Traffic:
@@ -113,11 +195,16 @@ def rotation_memory(rotation: str, shape: AttentionShape) -> int:
         # And what others sent of a group of heads, and the diagonal's own.
         "allgather": world * (kv * in_groups + grads) // num_groups + grads,
         "hierarchical": 3 * kv + inner * (in_nodes * kv + grads) + 3 * sums,
-        "alltoall": 2 * (shape.q_bytes + kv),
     }
+    if world == 1:
+        return 0
+    if rotation in SHARE_HEADS:
+        # What is sent and what has come, q, k and v with it; and the ring of what is left.
+        left = shape_left(rotation, shape)
+        return 2 * (left.q_bytes + left.kv_bytes) + rotation_memory(RING, left)
     if rotation not in held:
-        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(held)}")
-    return held[rotation] if world > 1 else 0
+        raise ValueError(f"rotation={rotation!r}: the cost model knows {', '.join(TRAFFIC)}")
+    return held[rotation]
 
 
 def boundary_bytes(shape: AttentionShape, num_levels: int) -> int:

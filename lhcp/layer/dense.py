@@ -71,9 +71,11 @@ def ring_attention(
         group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
-        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
-            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
+        rotation: "p2p", "allgather", "alltoall" (query heads divide over the ranks); on a mesh of
+            two axes also "hierarchical", "hybrid" (query heads divide over the ranks of a node) and
+            "hybrid_context_first" (over the nodes); "ring_flash_attn" (the package); or "auto":
+            what the cost model predicts to be fastest, by a built-in table or by the `Calibration`
+            given instead, which on two axes chooses among those for nodes too.
         backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
             "math", or "auto".
         causal: mask keys after the query's global position.
@@ -99,8 +101,10 @@ def ring_attention(
     documents = None
     if cu_seqlens is not None:
         documents = Bounds(cu_seqlens, q, ranks, layout).agreed(None)
-    out, lse = dense_attention((q, k, v), ranks, choices, Mask(causal), documents)
-    return (out, lse) if return_lse else out
+    out, lse = dense_attention(
+        (q, k, v), ranks, choices, Mask(causal), documents, with_lse=return_lse
+    )
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def dense_attention(
@@ -110,8 +114,12 @@ def dense_attention(
     mask: Mask,
     documents: Documents | None = None,
     layer: object = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend as `ring_attention`, which has the rules; return (out, lse). `layer`: whose call."""
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as `ring_attention`, which has the rules; return (out, lse). `layer`: whose call.
+
+    Without `with_lse`, lse may be None.
+    """
     q, k, v = qkv = as_autocast(*qkv)
 
     def prepare() -> RingPlan:
@@ -120,9 +128,9 @@ def dense_attention(
         plan.layout.check_seqlen(plan.shape.seqlen)
         return plan
 
-    more = (("mask", mask), ("documents given", documents is not None))
+    more = (("mask", mask), ("documents given", documents is not None), ("lse", with_lse))
     plan = Call("dense", qkv, choices, more, layer).agreed(ranks, prepare)
     packed = None
     if documents is not None:
         packed = PackedRows(documents.whole[:, None], documents.limits)
-    return carry_out(q, k, v, plan, choices.spans, packed)
+    return carry_out(q, k, v, plan, choices.spans, packed, with_lse)

@@ -250,9 +250,11 @@ def lighthouse_attention(
         group: ProcessGroup, DeviceMesh of one axis (or two, outer across nodes), or None for one
             rank. Every rank must call with equal shapes and choices.
         layout: "zigzag" or "contiguous": how `shard` cut the sequence.
-        rotation: "p2p", "allgather", "hierarchical" (a mesh of two axes), "alltoall" (kv heads
-            divide over the ranks), "ring_flash_attn" (the package), or "auto": what the cost model
-            predicts to be fastest, by a built-in table or by the `Calibration` given instead.
+        rotation: "p2p", "allgather", "alltoall" (query heads divide over the ranks); on a mesh of
+            two axes also "hierarchical", "hybrid" (query heads divide over the ranks of a node) and
+            "hybrid_context_first" (over the nodes); "ring_flash_attn" (the package); or "auto":
+            what the cost model predicts to be fastest, by a built-in table or by the `Calibration`
+            given instead, which on two axes chooses among those for nodes too.
         backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.

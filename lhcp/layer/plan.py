@@ -27,6 +27,7 @@ from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block, Request
 from lhcp.ring.documents import PackedRows
+from lhcp.ring.heads import TWO_AXES
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
 from lhcp.timing import UNTIMED, Spans
@@ -78,7 +79,7 @@ class Choices:
 
 def by_name(rotation: str | Calibration) -> bool:
     """Return whether a rotation is one for a mesh of two axes, or a table that may take it."""
-    return not isinstance(rotation, str) or rotation == "hierarchical"
+    return not isinstance(rotation, str) or rotation in TWO_AXES
 
 
 def make_plan(
@@ -114,7 +115,7 @@ def make_plan(
         node_size=ranks.node_size,
     )
     name = _rotation(shape, choices.rotation, q.device)
-    check_rotation(name, ranks, shape.num_kv_heads)
+    check_rotation(name, ranks, shape.num_heads)
     if (package := PACKAGE_RINGS.get(name)) is not None:
         package.check(_request(q.dtype, q.shape[3], q.device, packed), layout, mask)
     block = choose_backend(choices.backend, q.dtype, q.shape[3], q.device, packed)
@@ -122,16 +123,22 @@ def make_plan(
 
 
 def carry_out(
-    q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, timers: Spans, packed: PackedRows | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: RingPlan,
+    timers: Spans,
+    packed: PackedRows | None = None,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attend as the plan says, in the ring or in another package's: see `ring.attention`."""
     package = PACKAGE_RINGS.get(plan.rotation)
     if package is not None and plan.ranks.world_size > 1:
         return package.attend(q, k, v, plan)
-    return attention(q, k, v, plan, timers, packed)
+    return attention(q, k, v, plan, timers, packed, with_lse)
 
 
-def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
+def check_rotation(name: str, ranks: Ranks, num_heads: int) -> None:
     """Check that a rotation called so exists and can serve these ranks and heads.
 
     Raises:
@@ -140,7 +147,7 @@ def check_rotation(name: str, ranks: Ranks, num_kv_heads: int) -> None:
     names = (*rotations.names(), *PACKAGE_RINGS)
     if name not in names:
         raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(names)}")
-    if (reason := rotations.refuses(name, ranks, num_kv_heads)) is not None:
+    if (reason := rotations.refuses(name, ranks, num_heads)) is not None:
         raise ValueError(f"rotation={name!r}: {reason}")
 
 

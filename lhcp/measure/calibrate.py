@@ -1,17 +1,17 @@
 """Measure a `Calibration`: blocks of attention, copies, merges and links, on these ranks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lhcp.comm.mesh import Ranks
-from lhcp.cost.calibration import Calibration, Link
+from lhcp.cost.calibration import Calibration, Host, Link
 from lhcp.layer.plan import choose_backend
 from lhcp.measure.clock import copy_bandwidth, seconds_of
-from lhcp.measure.links import link, long_message
-from lhcp.measure.rank_values import gathered
-from lhcp.measure.rates import byte_compute, collective_factors
+from lhcp.measure.links import link, long_message, round_the_ring
+from lhcp.measure.rank_values import barrier, gathered, slowest
+from lhcp.measure.rates import byte_compute, collective_factors, host_seconds
 from lhcp.precision import wide
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs
@@ -50,15 +50,30 @@ def block_seconds(
     return forward, backward
 
 
-def merge_bandwidth(grid: Grid, device: torch.device) -> float:
-    """Return counted bytes a second of the merge of three, so large that launching is nothing."""
+def merge_of_three(grid: Grid, device: torch.device, rows: int) -> tuple[Callable[[], None], int]:
+    """Return the merge of three partial outputs of so many rows, and the bytes that it moves."""
     heads, head_dim, dtype = grid.heads, grid.head_dim, grid.dtype
-    rows = 2**16 if device.type == "cuda" else 2**12
     out, *parts = torch.zeros(4, 1, rows, heads, head_dim, dtype=dtype, device=device)
     lse, *lses = torch.zeros(4, 1, heads, rows, dtype=wide(dtype), device=device)
     wholes = [Partial.whole(*part) for part in zip(parts, lses, strict=True)]
-    seconds = seconds_of(lambda: merge(out, lse, wholes), device)
-    return 4 * out.nbytes / seconds
+    return lambda: merge(out, lse, wholes), 4 * out.nbytes
+
+
+def measured_host(grid: Grid, name: str, ranks: Ranks, device: torch.device) -> Host:
+    """Measure what the host takes for a call, a message and a sum, each too short for the GPU."""
+    block, scale = BLOCKS[name], grid.head_dim**-0.5
+    q = torch.zeros(1, 128, grid.heads, grid.head_dim, dtype=grid.dtype, device=device)
+    small, _ = merge_of_three(grid, device, 128)
+    message = 0.0
+    if ranks.world_size > 1:
+        post = round_the_ring(1024, ranks, device)
+        barrier(ranks, device)
+        message = slowest(host_seconds(lambda: post().wait(), device), ranks)
+    return Host(
+        call=host_seconds(lambda: block.forward(q, KV(q, q), CAUSAL, scale), device),
+        message=message,
+        launch=host_seconds(small, device),
+    )
 
 
 def calibrate(
@@ -72,10 +87,13 @@ def calibrate(
     """Measure on all ranks at once; the result is rank 0's, the links' the slowest rank's.
 
     Args:
-        nodes: 1: all ranks share a node; else the ring of all ranks is measured as the outer link.
+        ranks: of two axes, with several ranks a node: the links inside and across are measured
+            apart, else both round the ring of all.
+        nodes: how many they are on.
         large_message: bytes of the long message that gives the bandwidth.
         say: is told what comes next.
     """
+    cuda = device.type == "cuda"
     name = choose_backend(grid.backend, grid.dtype, grid.head_dim, device).name
     say(f"blocks of {name}: {len(grid.seqlens)} causal, {len(grid.queries) * len(grid.keys)} full")
     square = [(n, *block_seconds(name, grid, n, n, CAUSAL, device)) for n in sorted(grid.seqlens)]
@@ -85,37 +103,64 @@ def calibrate(
         for m in sorted(grid.keys)
     ]
     tiny = torch.zeros(1, device=device)
-    between = Link(latency=0.0, bandwidth=1e18)
+    host = measured_host(grid, name, ranks, device)
+    large_merge, merged_bytes = merge_of_three(grid, device, 2**16 if cuda else 2**12)
+    inner = outer = Link(latency=0.0, bandwidth=1e18)
     gather_factor, alltoall_factor, taken = 1.0, 1.0, 0.0
     if ranks.world_size > 1:
         say(f"messages between {ranks.world_size} ranks")
         large = large_message or long_message(device)
-        found = link(ranks, device, large)
-        latency, rate = found["latency_us"] / 1e6, 1e9 * found["gb_s"]
-        gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
-        # All of it: the gathers' bandwidth is what remains of their time beside it.
-        hop = max(0.0, empty - latency) / (ranks.world_size - 1)
-        between = Link(latency=latency, bandwidth=rate, hop=hop)
-        if device.type == "cpu":
+        apart = ranks.inner is not None and ranks.inner.size() > 1
+        inside = Ranks(ranks.inner) if apart else ranks
+        inner, gather_factor, alltoall_factor = measured_link(inside, ranks, device, large)
+        # Across, all ranks of a node send at once, as in a rotation.
+        outer = measured_link(Ranks(ranks.outer), ranks, device, large)[0] if apart else inner
+        # Posting it is the host's.
+        inner, outer = (
+            replace(one, latency=max(0.0, one.latency - host.message)) for one in (inner, outer)
+        )
+        if not cuda:
             block, scale = BLOCKS[name], grid.head_dim**-0.5
             q = torch.randn(1, square[0][0], grid.heads, grid.head_dim, dtype=grid.dtype)
-            taken = byte_compute(lambda: block.forward(q, KV(q, q), CAUSAL, scale), rate, ranks)
-    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+            kv = KV(q, q)
+            taken = byte_compute(
+                lambda: block.forward(q, kv, CAUSAL, scale), inner.bandwidth, inside
+            )
+    title = torch.cuda.get_device_name(device) if cuda else "cpu"
     calibration = Calibration(
         name=title,
         source=f"lhcp calibrate, torch {torch.__version__}, {name}, {grid.dtype}, "
-        f"{ranks.world_size} ranks, {nodes} nodes; inside and between nodes as round the ring",
+        f"{ranks.world_size} ranks, {nodes} nodes; links as round the ring of all, or, of several "
+        "ranks a node, inside and across apart",
         num_heads=grid.heads,
         head_dim=grid.head_dim,
         square=tuple(square),
         full=tuple(full),
         copy_bandwidth=copy_bandwidth(device),
-        merge_bandwidth=merge_bandwidth(grid, device),
+        merge_bandwidth=merged_bytes / seconds_of(large_merge, device),
         launch=seconds_of(lambda: tiny.add_(1), device),
-        inner=between,
-        outer=between,
+        inner=inner,
+        outer=outer,
         gather_factor=gather_factor,
         alltoall_factor=alltoall_factor,
+        host=host,
         byte_compute=taken,
     )
     return gathered(calibration, ranks)[0]
+
+
+def measured_link(
+    ranks: Ranks, everyone: Ranks, device: torch.device, large: int
+) -> tuple[Link, float, float]:
+    """Return the link round a ring of ranks, and the factors of gathers and all-to-alls on it.
+
+    All rings are measured at once, and the slowest one's is returned on every rank.
+    """
+    barrier(everyone, device)
+    of_link = link(ranks, device, large)
+    latency, rate = of_link["latency_us"] / 1e6, 1e9 * of_link["gb_s"]
+    gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
+    # All of it: the gathers' bandwidth is what remains of their time beside it.
+    hop = max(0.0, empty - latency) / (ranks.world_size - 1)
+    found = (Link(latency=latency, bandwidth=rate, hop=hop), gather_factor, alltoall_factor)
+    return min(gathered(found, everyone), key=lambda of_ring: of_ring[0].bandwidth)

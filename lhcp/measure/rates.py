@@ -16,6 +16,20 @@ from lhcp.measure.links import latency_and_rate, round_the_ring
 from lhcp.measure.rank_values import slowest
 
 
+def host_seconds(run: Callable[[], Any], device: torch.device, calls: int = 100) -> float:
+    """Return what the host takes to launch a call whose kernels are shorter; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    run()
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    seconds = (time.perf_counter() - begin) / calls
+    torch.cuda.synchronize(device)
+    return seconds
+
+
 def byte_compute(
     run: Callable[[], Any], rate: float, ranks: Ranks, repeats: int = 96, long: float = 0.05
 ) -> float:

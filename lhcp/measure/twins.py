@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.torch_private import new_fake_group
-from lhcp.precision import wide
+from lhcp.ring.heads import SHARE_HEADS
 from lhcp.ring.kv import KV
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.rotation import ROTATIONS
@@ -93,14 +93,17 @@ class Communication:
         self._plan, self._spans = plan, spans
         self._alone = plan.ranks.world_size == 1
         self._gradient = cache(self._make_gradient)
+        self._heads: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
+        self._left: Communication | None = None
+        """What is left of the attention once heads are exchanged."""
 
     def forward(self) -> None:
         """Send what the forward sends."""
         if self._alone:
             return
-        if self._plan.rotation == "alltoall":
-            self._out = self._exchange_heads()
+        if self._plan.rotation in SHARE_HEADS:
+            self._exchange_heads()
             return
         for _ in self._rotation(backward=False).deliver():
             pass
@@ -109,9 +112,8 @@ class Communication:
         """Send what the backward sends; after `forward`."""
         if self._alone:
             return
-        if self._plan.rotation == "alltoall":
-            assert self._out is not None
-            torch.autograd.grad(self._out, self._qkv, self._qkv[0].detach(), retain_graph=True)
+        if self._plan.rotation in SHARE_HEADS:
+            self._exchange_gradients()
             return
         rotation = self._rotation(backward=True)
         chunk = self._plan.shape.chunk
@@ -132,15 +134,29 @@ class Communication:
         shape = (2, k.shape[0], tokens, heads, k.shape[3])
         return KV(*torch.randn(shape, dtype=k.dtype, device=k.device))
 
-    def _exchange_heads(self) -> Tensor:
-        """Send heads out and back: a graph whose backward sends the gradients' two messages."""
-        device, spans = self._kv.k.device, self._spans
-        exchange = (self._plan.ranks, self._plan.layout, spans)
-        with spans.span("alltoall", "wait", 0, device):
-            q, _, _ = TokensToHeads.apply(*self._qkv, *exchange)
-        with spans.span("alltoall", "wait", 1, device), torch.no_grad():
-            HeadsToTokens.apply(q[..., :1].to(wide(q.dtype)), *exchange)
-        with spans.span("alltoall", "wait", 2, device):
-            out = HeadsToTokens.apply(q, *exchange)
-        assert isinstance(out, Tensor)
-        return out
+    def _exchange_heads(self) -> None:
+        """Send heads out and back, and between the two what is left of the attention."""
+        device, spans, plan = self._kv.k.device, self._spans, self._plan
+        shares = plan.sharing_ranks > 1
+        q, k, v = self._qkv
+        if shares:
+            with spans.span("alltoall", "wait", 0, device):
+                q, k, v = TokensToHeads.apply(q, k, v, plan, spans)
+        self._heads = (q, k, v)
+        self._left = Communication((q, k, v), plan.after_exchange(), spans)
+        self._left.forward()
+        if not shares:
+            return
+        with spans.span("alltoall", "wait", 1, device):
+            self._out = HeadsToTokens.apply(q, plan, spans)
+
+    def _exchange_gradients(self) -> None:
+        """Send the output's gradient out, what the rest sends, and those of q, k and v back."""
+        assert self._left is not None
+        if self._out is not None:
+            out = self._qkv[0].detach()
+            torch.autograd.grad(self._out, self._heads[0], out, retain_graph=True)
+        self._left.backward()
+        if self._out is not None:
+            grads = [x.detach() for x in self._heads]
+            torch.autograd.grad(self._heads, self._qkv, grads, retain_graph=True)

@@ -27,6 +27,7 @@ from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
 from lhcp.operators import operator
 from lhcp.ring.block.base import Bounds
+from lhcp.ring.heads import kv_copies, part_of_heads
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.schedule import Call, Step
 from lhcp.ring.shape import AttentionShape, Mask
@@ -42,16 +43,23 @@ class PackedRows(NamedTuple):
     """int64 [3] on the CPU: `Mask.documents`, `longest` and `reach`, equal on all ranks: messages
     depend on them."""
 
-    def of_heads(self, index: int, num_groups: int) -> "PackedRows":
-        """Return those of group number `index` of the kv heads, of so many equal groups."""
-        if self.numbers.shape[1] == 1:
-            return self
-        return self._replace(numbers=self.numbers.chunk(num_groups, 1)[index])
+    def after_exchange(self, plan: RingPlan, left: RingPlan) -> "PackedRows":
+        """Return the documents of this rank's part of the kv heads, for longer chunks.
 
-    def on_one_rank(self, num_chunks: int) -> "PackedRows":
-        """Return the same for a plan in which the whole sequence, of so many chunks, is one."""
-        documents, longest, _ = self.limits.tolist()
-        return self._replace(limits=torch.tensor([documents * num_chunks, longest, 0]))
+        Args:
+            plan: with the heads of all; left: what it leaves once heads are exchanged.
+        """
+        numbers = self.numbers
+        if numbers.shape[1] > 1:
+            sharing = plan.sharing_ranks
+            copies = kv_copies(plan.shape.num_heads, plan.shape.num_kv_heads, sharing)
+            place = (plan.ranks.rank, plan.ranks.world_size, plan.ranks.node_size)
+            parts = numbers.repeat_interleave(copies, 1).chunk(sharing, 1)
+            numbers = parts[part_of_heads(plan.rotation, *place)]
+        documents, longest, reach = self.limits.tolist()
+        chunks = plan.layout.num_chunks // left.layout.num_chunks
+        reach = -(-reach // chunks) if left.layout.num_chunks > 1 else 0
+        return PackedRows(numbers, torch.tensor([documents * chunks, longest, reach]))
 
     def limit(self, plan: RingPlan) -> RingPlan:
         """Return a plan whose calls and messages reach as far as documents do."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from lhcp.comm.layout import Layout, make_layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.ring.heads import RING, shape_left, sharing_ranks
 from lhcp.ring.shape import AttentionShape
 
 PackedPlan = tuple[str, list[int], float]
@@ -43,6 +44,18 @@ class RingPlan:
             node_size=None,
         )
         return replace(self, ranks=Ranks(), shape=shape)
+
+    @property
+    def sharing_ranks(self) -> int:
+        """How many ranks share the heads of their tokens; 1 where the rotation exchanges none."""
+        return sharing_ranks(self.rotation, self.shape.world_size, self.ranks.node_size)
+
+    def after_exchange(self) -> "RingPlan":
+        """Return the plan of what is left once heads are exchanged: of the sequence, in a ring."""
+        group = {"hybrid": self.ranks.outer, "hybrid_context_first": self.ranks.inner}
+        ranks = Ranks(group.get(self.rotation), allocate=self.ranks.allocate)
+        shape = shape_left(self.rotation, self.shape)
+        return replace(self, ranks=ranks, shape=shape, rotation=RING)
 
     def pack(self) -> PackedPlan:
         """Return the plan as arguments of an operator; `unpack` is the way back."""

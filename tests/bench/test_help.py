@@ -12,7 +12,12 @@ COMMANDS = [
     *("bench.rotation.overhead", "bench.rotation.peer_rings"),
     *("bench.rotation.graphs", "bench.rotation.document_balance"),
     *("bench.rotation.predict_rows", "bench.rotation.multi_gpu_page", "bench.rotation.netns"),
-    *("bench.scaling", "tests.evidence.check_ranks", "tests.evidence.error_by_ranks"),
+    *(
+        "bench.scaling",
+        "bench.scaling.plan",
+        "tests.evidence.check_ranks",
+        "tests.evidence.error_by_ranks",
+    ),
     *("tests.evidence.long_cpu", "tests.evidence.netns_train"),
 ]
 

@@ -10,7 +10,7 @@ import torch
 import lhcp
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import as_ranks
-from lhcp.cost.calibration import Link
+from lhcp.cost.calibration import Host, Link
 from lhcp.cost.tables import CPU
 from lhcp.layer.plan import Choices, fastest_rotation, make_plan
 from lhcp.ring.shape import AttentionShape
@@ -60,6 +60,22 @@ def attend(group: Any, rotation: Any) -> bool:
 
 def test_a_table_is_given_as_the_rotation(ranks: RankPool) -> None:
     assert ranks.run(attend, 4, SLOW_GATHERS) == [True] * 4
+
+
+def test_a_table_chooses_among_those_for_nodes(ranks: RankPool) -> None:
+    """Fails if a mesh of two axes does not have the hybrids considered, or ranks differ."""
+    # Nothing crosses nodes in time but what shares heads: the least bytes win.
+    across = replace(CPU, name="slow nodes", inner=FAST, outer=Link(latency=0.0, bandwidth=1e3))
+    (name,) = set(ranks.run(chosen, 4, across, num_nodes=2))
+    assert name in ("hybrid", "hybrid_context_first")
+    assert ranks.run(chosen, 4, across) == ["allgather"] * 4
+
+
+def test_built_in_tables_by_name() -> None:
+    """Fails if an unknown machine gets a table in silence."""
+    assert lhcp.built_in_calibration("B200").in_graphs().host == Host()
+    with pytest.raises(ValueError, match="built-in tables are H200, B200, cpu"):
+        lhcp.built_in_calibration("TPU")
 
 
 def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,12 +9,13 @@ import torch
 
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.cost import choose as choosing
-from lhcp.cost.calibration import BlockSize, Calibration, Link, interpolate
-from lhcp.cost.choose import choose, play, predict
+from lhcp.cost.calibration import BlockSize, Calibration, Host, Link, interpolate
+from lhcp.cost.choose import CANDIDATES, DIRECTIONS, choose, play, predict
 from lhcp.cost.clocks import Clocks, Message, Setting, finish, step_seconds
 from lhcp.cost.schedules import SCHEDULES
-from lhcp.cost.tables import CALIBRATIONS, CPU, H200
-from lhcp.cost.traffic import TRAFFIC, attention_flops, most_traffic, rotation_memory
+from lhcp.cost.tables import B200, CALIBRATIONS, CPU, H200
+from lhcp.cost.traffic import TRAFFIC, attention_flops, most_traffic, rotation_memory, traffic
+from lhcp.ring.heads import SHARE_HEADS, shape_left
 from lhcp.ring.kv import KV
 from lhcp.ring.rotation import NAMES, ROTATIONS
 from lhcp.ring.rotation.base import RotationContext
@@ -139,9 +140,8 @@ def test_the_model_plays_the_schedule_that_runs(
 
 def test_messages_hide_behind_long_steps() -> None:
     """Fails if the schedule is not pipelined: fast links must cost next to nothing."""
-    fast = replace(
-        H200, inner=Link(latency=0.0, bandwidth=1e15), outer=Link(latency=0.0, bandwidth=1e15)
-    )
+    free = Link(latency=0.0, bandwidth=1e15)
+    fast = replace(H200.in_graphs(), inner=free, outer=free)
     for rotation in ("p2p", "allgather", "hierarchical"):
         for phase in (
             predict(rotation, BASE, fast).forward,
@@ -241,7 +241,7 @@ def test_choice_follows_the_machine() -> None:
         for calibration in CALIBRATIONS.values():
             rotation, reason = choose(shape, calibration)
             assert choose(shape, calibration) == (rotation, reason)
-            times = {r: total(r, shape, calibration) for r in ("allgather", "p2p", "hierarchical")}
+            times = {r: total(r, shape, calibration) for r in CANDIDATES}
             assert times[rotation] == min(times.values())
             assert all(r in reason for r in times) and calibration.name in reason
     assert choose(replace(BASE, node_size=None), CPU, ("alltoall",))[0] == "alltoall"
@@ -257,8 +257,7 @@ def test_choosing_plays_each_candidate_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(choosing, "play", counted)
     choose(BASE, H200)
-    names = ("allgather", "p2p", "hierarchical")
-    assert played == [(name, d, {}) for name in names for d in ("forward", "backward")]
+    assert played == [(name, d, {}) for name in CANDIDATES for d in ("forward", "backward")]
 
 
 def test_calibration_file(tmp_path: Path) -> None:
@@ -305,5 +304,106 @@ def test_narrower_keys_save_their_own_bytes(rotation: str) -> None:
         sent = [most_traffic(rotation, shape, direction).num_bytes for shape in (BASE, half)]  # type: ignore[arg-type]
         assert (sent[1] < sent[0]) == less
         # Keys alone are halved.
-        keys_alone = direction == "forward" and rotation != "alltoall"
+        keys_alone = direction == "forward" and rotation not in SHARE_HEADS
         assert sent[1] == sent[0] / 2 if keys_alone else sent[1] > sent[0] / 2
+
+
+def test_the_host_by_hand() -> None:
+    """Fails if launches are not waited for, are charged to graphs, or do not go on beside work."""
+    host = Host(call=0.5, message=2.0)
+    slow = replace(HAND, host=host)
+    # The keys' message is posted at 2, there at 6.5; the own call is launched at 2.5 and runs 3.
+    assert predict("p2p", HAND_SHAPE, slow).forward.real == pytest.approx(6.5 + 3)
+    # Backward: keys at 6.5; calls 2.5 to 8.5 and 8.5 to 14.5; the parts' message 14.5 to 19.
+    assert predict("p2p", HAND_SHAPE, slow).backward.real == pytest.approx(14.5 + 4.5)
+    # A host that takes longer than all else is what is left: two calls and one batch; two and two.
+    slower = replace(HAND, host=Host(call=50.0, message=20.0))
+    assert predict("p2p", HAND_SHAPE, slower).forward.real == pytest.approx(20 + 2 * 50 + 3)
+    assert predict("p2p", HAND_SHAPE, slower).forward.compute == pytest.approx(2 * 50 + 3)
+    in_graphs = predict("p2p", HAND_SHAPE, slow.in_graphs())
+    assert in_graphs.real == predict("p2p", HAND_SHAPE, HAND).real
+    assert slow.in_graphs().name == "hand, graphs"
+
+
+def test_nics_by_hand() -> None:
+    """Fails if ranks of a node that are more than its NICs do not share them, or fewer gain."""
+    assert [replace(HAND, nics=n).across(4).bandwidth for n in (1, 2, 4, 8)] == [0.25, 0.5, 1, 1]
+    assert HAND.across(4) == replace(HAND, nics=2).across(None) == HAND.outer
+    narrow = replace(H200, nics=2)
+    for rotation in ("p2p", "allgather", "hierarchical", "hybrid", "hybrid_context_first"):
+        all_of_them, two = (total(rotation, BASE, table) for table in (H200, narrow))
+        assert two > all_of_them
+    # Inside a node nobody asks a NIC.
+    alone = replace(BASE, node_size=None)
+    assert total("p2p", alone, narrow) == total("p2p", alone, H200)
+
+
+def test_all_to_alls_cross_nodes_by_each_ranks_nic() -> None:
+    """Fails if parts for other nodes are shared out over NICs as a ring's bytes are."""
+    shape = replace(HAND_SHAPE, seqlen=8, layout=Layout("contiguous", 8), node_size=4)
+    setting = Setting(shape, HAND, "forward")
+    clocks = Clocks(setting, compute=True, communicate=True)
+    # 7 bytes, one for each other rank: four of them across, by one NIC. HAND has no hops: 7 x 0.5.
+    assert clocks.all_to_all([7.0], [range(8)]) == [7.0 + 3.5] * 8
+    quick = setting._replace(calibration=replace(HAND, inner=replace(HAND_LINK, bandwidth=1e9)))
+    across = Clocks(quick, compute=True, communicate=True)
+    assert across.all_to_all([7.0], [range(8)]) == pytest.approx([4.0 + 3.5] * 8)
+    gathered = Clocks(quick, compute=True, communicate=True)
+    assert gathered.gather(1.0, [range(8)]) == pytest.approx([7 / 4 + 3.5] * 8)
+
+
+def test_hybrid_is_the_ring_of_what_is_left_between_exchanges() -> None:
+    """Fails if the ring is not played as p2p of fewer ranks, or an exchange is left out."""
+    free = Link(latency=0.0, bandwidth=1e30)
+    table = replace(H200.in_graphs(), inner=free, copy_bandwidth=1e30, launch=0.0, nics=None)
+    shape = replace(BASE, layout=make_layout("zigzag", 16), node_size=4)
+    left = shape_left("hybrid", shape)
+    for direction in ("forward", "backward"):
+        hybrid, ring = (
+            play(name, Setting(one, table, direction)).seconds  # type: ignore[arg-type]
+            for name, one in (("hybrid", shape), ("p2p", left))
+        )
+        assert hybrid == pytest.approx(ring)
+    # Exchanges hide behind nothing: 1 GB/s inside the node adds their bytes to the time.
+    slow = replace(table, inner=Link(latency=0.0, bandwidth=1e9))
+    inside = [
+        sent.num_bytes - sent.across_bytes
+        for sent in (most_traffic("hybrid", shape, d) for d in DIRECTIONS)
+    ]
+    more = total("hybrid", shape, slow) - total("hybrid", shape, table)
+    assert more == pytest.approx(sum(inside) / 1e9)
+
+
+def test_what_the_model_says_of_four_nodes() -> None:
+    """Fails if sharing heads is no longer predicted to win on 32 ranks of four nodes."""
+    layout = make_layout("zigzag", 32)
+    short = replace(BASE, layout=layout, node_size=8)
+    assert choose(short, B200.in_graphs())[0] == "hybrid_context_first"
+    assert choose(replace(short, seqlen=2**20), B200.in_graphs())[0] == "hybrid"
+    # 12 heads divide over four nodes and not over eight ranks.
+    twelve = choose(replace(short, num_heads=12, num_kv_heads=12), B200.in_graphs())
+    assert twelve[0] == "hybrid_context_first" and "hybrid " not in twelve[1]
+
+
+def test_every_nic_carries_a_part_of_its_own() -> None:
+    """Fails if bytes cross nodes twice, or some NICs carry what others leave."""
+    shape = replace(BASE, layout=make_layout("zigzag", 32), node_size=8)
+    for direction, back in (("forward", 0), ("backward", 1)):
+        sent = [traffic("hierarchical", shape, direction, r) for r in range(32)]  # type: ignore[arg-type]
+        # Each rank passes each other node's shard of its index on once; sums come back wide.
+        across = 3 * shape.kv_bytes + back * 3 * shape.kv_sum_bytes
+        assert {one.across_bytes for one in sent} == {across}
+        hybrid = [traffic("hybrid", shape, direction, r).across_bytes for r in range(32)]  # type: ignore[arg-type]
+        for node in range(4):
+            assert len(set(hybrid[node * 8 : node * 8 + 8])) == 1
+    # Head first, by hand: a node gives 2 of 8 chunks of keys to those nodes that see them, at most
+    # 6 times together; each NIC an eighth of the heads of it.
+    keys = [traffic("hybrid", shape, "forward", r).across_bytes for r in range(32)]
+    assert max(keys) == 6 * (32 * shape.kv_bytes // 8) // 8
+    # Context first: of q, k and v three of four parts; of the output all of them, to one node.
+    for rank in range(32):
+        node, place = divmod(rank, 8)
+        own = place * 4 // 8 == node
+        back = 0 if own else shape.q_bytes
+        sent = traffic("hybrid_context_first", shape, "forward", rank).across_bytes
+        assert sent == (shape.q_bytes + shape.kv_bytes) * 3 // 4 + back

@@ -23,6 +23,7 @@ from tests.cases import (
     Problem,
     covering,
     ids,
+    num_nodes,
     reference_answer,
     serves,
     together,
@@ -63,7 +64,9 @@ def fits(choice: dict[str, Any]) -> bool:
     """Whether the choice can be done at all, and in no time."""
     p = make(choice).problem
     size = p.seqlen * p.batch * p.num_kv_heads * p.groups
-    return size < 20_000 and serves(choice["rotation"], choice["world_size"], p.num_kv_heads)
+    return size < 20_000 and serves(
+        choice["rotation"], choice["world_size"], p.num_kv_heads * p.groups
+    )
 
 
 def cases(seed: int) -> list[Case]:
@@ -150,7 +153,7 @@ WAYS = [(1, "zigzag", "p2p")] + [
     (world, layout, rotation)
     for world, layout in ((2, "zigzag"), (2, "contiguous"), (4, "zigzag"))
     for rotation in ROTATIONS
-    if serves(rotation, world, PROBLEM.num_kv_heads) and rotation != "hierarchical"
+    if serves(rotation, world, PROBLEM.num_kv_heads * PROBLEM.groups) and rotation != "hierarchical"
 ]
 
 
@@ -164,7 +167,7 @@ def test_nothing_leaks(
     of = docs_of(PROBLEM)[0]
     parts = [changes(None, case, own)]
     if world_size > 1:
-        parts = ranks.run(changes, world_size, case, own)
+        parts = ranks.run(changes, world_size, case, own, num_nodes=num_nodes(case))
     for i, token in enumerate(tokens_to_change(PROBLEM)):
         moved = [together([part[i][j] for part in parts], layout, dim=0) for j in range(4)]
         assert not any(m[of != of[token]].any() for m in moved), token

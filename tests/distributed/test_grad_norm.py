@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lhcp
 from lhcp.comm.layout import LayoutName
 from lhcp.layer.module import Mode
+from lhcp.ring.heads import TWO_AXES
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
 from tests import llama
@@ -190,3 +191,28 @@ def test_gradients_of_eight_ranks_are_one_ranks(
     """As on four, where three axes meet."""
     dtype = torch.float64
     check(eight_ranks.run(on_a_mesh, 8, case, mode, dtype), mode, dtype, 1e-12)
+
+
+def on_two_nodes(
+    group: Any, rotation: str, mode: Mode, dtype: torch.dtype
+) -> tuple[float, dict[str, Tensor]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    cp = lhcp.ContextParallel(mesh, rotation=rotation)
+    model = llama.make(attention(cp), dtype)
+    lhcp.set_mode(model, mode)
+    everyone = mesh._flatten("everyone")
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=everyone)
+    mine = cp.shard(batch())
+    tokens, positions, labels = (mine[key] for key in ("input_ids", "position_ids", "shift_labels"))
+    loss = model(tokens, positions, lambda x, w: cp.linear_loss(x, w, labels, over=mesh))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("mode", ["dense", "lighthouse"])
+@pytest.mark.parametrize("rotation", TWO_AXES)
+def test_gradients_on_two_nodes_are_one_ranks(ranks: RankPool, rotation: str, mode: Mode) -> None:
+    """Fails if nodes and ranks have another gradient: a checkpoint would not go on there."""
+    dtype = torch.float64
+    check(ranks.run(on_two_nodes, 4, rotation, mode, dtype), mode, dtype, 1e-12)

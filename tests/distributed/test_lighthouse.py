@@ -54,7 +54,9 @@ def fits(choice: dict[str, Any]) -> bool:
     """Whether the choice can be done at all, and in no time."""
     p = make(choice).problem
     size = p.seqlen * p.batch * p.num_kv_heads * p.groups
-    return size < 100_000 and serves(choice["rotation"], choice["world_size"], p.num_kv_heads)
+    return size < 100_000 and serves(
+        choice["rotation"], choice["world_size"], p.num_kv_heads * p.groups
+    )
 
 
 def cases(factors: dict[str, tuple[Any, ...]], seed: int) -> list[Case]:

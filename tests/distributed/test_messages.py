@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lhcp
 from lhcp.comm.collectives import Rows, all_to_alls
-from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.testing.ranks import RankPool
 from tests.cases import LAYOUTS, ROTATIONS, TWO_AXES, Problem
 
@@ -41,9 +41,11 @@ class MessageRecorder(TorchDispatchMode):
     def __enter__(self) -> "MessageRecorder":
         original = self._all_to_all = dist.all_to_all_single
 
-        def wrapped(output: Tensor, given: Tensor, group: dist.ProcessGroup) -> Any:
+        def wrapped(
+            output: Tensor, given: Tensor, group: dist.ProcessGroup, **splits: list[int]
+        ) -> Any:
             self.messages.append(("alltoall", given.numel(), given.dtype, group.size()))
-            return original(output, given, group=group)
+            return original(output, given, group=group, **splits)
 
         dist.all_to_all_single = wrapped
         super().__enter__()
@@ -136,6 +138,29 @@ def parts(layout: LayoutName, world: int, rank: int, keys: range) -> Counter[int
     return found
 
 
+def ring(
+    forward: Counter[Message],
+    backward: Counter[Message],
+    call: Asked,
+    cut: Layout,
+    rank: int,
+    kv: int,
+) -> None:
+    """Count what p2p sends: keys to whoever attends to them, gradients to whose keys they are.
+
+    Chunk by chunk; `kv` elements of a rank's keys.
+    """
+    chunk = kv // cut.chunks_per_rank
+    for other in set(range(cut.world_size)) - {rank}:
+        asked, given = (
+            sum(k < cut.chunks(queries)[-1] for k in cut.chunks(owner))
+            for queries, owner in ((other, rank), (rank, other))
+        )
+        distance = (other - rank) % cut.world_size
+        forward["send", chunk, call.dtype, distance] += 2 * asked
+        backward["send", chunk, call.dtype, distance] += 2 * (asked + given)
+
+
 def expected(call: Asked, rank: int) -> tuple[Counter[Message], Counter[Message]]:
     """What a rank should send, from sizes alone."""
     p, world = call.problem, call.world_size
@@ -148,16 +173,7 @@ def expected(call: Asked, rank: int) -> tuple[Counter[Message], Counter[Message]
     forward: Counter[Message] = Counter()
     backward: Counter[Message] = Counter()
     if call.rotation == "p2p":
-        # Keys to whoever attends to them, gradients to whose keys they are: chunk by chunk.
-        cut = make_layout(call.layout, world)
-        for other in set(range(world)) - {rank}:
-            asked, given = (
-                sum(k < cut.chunks(queries)[-1] for k in cut.chunks(owner))
-                for queries, owner in ((other, rank), (rank, other))
-            )
-            distance = (other - rank) % world
-            forward["send", kv // slots, call.dtype, distance] += 2 * asked
-            backward["send", kv // slots, call.dtype, distance] += 2 * (asked + given)
+        ring(forward, backward, call, make_layout(call.layout, world), rank, kv)
     elif call.rotation == "allgather":
         for distance in range(1, world):
             forward["send", kv // slots, call.dtype, distance] = 2 * slots
@@ -178,14 +194,23 @@ def expected(call: Asked, rank: int) -> tuple[Counter[Message], Counter[Message]
             if node != own:
                 backward["send", kv, wide, (node - own) % nodes] += 2
     else:
-        assert call.rotation == "alltoall", "a new rotation: say what it sends"
+        # How many ranks share heads, in a group of how many; how many are left in a ring.
+        nodes, size = TWO_AXES.get(call.rotation, {}).get(world, (1, world))
+        sharing, group, left = {
+            "alltoall": (world, world, 1),
+            "hybrid": (size, size, nodes),
+            "hybrid_context_first": (nodes, world, size),
+        }[call.rotation]
         row = p.batch * tokens
         out, packed = row * heads * p.head_dim, row * (heads + 2 * p.num_kv_heads) * p.head_dim
-        forward["alltoall", packed, call.dtype, world] += 1
-        forward["alltoall", out, call.dtype, world] += 1
-        forward["alltoall", row * heads, wide, world] += 1
-        backward["alltoall", packed, call.dtype, world] += 1
-        backward["alltoall", out, call.dtype, world] += 1
+        if sharing > 1:
+            for sent in (forward, backward):
+                sent["alltoall", packed, call.dtype, group] += 1
+                sent["alltoall", out, call.dtype, group] += 1
+        if left > 1:
+            # The ring of fewer ranks: as many elements of keys, of longer chunks and fewer heads.
+            mine = rank // size if call.rotation == "hybrid" else rank % size
+            ring(forward, backward, call, make_layout(call.layout, left), mine, kv)
     if call.lighthouse:
         # The first chunk owes the next rank, the second one the previous.
         rows = p.batch * (p.num_levels - 1) * heads * p.head_dim
@@ -224,7 +249,8 @@ def test_every_message_is_accounted_for(ranks: RankPool, call: Asked) -> None:
     for rank, (forward, backward) in enumerate(recorded):
         assert (Counter(forward), Counter(backward)) == expected(call, rank)
         # What p2p sends, and gradients, depend on who may see what; the rest is every rank's.
-        assert recorded[0][0] == forward or call.rotation == "p2p"
+        rings = ("p2p", "hybrid", "hybrid_context_first")
+        assert recorded[0][0] == forward or call.rotation in rings
         collectives = [[m for m in sent if m[0] != "send"] for sent in (recorded[0][1], backward)]
         assert collectives[0] == collectives[1]
 

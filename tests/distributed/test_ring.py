@@ -133,7 +133,8 @@ def fits(choice: dict[str, Any]) -> bool:
     world_size = choice["world_size"]
     if world_size == 1:
         return bool(choice["rotation"] == "p2p")
-    return serves(choice["rotation"], world_size, choice["num_kv_heads"])
+    heads = choice["num_kv_heads"] * choice["groups"]
+    return serves(choice["rotation"], world_size, heads)
 
 
 CASES = [Dense(**choice) for choice in covering(FACTORS, fits)]

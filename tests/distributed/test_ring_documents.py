@@ -134,7 +134,7 @@ def answer(group: Any, case: Packed) -> Results:
         cuts = [case.cu_seqlens(head)[:-1].long() for head in range(case.num_kv_heads)]
         limits = [number_tokens(cut_, cut, q.device).limits for cut_ in cuts]
         packed = PackedRows(case.numbers().int(), torch.stack(limits).amax(0))
-        o, lse = carry_out(q, k, v, plan, UNTIMED, packed)
+        o, lse = carry_out(q, k, v, plan, UNTIMED, packed, with_lse=True)
     else:
         o, lse = lhcp.ring_attention(
             q,
@@ -179,7 +179,8 @@ def fits(choice: dict[str, Any]) -> bool:
     world_size = choice["world_size"]
     if world_size == 1:
         return bool(choice["rotation"] == "p2p")
-    return serves(choice["rotation"], world_size, choice["num_kv_heads"])
+    heads = choice["num_kv_heads"] * choice["groups"]
+    return serves(choice["rotation"], world_size, heads)
 
 
 CASES = [Packed(**choice) for choice in covering(FACTORS, fits)]

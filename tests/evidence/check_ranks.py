@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long-topk", type=int, default=4096)
     parser.add_argument("--long-levels", type=int, default=4)
     parser.add_argument("--long-only", action="store_true", help="only rank 0 against float64")
-    parser.add_argument("--nodes", type=int, default=2, help="outer axis for hierarchical")
+    parser.add_argument("--nodes", type=int, default=2, help="the outer of two axes")
     parser.add_argument("--compiler", default="inductor", help="of torch.compile; none: skip it")
     parser.add_argument("--goal", type=float, default=1.05, help="error over ring-flash-attn's")
     parser.add_argument("--slack", type=float, default=1.0, help="times the long bounds")
@@ -94,7 +94,7 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
     """Do all rows; the same document on every rank.
 
     Args:
-        nodes: all ranks; of two axes where "hierarchical" is to be checked.
+        nodes: all ranks; of two axes where rotations that want them are to be checked.
     """
     ranks, shown = Ranks(nodes.flat), nodes.rank == 0
     dtype = dtype_of(args.dtype, device)
@@ -107,7 +107,7 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
         chosen: list[Choice] = []
         if not args.long_only:
             wanted = (args.backend, args.rotations)
-            chosen, missing = choices_beside_peer(nodes, own.inputs[0], args.kv_heads, *wanted)
+            chosen, missing = choices_beside_peer(nodes, own.inputs[0], *wanted)
         found, one[problem.kind] = against_float64(own, chosen, ranks)
         rows += show(found, shown)
         if problem.config is not None and args.compiler != "none":
@@ -115,7 +115,7 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
     rows += show(over_peer(rows, args.goal), shown)
     for problem in long:
         own = prepare(problem, ranks, device, args.backend, exact=False)
-        chosen = choices(nodes, args.kv_heads, [args.backend], args.rotations)
+        chosen = choices(nodes, args.heads, [args.backend], args.rotations)
         rows += show(against_one_rank(own, chosen, ranks, one[problem.kind], args.slack), shown)
     wrong = [f"{title(row)}: {row['wrong']}" for row in rows if row["wrong"]]
     document: dict[str, Any] = {"rows": rows, "one_rank": one, "peer_missing": missing}

@@ -25,12 +25,13 @@ from bench.common.page import Page
 from bench.common.problem import TENSORS, Answers, AttentionProblem
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.console import escape_unprintable
+from lhcp.ring.heads import TWO_AXES, sharing_ranks
 from lhcp.testing.ranks import RankPool
 from tests.cases import together
 from tests.evidence.check_problem import exact_answers, select
 from tests.evidence.whole import Entries, equal, whole_selection
 
-BOUNDS = {"allgather": 1.5, "p2p": 2.0, "hierarchical": 2.0, "alltoall": 1.5}
+BOUNDS = {"allgather": 1.5, "alltoall": 1.5} | dict.fromkeys(("p2p", *TWO_AXES), 2.0)
 """Error of W ranks over that of one; a ring merges in steps, the others attend in one or two."""
 NUM_NODES = 2
 Errors = dict[str, tuple[float, float]]
@@ -72,9 +73,10 @@ def measure(
     for rotation in args.rotations:
         found[rotation, 1] = one
         for world in args.ranks:
-            if rotation == "alltoall" and problem.num_heads % world:
+            nodes = NUM_NODES if rotation in TWO_AXES else None
+            sharing = sharing_ranks(rotation, world, None if nodes is None else world // nodes)
+            if problem.num_heads % sharing:
                 continue
-            nodes = NUM_NODES if rotation == "hierarchical" else None
             parts = pool.run(answer, world, problem, rotation, num_nodes=nodes)
             whole = tuple(
                 together(x, "zigzag") for x in zip(*(part for part, _ in parts), strict=True)
@@ -148,7 +150,7 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
     }
     facts = dated_card(
         CPU,
-        ranks=f"gloo, W = 1, {', '.join(map(str, args.ranks))}; hierarchical on {NUM_NODES} nodes",
+        ranks=f"gloo, W = 1, {', '.join(map(str, args.ranks))}; two axes as {NUM_NODES} nodes",
         sizes=f"B=1, H=Hk={args.heads}, head_dim {args.head_dim}, zigzag, backend cpu, {config}",
     )
     page = Page("Error against float64 by number of ranks", facts)

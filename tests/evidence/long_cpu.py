@@ -29,6 +29,7 @@ from bench.common.problem import Answers, AttentionProblem
 from lhcp import reference
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.console import escape_unprintable
+from lhcp.ring.heads import TWO_AXES
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from tests.evidence import check_problem
@@ -159,7 +160,7 @@ def measure(
     )
     records, runs = [], []
     for rotation in args.rotations:
-        nodes = args.nodes if rotation == "hierarchical" else None
+        nodes = args.nodes if rotation in TWO_AXES else None
         begin = time.perf_counter()
         parts = pool.run(answer, args.ranks, problem, rotation, positions, num_nodes=nodes)
         seconds = time.perf_counter() - begin
@@ -194,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--seqlen", type=int, default=2**20)
     parser.add_argument("--ranks", type=int, default=32)
-    parser.add_argument("--nodes", type=int, default=4, help="of the hierarchical rotation")
+    parser.add_argument("--nodes", type=int, default=4, help="of rotations that want two axes")
     parser.add_argument("--rotations", nargs="*", default=["p2p", "hierarchical"])
     parser.add_argument("--dtypes", nargs="*", default=["float32"], choices=("float32", "float64"))
     add_layer(parser, topk=4096, levels=4, strata=64)
@@ -212,7 +213,7 @@ def report(args: argparse.Namespace, pool: RankPool) -> None:
     heads = f"H={args.heads}, Hk={args.kv_heads}, head_dim {args.head_dim}"
     facts = dated_card(
         CPU,
-        ranks=f"{args.ranks}, gloo on one machine; hierarchical as {args.nodes} nodes",
+        ranks=f"{args.ranks}, gloo on one machine; two axes as {args.nodes} nodes",
         sizes=f"B=1, {heads}, zigzag, {config}",
     )
     page = Page(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import lhcp
 from lhcp.console import escape_unprintable
+from lhcp.ring.heads import TWO_AXES
 from lhcp.testing.inputs import qkv, small_config
 
 Setting = dict[str, Any]
@@ -34,7 +35,7 @@ def rotations(world_size: int, num_nodes: int | None) -> tuple[str, ...]:
     if world_size == 1:
         return ("p2p",)
     if num_nodes is not None:
-        return ("hierarchical", "p2p")
+        return (*TWO_AXES, "p2p")
     return ("p2p", "allgather", "alltoall")
 
 

@@ -15,6 +15,7 @@ from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.lighthouse.select import Selection
 from lhcp.ring.block import BLOCKS
+from lhcp.ring.rotation import NAMES
 from lhcp.testing.ranks import RankPool
 from tests.evidence.check_problem import deal, distances
 from tests.evidence.check_ranks import check, parse
@@ -88,7 +89,7 @@ def test_right_answers_pass(ranks: RankPool, dtype: str) -> None:
     first, second = ranks.run(run, 2, 0, None, "--dtype", dtype, num_nodes=2)
     assert first["wrong"] == []
     assert [row["wrong"] for row in first["rows"]] == [row["wrong"] for row in second["rows"]]
-    names = {"auto", "p2p", "allgather", "hierarchical", "alltoall"}
+    names = {"auto", *NAMES}
     for check_name, kind, seqlen in (
         ("float64", "dense", 128),
         ("float64", "layer", 512),
@@ -113,9 +114,9 @@ def test_one_wrong_rank_is_caught(
     """Fails if an error of a thousandth on one rank passes in any row."""
     for document in ranks.run(run, 2, 1, sabotage, num_nodes=2):
         attended = [row for row in document["rows"] if row["rotation"] != "one rank"]
-        assert len(attended) == 20
+        # "auto" and every rotation, dense and layer, two lengths each.
+        assert len(attended) == len(document["wrong"]) == 4 * (1 + len(NAMES))
         assert all(row["wrong"] for row in attended)
-        assert len(document["wrong"]) == 20
         assert all(row["error"][tensor] > 1e-4 for row in attended)
 
 

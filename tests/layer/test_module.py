@@ -74,6 +74,15 @@ def test_same_bits_on_two_ranks(ranks: RankPool, how: str, rotation: str, mode: 
         assert ranks.run(around, 2, how, mode, rotation, layout) == [True] * 2
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rotation", ["hybrid", "hybrid_context_first"])
+@pytest.mark.parametrize("how", ["checkpoint", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_same_bits_on_two_nodes(ranks: RankPool, how: str, rotation: str, mode: Mode) -> None:
+    """Fails as above, where heads are exchanged around a ring of fewer ranks."""
+    arguments = (around, 4, how, mode, rotation, "zigzag")
+    assert ranks.run(*arguments, num_nodes=2) == [True] * 4
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", MODES)

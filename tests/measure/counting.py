@@ -16,21 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Messages(TorchDispatchMode):
     """Record (operator, group, bytes sent) of every message that is posted.
 
-    A gather counts (W - 1) times its input, an all-to-all of equal parts those that are not for the
-    rank itself, a send its tensor.
+    A gather counts (W - 1) times its input, an all-to-all the parts that are not for the rank
+    itself, a send its tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.posted: list[tuple[str, str, int]] = []
+        self.receivers: list[dict[int, int]] = []
+        """Of each message its bytes by receiver, as global ranks."""
 
     def __enter__(self) -> "Messages":
         original = self._all_to_all = dist.all_to_all_single
 
-        def wrapped(output: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup) -> Any:
-            sent = _bytes(given) * (group.size() - 1) // group.size()
-            self.posted.append(("all_to_all", group.group_name, sent))
-            return original(output, given, group=group)
+        def wrapped(
+            output: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup, **splits: Any
+        ) -> Any:
+            rows = splits.get("input_split_sizes", [given.shape[0] // group.size()] * group.size())
+            self._post("all_to_all", group, [n * _bytes(given[:1]) for n in rows])
+            return original(output, given, group=group, **splits)
 
         dist.all_to_all_single = wrapped
         super().__enter__()
@@ -57,15 +61,20 @@ class Messages(TorchDispatchMode):
         if op in ("recv_", "barrier", "alltoall_base_"):
             return
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        world = group.size()
         if op == "send":
-            share = args[0][0]
-            sent = _bytes(share)
+            by_rank = [0] * group.size()
+            by_rank[args[2]] = _bytes(args[0][0])
         elif op == "_allgather_base_":
-            sent = (world - 1) * _bytes(args[1])
+            by_rank = [_bytes(args[1])] * group.size()
         else:
             raise AssertionError(f"a message of a kind that this test does not know: {op}")
-        self.posted.append((op, group.group_name, sent))
+        self._post(op, group, by_rank)
+
+    def _post(self, op: str, group: dist.ProcessGroup, by_rank: list[int]) -> None:
+        by_rank[group.rank()] = 0
+        ranks = dist.get_process_group_ranks(group)
+        self.posted.append((op, group.group_name, sum(by_rank)))
+        self.receivers.append({ranks[i]: size for i, size in enumerate(by_rank) if size})
 
 
 def _bytes(x: torch.Tensor) -> int:

@@ -92,7 +92,7 @@ def too_many_heads(group: dist.ProcessGroup) -> None:
     ("wrong", "message"),
     [
         (disagree, "asked for different things: seqlen"),
-        (too_many_heads, "3 kv heads do not divide"),
+        (too_many_heads, "3 query heads do not divide"),
     ],
 )
 def test_errors_on_every_rank(ranks: RankPool, wrong: object, message: str) -> None:

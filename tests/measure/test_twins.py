@@ -16,6 +16,7 @@ from lhcp.layer.plan import Choices, carry_out, make_plan
 from lhcp.measure.runs import Job, Recorder
 from lhcp.measure.twins import RandomReceiveBuffers, silent
 from lhcp.ring.block import BLOCKS
+from lhcp.ring.heads import TWO_AXES
 from lhcp.ring.rotation import NAMES
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
@@ -26,8 +27,8 @@ CPU = torch.device("cpu")
 
 
 def groups_of(group: dist.ProcessGroup, rotation: str) -> Ranks:
-    """All ranks; for "hierarchical" as two nodes."""
-    if rotation != "hierarchical":
+    """All ranks; for rotations of two axes as two nodes."""
+    if rotation not in TWO_AXES:
         return as_ranks(group)
     world = dist.get_process_group_ranks(group)
     mesh = torch.tensor(world).view(2, -1)
@@ -93,8 +94,11 @@ def count(
                     blocks = 0
                     with Messages() as messages:
                         runner.run(phase)
-                    sent = [m for m in messages.posted if m[1] in real_names]
+                    real = [m[1] in real_names for m in messages.posted]
+                    sent = [m for m, is_real in zip(messages.posted, real, strict=True) if is_real]
                     found[name, phase] = (sent, blocks)
+                    if name == "real":
+                        found["receivers", phase] = messages.receivers
     finally:
         BLOCKS[job.plan.backend] = original
     return found
@@ -105,7 +109,7 @@ CASES = [
     for rotation in NAMES
     for layout in LAYOUTS
     for dtype, world in ((torch.float32, 4), (torch.float64, 2), (torch.bfloat16, 4))
-    if rotation != "hierarchical" or world == 4
+    if rotation not in TWO_AXES or world == 4
 ]
 
 
@@ -123,6 +127,14 @@ def test_messages_and_blocks(
             expected = traffic(rotation, found["shape"], phase, rank)  # type: ignore[arg-type]
             assert sum(size for _, _, size in real) == expected.num_bytes
             assert len(real) == expected.num_messages
+            # Two nodes of two ranks, or one of all.
+            size = found["shape"].node_size or world
+            across = [
+                sum(n for to, n in one.items() if to // size != rank // size)
+                for one in found["receivers", phase]
+            ]
+            assert sum(across) == expected.across_bytes
+            assert sum(n > 0 for n in across) == expected.across_messages
 
 
 def count_layer(group: dist.ProcessGroup, layout: LayoutName) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pytest
 from bench.common.page import Page
 from bench.rotation import netns
 from bench.rotation.namespaces import ROOT, Nodes, NotAllowed, nodes
-from bench.rotation.netns import verdicts
+from bench.rotation.netns import rates, verdicts
 
 
 def test_verdicts_are_of_ratios_and_of_small_differences() -> None:
@@ -54,6 +54,15 @@ def test_exposed_time_off_the_model_is_named() -> None:
     assert page.wrong == ["balanced, p2p backward: 1.50"]
     with pytest.raises(SystemExit, match="p2p backward"):
         page.close(None, [])
+
+
+def test_rates_are_of_the_bytes_between_nodes() -> None:
+    """Fails if bytes inside a node slow the link between nodes down, or ranks do not share it."""
+    phase = {"bytes": 5000, "across_bytes": 1000, "measured": {"C": 2.0}}
+    document = {"records": [{"forward": phase, "backward": phase}]}
+    # 2,000 bytes of each rank, in as long as 4 ms of compute, and in half of that.
+    assert rates(document, [1.0, 0.5]) == pytest.approx([4.0, 8.0])
+    assert rates(document, [1.0], ranks_per_node=2) == pytest.approx([8.0])
 
 
 def test_nodes_are_removed_when_told_to_end() -> None:

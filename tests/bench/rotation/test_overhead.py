@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lhcp.ring.rotation import NAMES
 from tests.bench.commands import SMALL, TORCHRUN, last_json
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ def test_overhead_on_ranks(tmp_path: Path) -> None:
     assert png.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("rotation", ["p2p", "allgather", "hierarchical", "alltoall"])
+@pytest.mark.parametrize("rotation", NAMES)
 def test_ranks_in_turn(rotation: str) -> None:
     """Fails if a rotation cannot run without messages, or costs less than its share of the work."""
     document = last_json(
