@@ -25,13 +25,33 @@ REFUSALS = (TypeError, ValueError, ImportError)
 """What a rank raises where it was asked for something that it cannot do."""
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What a rank has called so far in one group: where ranks differ in it, one is astray."""
+
+    count: int = 0
+    trail: int = 0
+    """A number below 2**20 that depends on all of them, in their order."""
+    last: Fields = field(default_factory=dict)
+    """What the last one asked for."""
+
+
 @dataclass
 class _Asked:
     """What this rank has asked its group so far."""
 
-    known: set[Hashable] = field(default_factory=set)
-    """Calls that all ranks agreed on."""
+    known: dict[Hashable, tuple[int, Fields]] = field(default_factory=dict)
+    """Calls that all ranks agreed on: as which of them, and what they ask for."""
     posts: int = 0
+    count: int = 0
+    trail: int = 0
+    last: Hashable = None
+
+    def note(self, key: Hashable, number: int) -> None:
+        """Count a call that is about to be made: the only thing done at every one of them."""
+        self.count += 1
+        self.trail = (self.trail * 31 + number) & 0xFFFFF
+        self.last = key
 
 
 _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
@@ -55,12 +75,26 @@ def agreed(
     """
     if ranks.flat is None or ranks.world_size == 1:
         return prepare()
-    known = _ASKED.setdefault(ranks.flat, _Asked()).known
-    if key in known:
-        return prepare()
+    asked = _ASKED.setdefault(ranks.flat, _Asked())
+    if (found := asked.known.get(key)) is not None:
+        prepared = prepare()
+        asked.note(key, found[0])
+        return prepared
     prepared = compared(ranks, prepare, fields)
-    known.add(key)
+    asked.known[key] = number, _ = len(asked.known) + 1, fields(prepared)
+    asked.note(key, number)
     return prepared
+
+
+def calls_made() -> Calls:
+    """Return what this process has called so far in the group in which it called most.
+
+    Any thread may ask: it is how a watchdog sees where the attention is.
+    """
+    groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
+    asked = max((_ASKED[group] for group in groups), key=lambda one: one.count, default=_Asked())
+    _, said = asked.known.get(asked.last, (0, {}))
+    return Calls(asked.count, asked.trail, said)
 
 
 def compared(ranks: Ranks, prepare: Callable[[], T], fields: Callable[[T | None], Fields]) -> T:

@@ -1,0 +1,356 @@
+"""`Watchdog`: when ranks wait for one that does not come, all of them say for whom, and end.
+
+Each rank posts where it is to the store of its group, from a thread; a rank that has waited for too
+long reads what the others posted. No message, no collective and nothing of the device takes part:
+on gloo a wait may end in an error of a connection, on NCCL the host goes on and the device waits.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from threading import Event, Lock, Thread, main_thread
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from lhcp.comm.agreement import calls_made
+from lhcp.comm.marks import Marks
+from lhcp.comm.torch_private import is_fake, store_of
+from lhcp.comm.whereabouts import (
+    End,
+    Heard,
+    Place,
+    Whereabouts,
+    excused,
+    guilty,
+    in_words,
+)
+
+STATUS = 124
+"""Exit status of a process that its watchdog ends, as `timeout` has it."""
+SILENCE = 4
+"""Beats that a rank must miss to be taken for stopped or gone."""
+ORPHANED = 10.0
+"""Seconds for which a process goes on without its store."""
+
+_OPENED: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+"""Watchdogs that this process had for a group: each has its own words in the store."""
+
+
+class RanksLost(RuntimeError):
+    """A message failed because another rank is gone; it says which, and where it was last heard."""
+
+
+def end_process(said: str) -> None:
+    """Write what happened, and where this rank's main thread stands, and end the process.
+
+    The main thread may be in a call that waits for a device, from which no exception gets it out.
+    """
+    print(f"\n{said}\n{main_thread_stack()}", file=sys.stderr, flush=True)
+    os._exit(STATUS)
+
+
+def main_thread_stack() -> str:
+    """Return the innermost calls of this process's main thread."""
+    frame = sys._current_frames().get(main_thread().ident or 0)
+    calls = traceback.extract_stack(frame, limit=None)[-8:]
+    return "its main thread: " + " > ".join(
+        f"{os.path.basename(call.filename)}:{call.lineno} {call.name}" for call in calls
+    )
+
+
+class Watchdog(Marks):
+    """Watches the ranks of a group; enter it on all of them, after init_process_group.
+
+        with lhcp.Watchdog(timeout=120) as watchdog:
+            for step in range(steps):
+                watchdog.at("forward", step)
+                loss = ...
+                watchdog.at("backward", step)
+                ...
+
+    A rank that stays at a mark longer than the timeout, without an attention call too, and that
+    waits for no rank which is rightly busy before it, reads where all were last heard: whose process
+    is gone or frozen, who is alive and does not move, who is done, whose attention calls are others.
+    All ranks say it and then end with status 124, so that a launcher can start them again. An error
+    of a message, which on gloo comes at once when a rank dies, becomes a `RanksLost` that says so.
+    Time in which this process itself was stopped does not count. Where nobody makes marks, only
+    ranks that are gone, frozen or done are seen, and how far attention is.
+
+    The store must answer until the block is left; ten seconds after it is lost (as an orphan's,
+    whose launcher died) the process ends. With one rank there is nothing to watch.
+
+    Args:
+        group: whose ranks; None: all of the process group.
+        timeout: seconds at a mark. The group's own timeout should be longer: it is what is left
+            when this one fails.
+        on_stall: called in a thread with what is to be said; it may end the process in another way.
+        beat: seconds between posts; None: a half, less of a short timeout, more with many ranks.
+
+    Raises:
+        ValueError: the timeout is no positive number.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        timeout: float = 120.0,
+        *,
+        on_stall: Callable[[str], None] = end_process,
+        beat: float | None = None,
+    ) -> None:
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout={timeout}: must be a positive number of seconds, as 120")
+        super().__init__(timeout)
+        self._on_stall = on_stall
+        self._group = group
+        self._beat = beat
+        self._mind: _Mind | None = None
+
+    def __enter__(self) -> "Watchdog":
+        group = dist.group.WORLD if self._group is None else self._group
+        if group is None or group.size() == 1 or is_fake(group):
+            return self
+        number = _OPENED[group] = _OPENED.get(group, 0) + 1
+        store = dist.PrefixStore(f"lhcp/watchdog/{number}", store_of(group).clone())
+        beat = min(self.timeout / 20, max(0.5, group.size() / 128))
+        post = _Posts(store, group.rank(), group.size(), self._beat or beat)
+        self._mind = _Mind(self, post, self._on_stall)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        mind, self._mind = self._mind, None
+        if mind is None:
+            return
+        if error is None:
+            mind.close("left", "")
+            return
+        # Errors of messages, and of what a device was doing, are RuntimeErrors.
+        of_message = isinstance(error, RuntimeError)
+        said = f"{type(error).__name__}: {str(error).strip()[:400]}"
+        mind.quiet()
+        mind.posts.last_word(self.place, "cut off" if of_message else "failed", said)
+        heard = mind.posts.explained() if of_message else []
+        mind.close("", "")
+        if guilty(heard):
+            raise RanksLost(in_words(heard)) from error
+        if heard:
+            error.add_note(f"where ranks were: {in_words(heard)}")
+
+
+class _Clock:
+    """Seconds that passed while this process ran: what it was stopped for does not count."""
+
+    def __init__(self, most: float) -> None:
+        self.now, self._most, self._last = 0.0, most, time.monotonic()
+
+    def tick(self) -> float:
+        """Return the time; called again and again, after at most `most` seconds of running."""
+        last, self._last = self._last, time.monotonic()
+        self.now += min(self._last - last, self._most)
+        return self.now
+
+
+@dataclass
+class _Peer:
+    """What was last heard of a rank."""
+
+    text: bytes = b""
+    where: Whereabouts | None = None
+    since: float = 0.0
+    """When that was new."""
+
+
+class _Posts:
+    """What ranks post, and what this one heard of the others: all that talks to the store."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, beat: float) -> None:
+        self.rank, self.size, self.beat = rank, size, beat
+        self.clock = _Clock(3 * beat)
+        self.answered = 0.0
+        """When the store last answered."""
+        self.lost = ""
+        """Why it answers no more."""
+        self._store = store
+        self._own = Whereabouts()
+        self._peers = [_Peer() for _ in range(size)]
+        # A last word comes from another thread.
+        self._lock = Lock()
+
+    def post(self, own: Whereabouts, look: bool) -> None:
+        """Post where this rank is; with `look` read where the others are."""
+        # The other thread may wait for a store that is frozen.
+        if not self._lock.acquire(timeout=SILENCE * self.beat + 1):
+            return
+        try:
+            if self._own.end:
+                own = self._own
+            self._own = own = replace(own, beat=self._own.beat + 1)
+            self._store.set(str(self.rank), own.to_json())
+            if look:
+                self._look()
+            self.answered = self.clock.now
+        except RuntimeError as error:
+            # Of torch's stores every error is one. Its first line says what; the rest is C++.
+            self.lost = str(error).strip().splitlines()[0]
+        finally:
+            self._lock.release()
+
+    def _look(self) -> None:
+        names = [str(rank) for rank in range(self.size)]
+        known = [name for name in names if self._peers[int(name)].text or self._store.check([name])]
+        for name, text in zip(known, self._store.multi_get(known), strict=True):
+            peer = self._peers[int(name)]
+            if text != peer.text:
+                peer.text, peer.since = text, self.clock.now
+                peer.where = Whereabouts.from_json(text)
+
+    def last_word(self, place: Place, end: End, said: str) -> None:
+        """Post how this rank ended; later posts repeat it."""
+        calls = calls_made()
+        own = Whereabouts(place, calls.count, calls.trail, still=self._own.still)
+        self.post(replace(own, end=end, said=said, asked=calls.last), look=False)
+
+    def heard(self) -> list[Heard]:
+        """Return what is known of all ranks, of this one itself."""
+        found = []
+        for rank, peer in enumerate(self._peers):
+            silent = self.clock.now - peer.since
+            own = rank == self.rank
+            where = self._own if own else peer.where
+            gone = not own and silent > max(SILENCE * self.beat, 1.0)
+            found.append(Heard(rank, where, 0.0 if own else silent, gone))
+        return found
+
+    def explained(self) -> list[Heard]:
+        """Read posts until each rank ended, posted anew or was silent for long; return them."""
+        begin = self.clock.tick()
+        enough = max(SILENCE * self.beat, 1.0) + 2 * self.beat
+        self.post(self._own, look=True)
+        before = [peer.text for peer in self._peers]
+        while not self.lost and self.clock.now - begin < enough:
+            time.sleep(self.beat / 2)
+            self.clock.tick()
+            self.post(self._own, look=True)
+            pairs = zip(self._peers, before, strict=True)
+            if all((p.where and p.where.end) or p.text != old for p, old in pairs):
+                break
+        return self.heard()
+
+    @property
+    def anybody_ended(self) -> bool:
+        """Whether another rank has said its last word."""
+        return any(
+            rank != self.rank and peer.where is not None and peer.where.end not in ("", "left")
+            for rank, peer in enumerate(self._peers)
+        )
+
+
+class _Mind:
+    """The two threads of a watchdog: one that talks to the store, and one that decides.
+
+    The first may have to wait for a store whose keeper is frozen; the second never waits.
+    """
+
+    def __init__(self, marks: Marks, posts: _Posts, on_stall: Callable[[str], None]) -> None:
+        self.marks, self.posts, self._on_stall = marks, posts, on_stall
+        self._closing, self._quiet, self._saying = Event(), Event(), Event()
+        self._moved_at, self._seen = 0.0, (-1, -1)
+        self._threads = [
+            Thread(target=loop, name=f"lhcp-watchdog-{loop.__name__}", daemon=True)
+            for loop in (self._talk, self._decide)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def _still(self) -> float:
+        """Seconds since this rank made a mark or a call."""
+        return self.posts.clock.now - self._moved_at
+
+    def quiet(self) -> None:
+        """Decide nothing from now on: the main thread does, unless all is being said already."""
+        self._quiet.set()
+        if self._saying.is_set():
+            self._threads[1].join()
+
+    def close(self, end: End, said: str) -> None:
+        """Stop both threads, after a last word where `end` has one."""
+        self._quiet.set()
+        self._closing.set()
+        for thread in self._threads:
+            thread.join(2 * self.posts.beat + 1)
+        if end and not self._threads[0].is_alive() and not self.posts.lost:
+            self.posts.last_word(self.marks.place, end, said)
+
+    def _talk(self) -> None:
+        posts = self.posts
+        while not self._closing.is_set() and not posts.lost:
+            calls = calls_made()
+            own = Whereabouts(self.marks.place, calls.count, calls.trail, still=self._still)
+            posts.post(own, look=self._still > posts.beat)
+            self._closing.wait(posts.beat)
+
+    def _decide(self) -> None:
+        posts = self.posts
+        lost_at = None
+        while not self._closing.wait(posts.beat / 2):
+            now = posts.clock.tick()
+            seen = (self.marks.place.number, calls_made().count)
+            if seen != self._seen:
+                self._seen, self._moved_at = seen, now
+            if posts.lost and lost_at is None:
+                lost_at = now
+            ends = self._must_end() or (lost_at is not None and now - lost_at > ORPHANED)
+            if ends and not self._quiet.is_set():
+                self._saying.set()
+                self._say()
+                return
+
+    def _must_end(self) -> bool:
+        """Whether this rank has waited in vain."""
+        posts, marks = self.posts, self.marks
+        grace = (SILENCE + 1) * posts.beat
+        others = [one for one in posts.heard() if one.rank != posts.rank]
+        if self._still > grace and posts.anybody_ended:
+            return True
+        if marks.place.number == 0:
+            # Nobody says how far it is: a rank that was heard and is silent is all that shows.
+            silent = [one.silent for one in others if one.where is not None and not one.where.end]
+            return self._still > grace and max(silent, default=0) > marks.timeout
+        return self._still > marks.place.limit and not excused(marks.place, others, marks.timeout)
+
+    def _say(self) -> None:
+        """Say where all ranks are, when each has had the time to say its last word."""
+        posts, place = self.posts, self.marks.place
+        silence = posts.clock.now - posts.answered
+        rank = f"rank {posts.rank} of {posts.size}"
+        waits = f"{self._still:.0f} s in {place}"
+        if posts.lost or silence > max(SILENCE * posts.beat, 1.0):
+            why = posts.lost or f"it has not answered for {silence:.0f} s"
+            self._on_stall(
+                f"{rank} ends: the store through which ranks find one another is gone ({why}): "
+                f"whoever keeps it, torchrun's agent or rank 0, has died or is frozen; {waits}"
+            )
+            return
+        followers = 1 if posts.anybody_ended else 4
+        posts.last_word(place, "stalled", "")
+        # The first to end does so last: a launcher ends the others when one is gone.
+        self._wait(followers)
+        heard = posts.heard()
+        self._on_stall(f"{rank} ends, after {waits}: {in_words(heard)}")
+
+    def _wait(self, beats: int) -> None:
+        """Let so many beats go by, in which the other thread posts and reads."""
+        until = self.posts.clock.now + beats * self.posts.beat
+        while self.posts.clock.tick() < until:
+            time.sleep(self.posts.beat / 4)
