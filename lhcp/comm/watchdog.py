@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lhcp.comm.agreement import calls_made
 from lhcp.comm.marks import Marks
-from lhcp.comm.torch_private import is_fake, store_of
+from lhcp.comm.torch_private import copy_of, is_fake, store_of
 from lhcp.comm.whereabouts import (
     End,
     Heard,
@@ -74,10 +74,11 @@ class Watchdog(Marks):
                 ...
 
     A rank that stays at a mark longer than the timeout, without an attention call too, and that
-    waits for no rank which is rightly busy before it, reads where all were last heard: whose process
-    is gone or frozen, who is alive and does not move, who is done, whose attention calls are others.
-    All ranks say it and then end with status 124, so that a launcher can start them again. An error
-    of a message, which on gloo comes at once when a rank dies, becomes a `RanksLost` that says so.
+    waits for no rank which is rightly busy before it, reads where all were last heard: whose
+    process is gone or frozen, who is alive and does not move, who is done, whose attention calls
+    are others. All ranks say it, then end with status 124, so that a launcher can start them again.
+    An error of a message, which on gloo comes at once when a rank dies, becomes a `RanksLost` that
+    says so.
     Time in which this process itself was stopped does not count. Where nobody makes marks, only
     ranks that are gone, frozen or done are seen, and how far attention is.
 
@@ -116,7 +117,8 @@ class Watchdog(Marks):
         if group is None or group.size() == 1 or is_fake(group):
             return self
         number = _OPENED[group] = _OPENED.get(group, 0) + 1
-        store = dist.PrefixStore(f"lhcp/watchdog/{number}", store_of(group).clone())
+        # Its own connection: the main thread may be waiting in the other.
+        store = dist.PrefixStore(f"lhcp/watchdog/{number}", copy_of(store_of(group)))
         beat = min(self.timeout / 20, max(0.5, group.size() / 128))
         post = _Posts(store, group.rank(), group.size(), self._beat or beat)
         self._mind = _Mind(self, post, self._on_stall)
@@ -143,7 +145,7 @@ class Watchdog(Marks):
         mind.close("", "")
         if guilty(heard):
             raise RanksLost(in_words(heard)) from error
-        if heard:
+        if any(one.where is None or one.where.said != said for one in heard):
             error.add_note(f"where ranks were: {in_words(heard)}")
 
 

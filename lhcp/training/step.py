@@ -16,7 +16,7 @@ from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
 from lhcp.training.parallel import Placement, Trainee
-from lhcp.training.run import Run
+from lhcp.training.run import SLOW, Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
 
@@ -67,7 +67,9 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     rows = len(batch.tokens) // run.accumulate
     for index in range(run.accumulate):
         trainee.sharded.set_requires_gradient_sync(index == run.accumulate - 1)
+        trainee.marks.at("forward", step + 1)
         share = loss_sum(trainee, batch.rows(index * rows, (index + 1) * rows)) / num_labels
+        trainee.marks.at("backward", step + 1)
         torch.autograd.backward(share)
         loss += share.detach()
     return loss
@@ -120,6 +122,7 @@ def train_step(
             f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; resume "
             f"from the last checkpoint with a lower --optim.lr (now {rate:g}) or more warm-up"
         )
+    trainee.marks.at("optimiser", step + 1)
     if norm > run.optim.clip:
         torch._foreach_mul_(grads, run.optim.clip / norm)
     trainee.optimizer.step()
@@ -142,14 +145,21 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> float:
-    """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte."""
+def evaluate(
+    run: Run, trainee: Trainee, heldout: Sequences, mode: Mode, done: int | None = None
+) -> float:
+    """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte.
+
+    `done` is the step after which, for the marks.
+    """
     set_mode(trainee.model, mode)
     placement = trainee.placement
     batch = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
     rows = max(run.global_batch // placement.dp_size // run.accumulate, 1)
     total = torch.zeros((), device=placement.device)
     for start in range(0, len(batch.tokens), rows):
+        # The first of a mode may compile.
+        trainee.marks.at("evaluation", done, patience=SLOW)
         total += loss_sum(trainee, batch.rows(start, start + rows))
     # FSDP leaves the root gathered for a backward that does not come here.
     trainee.sharded.reshard()

@@ -46,7 +46,7 @@ def go_wrong(fault: str, folder: Path) -> None:
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
-    """Fails if a wait for a frozen rank is silent, longer than the timeout, or ends as a success."""
+    """Fails if a wait for a frozen rank is silent, far too long, or ends as a success."""
     ended = run_ranks(tmp_path, WORLD, steps, "frozen")
     for rank in (0, 2):
         assert ended[rank].code == STATUS
