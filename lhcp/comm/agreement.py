@@ -45,13 +45,15 @@ class _Asked:
     posts: int = 0
     count: int = 0
     trail: int = 0
-    last: Hashable = None
+    last: tuple[int, Fields] = (0, {})
+    asking: Fields | None = None
+    """What is being compared now."""
 
-    def note(self, key: Hashable, number: int) -> None:
+    def note(self, call: tuple[int, Fields]) -> None:
         """Count a call that is about to be made: the only thing done at every one of them."""
         self.count += 1
-        self.trail = (self.trail * 31 + number) & 0xFFFFF
-        self.last = key
+        self.trail = (self.trail * 31 + call[0]) & 0xFFFFF
+        self.last = call
 
 
 _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
@@ -78,12 +80,23 @@ def agreed(
     asked = _ASKED.setdefault(ranks.flat, _Asked())
     if (found := asked.known.get(key)) is not None:
         prepared = prepare()
-        asked.note(key, found[0])
+        asked.note(found)
         return prepared
     prepared = compared(ranks, prepare, fields)
-    asked.known[key] = number, _ = len(asked.known) + 1, fields(prepared)
-    asked.note(key, number)
+    asked.known[key] = call = len(asked.known) + 1, fields(prepared)
+    asked.note(call)
     return prepared
+
+
+def agree_on_sizes(ranks: Ranks, sizes: Hashable, said: Callable[[], Fields]) -> None:
+    """Compare sizes with the other ranks, at the first call with them.
+
+    For what a graph of torch.compile runs, which may be traced for sizes that nobody knows then.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    agreed(ranks, sizes, lambda: None, lambda _: said())
 
 
 def calls_made() -> Calls:
@@ -93,8 +106,9 @@ def calls_made() -> Calls:
     """
     groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
     asked = max((_ASKED[group] for group in groups), key=lambda one: one.count, default=_Asked())
-    _, said = asked.known.get(asked.last, (0, {}))
-    return Calls(asked.count, asked.trail, said)
+    if (asking := asked.asking) is not None:
+        return Calls(asked.count + 1, 0, asking)
+    return Calls(asked.count, asked.trail, asked.last[1])
 
 
 def compared(ranks: Ranks, prepare: Callable[[], T], fields: Callable[[T | None], Fields]) -> T:
@@ -127,7 +141,10 @@ def compare(ranks: Ranks, fields: Fields, problem: Exception | None = None) -> N
     number = _post(ranks, fields, trouble)
     if problem is not None:
         return
+    asked = _ASKED[ranks.flat]
+    asked.asking = fields
     posts = _read(ranks, number)
+    asked.asking = None
     for rank, (_, other) in enumerate(posts):
         if other is not None:
             raise ValueError(f"rank {rank} of {ranks.world_size} cannot go on: {other}")

@@ -90,10 +90,14 @@ class Call:
         return self.layer, self.mode, tensors, names, self.more, self.with_gradient
 
     def constants(self, prepared: Prepared) -> tuple[str | int | float | None, ...]:
-        """Return names and values of what is no size: a graph may be traced for all of them."""
+        """Return names and values of what is no size: a graph may be traced for all of them.
+
+        Sizes are compared by the operators that send, when a graph first runs with them.
+        """
         c = self.choices
         said: list[str | int | float | None] = ["mode", self.mode, "dtype", str(self.qkv[0].dtype)]
         said += ["layout", c.layout, "kernels", c.kernels, "scale", c.scale]
+        said += ["a gradient", "wanted" if self.with_gradient else "not wanted"]
         for name, taken in prepared.chosen.items():
             said += [name, taken]
         for name, value in self.more:

@@ -105,18 +105,17 @@ def other_calls(rank: int, folder: Path, fault: str) -> None:
             lhcp.ring_attention(x, x, x, group=dist.group.WORLD, scale=scale, rotation="p2p")
         watchdog.at("forward", 6)
         go_astray(folder)
-        own = scales[1] if fault == "scale" and rank == 1 else scales[0]
+        others = {"scale": scales[1], "new": 0.7}
+        own = others.get(fault, scales[0]) if rank == 1 else scales[0]
         calls = 2 if fault == "extra" and rank == 1 else 1
         for _ in range(calls):
             lhcp.ring_attention(x, x, x, group=dist.group.WORLD, scale=own, rotation="p2p")
-        if fault == "extra":
-            dist.barrier()
-        elif rank == 1:
+        if fault == "scale" and rank == 1:
             time.sleep(60)
         dist.barrier()
 
 
-@pytest.mark.parametrize("fault", ["extra", "scale"])
+@pytest.mark.parametrize("fault", ["extra", "scale", "new"])
 def test_other_calls_are_named(tmp_path: Path, fault: str) -> None:
     """Fails if ranks that wait do not say that one made another call, or which."""
     for one in run_ranks(tmp_path, WORLD, other_calls, fault):
@@ -127,8 +126,9 @@ def test_other_calls_are_named(tmp_path: Path, fault: str) -> None:
                 "ranks 0 and 2 are at attention call 3, rank 1 is at attention call 4" in one.said
             )
         else:
+            other = {"scale": 0.3, "new": 0.7}[fault]
             assert "ranks 0 and 2 are at attention call 3 (scale: 0.1)" in one.said
-            assert "rank 1 is at attention call 3 (scale: 0.3)" in one.said
+            assert f"rank 1 is at attention call 3 (scale: {other})" in one.said
 
 
 def patient(rank: int, folder: Path) -> None:

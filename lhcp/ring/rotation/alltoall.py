@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.comm.agreement import agree_on_sizes
 from lhcp.comm.collectives import swap
 from lhcp.comm.layout import Layout
-from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.comm.mesh import Ranks, pack_cut, traced, unpack_cut
 from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.timing import Spans, goes_through_operators
@@ -57,7 +58,10 @@ def _fake_tokens_to_heads(x: Tensor, words: str) -> Tensor:
 
 @operator("tokens_to_heads", _fake_tokens_to_heads)
 def _tokens_to_heads(x: Tensor, words: str) -> Tensor:
-    return tokens_to_heads(x, *unpack_cut(words)[:2])
+    ranks, layout, (graph,) = unpack_cut(words)
+    if graph:
+        agree_on_sizes(ranks, tuple(x.shape), lambda: {"exchanged by each rank": str([*x.shape])})
+    return tokens_to_heads(x, ranks, layout)
 
 
 def _fake_heads_to_tokens(x: Tensor, words: str) -> Tensor:
@@ -77,7 +81,7 @@ Exchange = tuple[Ranks, Layout, Spans]
 def _to_heads(x: Tensor, exchange: Exchange) -> Tensor:
     ranks, layout, spans = exchange
     if goes_through_operators(spans):
-        out: Tensor = _tokens_to_heads(x, pack_cut(ranks, layout))
+        out: Tensor = _tokens_to_heads(x, pack_cut(ranks, layout, traced()))
         return out
     return tokens_to_heads(x, ranks, layout)
 
