@@ -143,6 +143,8 @@ class Watchdog(Marks):
         mind.posts.last_word(self.place, "cut off" if of_message else "failed", said)
         heard = mind.posts.explained() if of_message else []
         mind.close("", "")
+        if mind.posts.lost:
+            raise RanksLost(mind.posts.without_store()) from error
         if guilty(heard):
             raise RanksLost(in_words(heard)) from error
         if any(one.where is None or one.where.said != said for one in heard):
@@ -188,6 +190,19 @@ class _Posts:
         # A last word comes from another thread.
         self._lock = Lock()
 
+    @property
+    def silence(self) -> float:
+        """Seconds without a post after which a rank is taken for stopped or gone."""
+        return max(SILENCE * self.beat, 1.0)
+
+    def without_store(self) -> str:
+        """Say that the store is gone, and whose fault it may be."""
+        why = self.lost or f"it has not answered for {self.clock.now - self.answered:.0f} s"
+        return (
+            f"the store through which ranks find one another is gone ({why}): whoever keeps it, "
+            "torchrun's agent or rank 0, has died or is frozen"
+        )
+
     def post(self, own: Whereabouts, look: bool) -> None:
         """Post where this rank is; with `look` read where the others are."""
         # The other thread may wait for a store that is frozen.
@@ -229,14 +244,14 @@ class _Posts:
             silent = self.clock.now - peer.since
             own = rank == self.rank
             where = self._own if own else peer.where
-            gone = not own and silent > max(SILENCE * self.beat, 1.0)
+            gone = not own and silent > self.silence
             found.append(Heard(rank, where, 0.0 if own else silent, gone))
         return found
 
     def explained(self) -> list[Heard]:
         """Read posts until each rank ended, posted anew or was silent for long; return them."""
         begin = self.clock.tick()
-        enough = max(SILENCE * self.beat, 1.0) + 2 * self.beat
+        enough = self.silence + 2 * self.beat
         self.post(self._own, look=True)
         before = [peer.text for peer in self._peers]
         while not self.lost and self.clock.now - begin < enough:
@@ -334,15 +349,10 @@ class _Mind:
     def _say(self) -> None:
         """Say where all ranks are, when each has had the time to say its last word."""
         posts, place = self.posts, self.marks.place
-        silence = posts.clock.now - posts.answered
         rank = f"rank {posts.rank} of {posts.size}"
         waits = f"{self._still:.0f} s in {place}"
-        if posts.lost or silence > max(SILENCE * posts.beat, 1.0):
-            why = posts.lost or f"it has not answered for {silence:.0f} s"
-            self._on_stall(
-                f"{rank} ends: the store through which ranks find one another is gone ({why}): "
-                f"whoever keeps it, torchrun's agent or rank 0, has died or is frozen; {waits}"
-            )
+        if posts.lost or posts.clock.now - posts.answered > posts.silence:
+            self._on_stall(f"{rank} ends: {posts.without_store()}; {waits}")
             return
         followers = 1 if posts.anybody_ended else 4
         posts.last_word(place, "stalled", "")
