@@ -131,8 +131,8 @@ def _astray(rest: list[tuple[int, Whereabouts]], blamed: bool) -> list[str]:
     for place in dict.fromkeys(str(where.place) for _, where in rest):
         there = [rank for rank, where in rest if str(where.place) == place]
         said.append(f"{ranks_in_words(there)} {'wait' if len(there) > 1 else 'waits'} in {place}")
+    said += _calls_that_differ([*behind, *(x for x in rest if x not in behind)])
     if not blamed:
-        said += _calls_that_differ([*behind, *(x for x in rest if x not in behind)])
         for error in dict.fromkeys(where.said for _, where in rest if where.said):
             there = [rank for rank, where in rest if where.said == error]
             said.append(f"{ranks_in_words(there)} failed with {error}")

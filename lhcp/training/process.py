@@ -21,6 +21,7 @@ from lhcp.training.debugging import record_messages, serve_messages, write_messa
 from lhcp.training.meeting import meet
 from lhcp.training.run import SLOW, START, TIMEOUT
 from lhcp.training.stopping import SIGNALS, Stopped
+from lhcp.training.together import causes
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,12 @@ def run_to_exit(
                 print(said, flush=True)
         # None is of SystemExit alone, which nothing here raises.
         code = watched(main, own, timeout, debug) or 0
-    except KeyboardInterrupt:
-        if rank == "0":
-            print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
-        leave(130)
     except BaseException as error:
+        # Where it comes in the middle of somebody's C, or of a save, it is another error's cause.
+        if any(isinstance(one, KeyboardInterrupt) for one in causes(error)):
+            if rank == "0":
+                print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
+            leave(130)
         traceback.print_exc()
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         leave(1)

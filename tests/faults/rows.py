@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults.calls import astray
 from tests.faults.runs import RUN, TIMEOUT, Outcome, alive, children, start, torchrun
 
 TWO = ["tiny", "--cp", "2", *RUN]
@@ -421,6 +422,53 @@ FAULTS = [
         "checkpoints before it; none with NaN is written",
         within=30.0,
         shown="FloatingPointError: ",
+    ),
+    *(
+        Fault(name, f"rank 1 of 3, at step 6: {how}", astray(fault), says, "the process is ended")
+        for name, fault, how, says in (
+            (
+                "an error in a backward",
+                "backward",
+                "a ValueError in a hook",
+                ("RanksLost: rank 1 ended in step 6, backward: ValueError: only here",),
+            ),
+            (
+                "a call of another length",
+                "length",
+                "q, k and v twice as long, the others a call that they know",
+                ("the ranks' attention calls differ: ", "rank 1 is at attention call 3 ("),
+            ),
+            (
+                "a call of another config",
+                "config",
+                "another topk, the others a call that they know",
+                ("the ranks' attention calls differ: ", "config.topk: "),
+            ),
+            (
+                "a gradient that others do not want",
+                "gradient",
+                "inputs without a gradient, in a call that is new to all",
+                ("a gradient: wanted on rank 0, not wanted on rank 1",),
+            ),
+            (
+                "another known call",
+                "known call",
+                "another scale, which all ranks know",
+                ("rank 1 is at attention call 3 (scale: 0.3)",),
+            ),
+            (
+                "a call too many",
+                "extra call",
+                "it attends twice",
+                ("rank 1 is at attention call 4",),
+            ),
+            (
+                "a rank hangs and lives",
+                "hang",
+                "it sleeps",
+                ("rank 1 is alive and has not moved from step 6, forward for ",),
+            ),
+        )
     ),
 ]
 """In the order of the table."""
