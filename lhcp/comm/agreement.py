@@ -48,6 +48,8 @@ class _Asked:
     last: tuple[int, Fields] = (0, {})
     asking: Fields | None = None
     """What is being compared now."""
+    counted: bool = True
+    """Whether every call is; a CUDA graph's is not, and ranks may differ in which are graphs."""
 
     def note(self, call: tuple[int, Fields]) -> None:
         """Count a call that is about to be made: the only thing done at every one of them."""
@@ -99,13 +101,23 @@ def agree_on_sizes(ranks: Ranks, sizes: Hashable, said: Callable[[], Fields]) ->
     agreed(ranks, sizes, lambda: None, lambda _: said())
 
 
+def leave_uncounted(ranks: Ranks) -> None:
+    """Note that calls of these ranks may be a graph's, which nobody counts."""
+    if ranks.flat is not None:
+        _ASKED.setdefault(ranks.flat, _Asked()).counted = False
+
+
 def calls_made() -> Calls:
     """Return what this process has called so far in the group in which it called most.
+
+    None where calls may be a CUDA graph's.
 
     Any thread may ask: it is how a watchdog sees where the attention is.
     """
     groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
     asked = max((_ASKED[group] for group in groups), key=lambda one: one.count, default=_Asked())
+    if not asked.counted:
+        return Calls()
     if (asking := asked.asking) is not None:
         return Calls(asked.count + 1, 0, asking)
     return Calls(asked.count, asked.trail, asked.last[1])

@@ -1,11 +1,11 @@
 """Where each rank was last heard, and what that says: pure, so that it is tested without ranks."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from lhcp.comm.agreement import Fields
+from lhcp.comm.agreement import Calls, Fields
 
 End = Literal["", "left", "failed", "cut off", "stalled"]
 """How a rank ended: it did not; it was done; an error of its own; an error of a message, as when
@@ -131,7 +131,9 @@ def _astray(rest: list[tuple[int, Whereabouts]], blamed: bool) -> list[str]:
     for place in dict.fromkeys(str(where.place) for _, where in rest):
         there = [rank for rank, where in rest if str(where.place) == place]
         said.append(f"{ranks_in_words(there)} {'wait' if len(there) > 1 else 'waits'} in {place}")
-    said += _calls_that_differ([*behind, *(x for x in rest if x not in behind)])
+    living = dict([*behind, *rest])
+    if differ := calls_in_words({r: Calls(w.calls, w.trail, w.asked) for r, w in living.items()}):
+        said.append(differ)
     if not blamed:
         for error in dict.fromkeys(where.said for _, where in rest if where.said):
             there = [rank for rank, where in rest if where.said == error]
@@ -139,24 +141,24 @@ def _astray(rest: list[tuple[int, Whereabouts]], blamed: bool) -> list[str]:
     return said
 
 
-def _calls_that_differ(all_: list[tuple[int, Whereabouts]]) -> list[str]:
-    """Say at which attention call ranks are, where those or what they asked for differ."""
-    rows: dict[tuple[int, int], list[tuple[int, Whereabouts]]] = {}
-    for rank, where in sorted(all_, key=lambda x: x[0]):
-        rows.setdefault((where.calls, where.trail), []).append((rank, where))
-    if len(rows) == 1:
-        return []
-    asked = [where.asked for _, where in all_ if where.asked]
+def calls_in_words(calls: Mapping[int, Calls]) -> str:
+    """Say at which attention call ranks are where those or what they asked for differ, else ""."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for rank in sorted(calls):
+        rows.setdefault((calls[rank].count, calls[rank].trail), []).append(rank)
+    if len(rows) < 2:
+        return ""
+    asked = [one.last for one in calls.values() if one.last]
     names = dict.fromkeys(name for fields in asked for name in fields)
     differ = [name for name in names if len({fields.get(name) for fields in asked}) > 1]
     said = []
-    for (calls, _), those in rows.items():
-        fields = those[0][1].asked
+    for (count, _), ranks in rows.items():
+        fields = calls[ranks[0]].last
         what = ", ".join(f"{name}: {fields.get(name, 'none')}" for name in differ if fields)
-        ranks = ranks_in_words([rank for rank, _ in those])
-        verb = "is" if len(those) == 1 else "are"
-        said.append(f"{ranks} {verb} at attention call {calls}" + (f" ({what})" if what else ""))
-    return ["the ranks' attention calls differ: " + ", ".join(said)]
+        verb = "is" if len(ranks) == 1 else "are"
+        where = f"{ranks_in_words(ranks)} {verb} at attention call {count}"
+        said.append(f"{where} ({what})" if what else where)
+    return f"the ranks' attention calls differ: {', '.join(said)}"
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:

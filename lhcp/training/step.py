@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lhcp.comm.agreement import calls_made
+from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.data import IGNORED, Batch, Sequences
@@ -19,6 +21,7 @@ from lhcp.training.parallel import Placement, Trainee
 from lhcp.training.run import SLOW, Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
+from lhcp.training.together import gather
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
@@ -81,6 +84,24 @@ def own_gradients(trainee: Trainee) -> list[Tensor]:
     return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
 
 
+def check_trails(total: float, squares: float, step: int) -> None:
+    """Check that all ranks made the same attention calls so far; with CUDA graphs nobody counts.
+
+    Args:
+        total: of all ranks, the sum of a number below 2**12 that depends on their calls.
+        squares: the sum of its squares: equal numbers, and no others, have the least.
+
+    Raises:
+        ValueError: they did not, on all ranks; it says who is where.
+    """
+    if dist.get_world_size() * squares != total * total:
+        said = calls_in_words(dict(enumerate(gather(calls_made()))))
+        raise ValueError(
+            f"step {step + 1}: {said}. Messages of equal sizes were read as others than they are: "
+            "the step is not taken. Every rank must attend alike, whatever its data"
+        )
+
+
 def train_step(
     run: Run,
     trainee: Trainee,
@@ -96,6 +117,7 @@ def train_step(
     Raises:
         FloatingPointError: the loss or the gradient is not finite, on all ranks alike; the weights
             are still those before the step.
+        ValueError: ranks made different attention calls; as much.
     """
     begin = time.perf_counter()
     timers = trainee.timers
@@ -110,9 +132,13 @@ def train_step(
     asked = 0.0 if stop is None else stop.asked
     grads = own_gradients(trainee)
     square = torch.nn.utils.get_total_norm(grads).double().square()
+    trail = float(calls_made().trail & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
-    shares = (share, waited, asked, square)
-    loss, waited, asked, square_sum = sum_over_ranks(shares, trainee.placement.device)
+    shares = (share, waited, asked, square, trail, trail * trail)
+    loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(
+        shares, trainee.placement.device
+    )
+    check_trails(trails, trail_squares, step)
     norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
