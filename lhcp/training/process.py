@@ -18,7 +18,7 @@ from lhcp.comm.marks import Marks
 from lhcp.comm.watchdog import RanksLost, Watchdog, end_process
 from lhcp.console import keep_printing
 from lhcp.training.debugging import record_messages, serve_messages, write_messages
-from lhcp.training.meeting import meet
+from lhcp.training.meeting import meet, stay_on_this_machine
 from lhcp.training.run import SLOW, START, TIMEOUT
 from lhcp.training.stopping import SIGNALS, Stopped
 from lhcp.training.together import causes
@@ -68,6 +68,8 @@ def join(timeout: float = START * TIMEOUT) -> Process:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+    if not missing:
+        stay_on_this_machine()
     # Public in torch, but its type hints do not say so.
     names: Any = dist
     store = names.HashStore() if missing else meet(rank, world_size, timeout)

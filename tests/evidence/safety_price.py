@@ -111,6 +111,7 @@ def price(run: Run, own: Process, rounds: int, page: Page) -> dict[str, Any]:
     layers = sum(isinstance(m, LighthouseAttention) for m in trainee.model.modules())
     ranks = Ranks(trainee.placement.cp_group)
     agreed(ranks, "priced", lambda: None, lambda _: {})
+    assert dist.group.WORLD is not None
     store = store_of(dist.group.WORLD)
     parts = {
         "marks": (2 * run.accumulate + 1) * seconds_of(lambda: marks.at("forward", 1)),
