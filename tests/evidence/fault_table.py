@@ -61,7 +61,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="faults whose name has this")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
-    facts = dated_card(torch.device("cpu"), ranks="1 to 3, gloo", sizes="recipe tiny, N=256")
+    by_nccl = torch.cuda.device_count() > 1
+    device = torch.device("cuda" if by_nccl else "cpu")
+    ranks = f"1 to 3; of training {'NCCL, of calls alone gloo' if by_nccl else 'gloo'}"
+    facts = dated_card(device, ranks=ranks, sizes="recipe tiny, N=256")
     page = Page("Faults: what their user sees, and what survives", facts)
     page.table(
         "Faults",

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 3.0
-"""--timeout of the runs, in seconds."""
+TIMEOUT = 10.0 if torch.cuda.is_available() else 3.0
+"""--timeout of the runs, in seconds: of which a GPU's kernels, compiled in the first steps, have
+four."""
 
 RUN = [
     *("--lighthouse-steps", "400", "--dense-steps", "400", "--eval-every", "100"),
@@ -105,6 +108,8 @@ def start(
     processes, files = [], []
     for rank, words in enumerate(arguments):
         own = {"RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "LOCAL_RANK": str(rank)}
+        # With a GPU each they use NCCL, else gloo.
+        own["LOCAL_WORLD_SIZE"] = str(len(arguments))
         world = {} if len(arguments) == 1 else place | own
         files.append(folder / f"rank{rank}.{len(list(folder.glob('rank*')))}.log")
         processes.append(_popen([program, *words], files[-1], world | variables))
