@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from bench.common.arguments import make_parser
@@ -118,6 +119,8 @@ def price(run: Run, own: Process, rounds: int, page: Page) -> dict[str, Any]:
         "agreement": layers
         * run.accumulate
         * seconds_of(lambda: agreed(ranks, "priced", lambda: None, lambda _: {})),
+        "numbers in the sum": 2
+        * seconds_of(lambda: torch.full((), 1.0, dtype=torch.float64, device=own.device)),
         # Two posts a second; its set leaves the interpreter to others.
         "posts": 2 * without * seconds_of(lambda: store.set("price", Whereabouts().to_json()), 200),
     }
