@@ -11,7 +11,7 @@ from lhcp.comm.torch_private import recorded_messages
 KEPT = 2000
 """Messages that the flight recorder keeps."""
 PORT = 25999
-NEEDS = ("jinja2", "aiohttp")
+NEEDS = ("jinja2", "tabulate", "aiohttp")
 """What torch's debug server imports."""
 
 
