@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import Event, Lock, Thread, main_thread
 from types import TracebackType
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -32,8 +33,8 @@ from lhcp.comm.whereabouts import (
 
 STATUS = 124
 """Exit status of a process that its watchdog ends, as `timeout` has it."""
-SILENCE = 4
-"""Beats that a rank must miss to be taken for stopped or gone."""
+MISSED = 4
+"""Beats that a rank must miss at least, to be taken for stopped or gone."""
 ORPHANED = 10.0
 """Seconds for which a process goes on without its store."""
 
@@ -119,9 +120,8 @@ class Watchdog(Marks):
         number = _OPENED[group] = _OPENED.get(group, 0) + 1
         # Its own connection: the main thread may be waiting in the other.
         store = dist.PrefixStore(f"lhcp/watchdog/{number}", copy_of(store_of(group)))
-        beat = min(self.timeout / 20, max(0.5, group.size() / 128))
-        post = _Posts(store, group.rank(), group.size(), self._beat or beat)
-        self._mind = _Mind(self, post, self._on_stall)
+        timing = Timing.of(self.timeout, group.size(), self._beat)
+        self._mind = _Mind(self, _Posts(store, group, timing), self._on_stall)
         return self
 
     def __exit__(
@@ -151,6 +151,22 @@ class Watchdog(Marks):
             error.add_note(f"where ranks were: {in_words(heard)}")
 
 
+class Timing(NamedTuple):
+    """How often ranks post."""
+
+    beat: float
+    """Seconds between two posts."""
+    silence: float
+    """Seconds without a post after which a rank is taken for stopped or gone."""
+
+    @classmethod
+    def of(cls, timeout: float, size: int, beat: float | None) -> "Timing":
+        """Return what fits a timeout and so many ranks, whose posts one store serves."""
+        beat = beat or min(timeout / 20, max(0.5, size / 128))
+        # A busy host may keep the thread of a healthy rank from its beat for a while.
+        return cls(beat, max(MISSED * beat, min(3.0, 0.75 * timeout)))
+
+
 class _Clock:
     """Seconds that passed while this process ran: what it was stopped for does not count."""
 
@@ -177,23 +193,19 @@ class _Peer:
 class _Posts:
     """What ranks post, and what this one heard of the others: all that talks to the store."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, beat: float) -> None:
-        self.rank, self.size, self.beat = rank, size, beat
-        self.clock = _Clock(3 * beat)
+    def __init__(self, store: dist.Store, group: dist.ProcessGroup, timing: Timing) -> None:
+        self.rank, self.size, self.beat = group.rank(), group.size(), timing.beat
+        self.silence = timing.silence
+        self.clock = _Clock(3 * timing.beat)
         self.answered = 0.0
         """When the store last answered."""
         self.lost = ""
         """Why it answers no more."""
         self._store = store
         self._own = Whereabouts()
-        self._peers = [_Peer() for _ in range(size)]
+        self._peers = [_Peer() for _ in range(self.size)]
         # A last word comes from another thread.
         self._lock = Lock()
-
-    @property
-    def silence(self) -> float:
-        """Seconds without a post after which a rank is taken for stopped or gone."""
-        return max(SILENCE * self.beat, 1.0)
 
     def without_store(self) -> str:
         """Say that the store is gone, and whose fault it may be."""
@@ -206,7 +218,7 @@ class _Posts:
     def post(self, own: Whereabouts, look: bool) -> None:
         """Post where this rank is; with `look` read where the others are."""
         # The other thread may wait for a store that is frozen.
-        if not self._lock.acquire(timeout=SILENCE * self.beat + 1):
+        if not self._lock.acquire(timeout=self.silence):
             return
         try:
             if self._own.end:
@@ -336,7 +348,7 @@ class _Mind:
     def _must_end(self) -> bool:
         """Whether this rank has waited in vain."""
         posts, marks = self.posts, self.marks
-        grace = (SILENCE + 1) * posts.beat
+        grace = MISSED * posts.beat + posts.beat
         others = [one for one in posts.heard() if one.rank != posts.rank]
         if self._still > grace and posts.anybody_ended:
             return True

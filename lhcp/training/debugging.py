@@ -34,9 +34,7 @@ def serve_messages() -> str:
     """
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        return (
-            f"debug: no server, which needs {' and '.join(NEEDS)}: pip install {' '.join(missing)}"
-        )
+        return f"debug: no server, which needs {', '.join(NEEDS)}: pip install {' '.join(missing)}"
     if importlib.util.find_spec("torch.distributed.debug") is None:
         return "debug: no server, which this torch has not"
     from torch.distributed.debug import start_debug_server
