@@ -70,8 +70,11 @@ def test_a_dead_rank_is_named_by_the_others(tmp_path: Path, fault: str, words: s
     """Fails if survivors say no more than that a connection was closed, or do not say even that."""
     ended = run_ranks(tmp_path, WORLD, steps, fault)
     for rank in (0, 2):
-        assert ended[rank].code == 1 and "RanksLost: " in ended[rank].said
         assert words in ended[rank].said and "ranks 0 and 2 wait in step 3" in ended[rank].said
+        if fault == "error" and ended[rank].code == STATUS:
+            # Its last word may come before its connection closes.
+            continue
+        assert ended[rank].code == 1 and "RanksLost: " in ended[rank].said
         # The error of the connection, which this one is of.
         assert "The above exception was the direct cause" in ended[rank].said
     assert ended[1].code == (-signal.SIGKILL if fault == "killed" else 1)
