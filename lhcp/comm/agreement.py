@@ -49,7 +49,7 @@ class _Asked:
     asking: Fields | None = None
     """What is being compared now."""
     counted: bool = True
-    """Whether every call is; a CUDA graph's is not, and ranks may differ in which are graphs."""
+    """Whether every call is; a CUDA graph's is not."""
 
     def note(self, call: tuple[int, Fields]) -> None:
         """Count a call that is about to be made: the only thing done at every one of them."""
@@ -153,10 +153,7 @@ def compare(ranks: Ranks, fields: Fields, problem: Exception | None = None) -> N
     number = _post(ranks, fields, trouble)
     if problem is not None:
         return
-    asked = _ASKED[ranks.flat]
-    asked.asking = fields
     posts = _read(ranks, number)
-    asked.asking = None
     for rank, (_, other) in enumerate(posts):
         if other is not None:
             raise ValueError(f"rank {rank} of {ranks.world_size} cannot go on: {other}")
@@ -199,6 +196,7 @@ def _post(ranks: Ranks, fields: Fields, trouble: str | None = None) -> int:
     assert ranks.flat is not None
     asked = _ASKED.setdefault(ranks.flat, _Asked())
     asked.posts += 1
+    asked.asking = fields if trouble is None else None
     key = _key(asked.posts, ranks.rank)
     store_of(ranks.flat).set(key, json.dumps([fields, trouble]))
     return asked.posts
@@ -222,6 +220,7 @@ def _read(ranks: Ranks, number: int) -> list[tuple[Fields, str | None]]:
             f"group's store ({error}): every rank must make the same calls in the same order"
         ) from error
     posts = [json.loads(store.get(key)) for key in keys]
+    _ASKED[ranks.flat].asking = None
     # All have posted this one, so all have read the last.
     if number > 1:
         store.delete_key(_key(number - 1, ranks.rank))

@@ -28,8 +28,11 @@ def shown(fault: Fault, outcome: Outcome) -> str:
     at = text.find(wanted)
     if at < 0:
         return f"NOT SAID: {wanted}"
-    line = re.split(r" its main thread: | Traceback | rank \d+: \w+: ", text[at:])[0][:260]
-    return re.sub(r"/\S*/(run|two_stages|disk)", r"\1", line).replace("|", "/").strip()
+    ends = r" its main thread: | Traceback | rank \d+: \w+: | lighthouse +\d| Process \w+-\d"
+    line = re.split(ends, text[at:])[0]
+    # Folders of this machine say nothing.
+    line = re.sub(r"/\S*/(run|two_stages|disk|text\d)", r"\1", line).replace("|", "/").strip()
+    return line if len(line) <= 240 else f"{line[:240]} ..."
 
 
 def do(fault: Fault) -> dict[str, Any]:
