@@ -63,7 +63,11 @@ _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
 
 
 def agreed(
-    ranks: Ranks, key: Hashable, prepare: Callable[[], T], fields: Callable[[T | None], Fields]
+    ranks: Ranks,
+    key: Hashable,
+    prepare: Callable[[], T],
+    fields: Callable[[T | None], Fields],
+    counted: bool = True,
 ) -> T:
     """Return what `prepare` returns, when all ranks were asked for the same.
 
@@ -73,6 +77,7 @@ def agreed(
         key: the call; equal where what it asks for is.
         prepare: checks and plans, without a message.
         fields: the call in words, with what was prepared, or None where that failed.
+        counted: whether it is a call that sends, of which every rank makes as many.
 
     Raises:
         TypeError, ValueError, ImportError: from `prepare`; or ValueError, as `compare`.
@@ -80,13 +85,13 @@ def agreed(
     if ranks.flat is None or ranks.world_size == 1:
         return prepare()
     asked = _ASKED.setdefault(ranks.flat, _Asked())
-    if (found := asked.known.get(key)) is not None:
+    if (call := asked.known.get(key)) is not None:
         prepared = prepare()
-        asked.note(found)
-        return prepared
-    prepared = compared(ranks, prepare, fields)
-    asked.known[key] = call = len(asked.known) + 1, fields(prepared)
-    asked.note(call)
+    else:
+        prepared = compared(ranks, prepare, fields)
+        asked.known[key] = call = len(asked.known) + 1, fields(prepared)
+    if counted:
+        asked.note(call)
     return prepared
 
 

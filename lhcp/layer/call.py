@@ -43,7 +43,9 @@ def agree_while_tracing(group: str, *said: str | int | float | None) -> None:
     """
     values = zip(said[::2], said[1::2], strict=True)
     fields = {str(name): str(value) for name, value in values}
-    agreed(Ranks(resolve_group(group)), ("traced", said), lambda: None, lambda _: fields)
+    ranks, key = Ranks(resolve_group(group)), ("traced", said)
+    # A rank may trace again where another need not, so nobody counts it.
+    agreed(ranks, key, lambda: None, lambda _: fields, counted=False)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.

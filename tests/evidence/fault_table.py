@@ -17,7 +17,8 @@ from bench.common.arguments import make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
 from lhcp.console import escape_unprintable
-from tests.faults.rows import FAULTS, Fault, goes_on_after, silent
+from tests.faults.provoke import goes_on_after
+from tests.faults.rows import FAULTS, Fault, silent
 from tests.faults.runs import Outcome
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rows import FAULTS, Fault, goes_on_after, silent
+from tests.faults.provoke import goes_on_after
+from tests.faults.rows import FAULTS, Fault, silent
 
 QUICK = ("a rank is killed", "a rank is frozen")
 """In each commit's tests; all others have minutes."""
