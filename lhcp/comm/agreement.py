@@ -112,20 +112,23 @@ def leave_uncounted(ranks: Ranks) -> None:
         _ASKED.setdefault(ranks.flat, _Asked()).counted = False
 
 
-def calls_made() -> Calls:
-    """Return what this process has called so far in the group in which it called most.
-
-    None where calls may be a CUDA graph's.
-
-    Any thread may ask: it is how a watchdog sees where the attention is.
-    """
-    groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
-    asked = max((_ASKED[group] for group in groups), key=lambda one: one.count, default=_Asked())
+def calls_in(group: dist.ProcessGroup | None) -> Calls:
+    """Return what this rank has called so far in a group; none where it may be a CUDA graph's."""
+    asked = _Asked() if group is None else _ASKED.get(group, _Asked())
     if not asked.counted:
         return Calls()
     if (asking := asked.asking) is not None:
         return Calls(asked.count + 1, 0, asking)
     return Calls(asked.count, asked.trail, asked.last[1])
+
+
+def calls_made() -> Calls:
+    """Return as `calls_in` what this process has called in the group in which it called most.
+
+    Any thread may ask: it is how a watchdog sees where the attention is.
+    """
+    groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
+    return max(map(calls_in, groups), key=lambda one: one.count, default=Calls())
 
 
 def compared(ranks: Ranks, prepare: Callable[[], T], fields: Callable[[T | None], Fields]) -> T:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lhcp.comm.agreement import calls_made
+from lhcp.comm.agreement import Calls, calls_in
 from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
@@ -84,10 +84,11 @@ def own_gradients(trainee: Trainee) -> list[Tensor]:
     return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
 
 
-def check_trails(total: float, squares: float, step: int) -> None:
+def check_trails(calls: Calls, total: float, squares: float, step: int) -> None:
     """Check that all ranks made the same attention calls so far; with CUDA graphs nobody counts.
 
     Args:
+        calls: this rank's, in the group that shares its sequence.
         total: of all ranks, the sum of a number below 2**12 that depends on their calls.
         squares: the sum of its squares: equal numbers, and no others, have the least.
 
@@ -95,7 +96,7 @@ def check_trails(total: float, squares: float, step: int) -> None:
         ValueError: they did not, on all ranks; it says who is where.
     """
     if dist.get_world_size() * squares != total * total:
-        said = calls_in_words(dict(enumerate(gather(calls_made()))))
+        said = calls_in_words(dict(enumerate(gather(calls))))
         raise ValueError(
             f"step {step + 1}: {said}. Messages of equal sizes were read as others than they are: "
             "the step is not taken. Every rank must attend alike, whatever its data"
@@ -132,13 +133,14 @@ def train_step(
     asked = 0.0 if stop is None else stop.asked
     grads = own_gradients(trainee)
     square = torch.nn.utils.get_total_norm(grads).double().square()
-    trail = float(calls_made().trail & 0xFFF)
+    calls = calls_in(trainee.placement.cp_group)
+    trail = float(calls.trail & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
     shares = (share, waited, asked, square, trail, trail * trail)
     loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(
         shares, trainee.placement.device
     )
-    check_trails(trails, trail_squares, step)
+    check_trails(calls, trails, trail_squares, step)
     norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
