@@ -35,6 +35,11 @@ class Calls:
     last: Fields = field(default_factory=dict)
     """What the last one asked for."""
 
+    def since(self, before: "Calls") -> int:
+        """Return a number below 2**20 that depends on the calls after those, in their order."""
+        made = self.count - before.count
+        return (self.trail - before.trail * pow(31, made, 1 << 20) + made) & 0xFFFFF
+
 
 @dataclass
 class _Asked:

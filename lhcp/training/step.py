@@ -85,10 +85,10 @@ def own_gradients(trainee: Trainee) -> list[Tensor]:
 
 
 def check_trails(calls: Calls, total: float, squares: float, step: int) -> None:
-    """Check that all ranks made the same attention calls so far; with CUDA graphs nobody counts.
+    """Check that all ranks made the same attention calls in a step; with CUDA graphs nobody counts.
 
     Args:
-        calls: this rank's, in the group that shares its sequence.
+        calls: this rank's so far, in the group that shares its sequence.
         total: of all ranks, the sum of a number below 2**12 that depends on their calls.
         squares: the sum of its squares: equal numbers, and no others, have the least.
 
@@ -128,13 +128,14 @@ def train_step(
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate
     trainee.optimizer.zero_grad()
+    before = calls_in(trainee.placement.cp_group)
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
     asked = 0.0 if stop is None else stop.asked
     grads = own_gradients(trainee)
     square = torch.nn.utils.get_total_norm(grads).double().square()
     calls = calls_in(trainee.placement.cp_group)
-    trail = float(calls.trail & 0xFFF)
+    trail = float(calls.since(before) & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
     shares = (share, waited, asked, square, trail, trail * trail)
     loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(

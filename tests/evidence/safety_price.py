@@ -25,7 +25,6 @@ import torch.distributed as dist
 from bench.common.arguments import make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
-from launch.recipes import RECIPES
 from lhcp.comm.agreement import agreed
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.torch_private import store_of
@@ -38,6 +37,7 @@ from lhcp.training.checkpoint_files import describe
 from lhcp.training.data import Sequences, TrainingData, open_data
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.process import Process, run_to_exit
+from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
 from lhcp.training.step import train_step
 from lhcp.training.training_state import not_finite, tensors_of

@@ -214,7 +214,7 @@ def overshot(folder: Path) -> Outcome:
 
 def no_reader(folder: Path) -> Outcome:
     """Close the pipe that a run prints to, and see it train on."""
-    ranks = start(folder, [one(folder)], program="tests/faults/no_reader.py")
+    ranks = start(folder, [one(folder)], program=["tests/faults/no_reader.py"])
     newest = run_of(folder) / "two_stages" / "step-00000048"
     deadline = time.monotonic() + 60
     while not newest.exists() and time.monotonic() < deadline and ranks.processes[0].poll() is None:

@@ -100,7 +100,7 @@ def free_port() -> int:
 def start(
     folder: Path,
     arguments: Sequence[Sequence[str]],
-    program: str = "launch/train.py",
+    program: Sequence[str] = ("-m", "lhcp", "train"),
     **variables: str,
 ) -> Ranks:
     """Start a rank for each of the arguments, which may differ; one alone is a plain process."""
@@ -112,7 +112,7 @@ def start(
         own["LOCAL_WORLD_SIZE"] = str(len(arguments))
         world = {} if len(arguments) == 1 else place | own
         files.append(folder / f"rank{rank}.{len(list(folder.glob('rank*')))}.log")
-        processes.append(_popen([program, *words], files[-1], world | variables))
+        processes.append(_popen([*program, *words], files[-1], world | variables))
     return Ranks(processes, files)
 
 
@@ -120,7 +120,7 @@ def torchrun(folder: Path, ranks: int, arguments: Sequence[str], restarts: int) 
     """Start torchrun, as one process."""
     words = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    words += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "launch/train.py"]
+    words += ["--max-restarts", str(restarts), "--monitor-interval", "0.2", "-m", "lhcp", "train"]
     file = folder / f"torchrun{len(list(folder.glob('torchrun*')))}.log"
     return Ranks([_popen([*words, *arguments], file, {})], [file])
 
