@@ -222,15 +222,15 @@ class _Mind:
         if posts.lost or posts.clock.now - posts.answered > posts.silence:
             self._on_stall(f"{rank} ends: {posts.without_store()}; {waits}")
             return
-        followers = 1 if posts.anybody_ended else 4
+        seconds = max(posts.beat, 0.3) if posts.anybody_ended else max(4 * posts.beat, 1.2)
         posts.last_word(place, "stalled", "")
         # The first to end does so last: a launcher ends the others when one is gone.
-        self._wait(followers)
+        self._wait(seconds)
         heard = posts.heard()
         self._on_stall(f"{rank} ends, after {waits}: {in_words(heard)}")
 
-    def _wait(self, beats: int) -> None:
-        """Let so many beats go by, in which the other thread posts and reads."""
-        until = self.posts.clock.now + beats * self.posts.beat
+    def _wait(self, seconds: float) -> None:
+        """Let time go by, in which the other thread posts and reads."""
+        until = self.posts.clock.now + seconds
         while self.posts.clock.tick() < until:
             time.sleep(self.posts.beat / 4)
