@@ -70,4 +70,8 @@ if __name__ == "__main__":
         chosen = tyro.extras.overridable_config_cli(recipes)
     except ValueError as error:
         sys.exit(f"launch/recover.py: {error}")
-    run_to_exit(lambda own: main(chosen, own), chosen.run.timeout)
+    run_to_exit(
+        lambda own: main(chosen, own),
+        chosen.run.timeout,
+        chosen.run.folder if chosen.run.debug else None,
+    )

@@ -10,7 +10,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${NUM_NODES:=1}" "${GPUS_PER_NODE:=8}" "${HEAD_NODE:=localhost:29400}" "${MAX_RESTARTS:=3}"
 # Neighbouring ranks share a sequence (cp is the inner axis of the mesh), so with cp at most
 # GPUS_PER_NODE the rotation stays inside a machine and only FSDP crosses between them.
-exec torchrun \
+place=()
+if [[ "$HEAD_NODE" == localhost:* ]]; then
+  # The ranks of one machine meet on its loopback interface.
+  place=(--local-addr localhost)
+fi
+exec torchrun ${place[@]+"${place[@]}"} \
   --nnodes "$NUM_NODES" \
   --nproc-per-node "$GPUS_PER_NODE" \
   --rdzv-backend c10d \

@@ -4,6 +4,7 @@ Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains
 """
 
 from lhcp.comm.sharding import pad_to_length, pad_to_multiple, positions, shard, unshard
+from lhcp.comm.watchdog import RanksLost, Watchdog
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
@@ -42,10 +43,12 @@ __all__ = [
     "LighthouseAttention",
     "LighthouseConfig",
     "OverheadReport",
+    "RanksLost",
     "Selection",
     "SelectionReport",
     "StepCost",
     "Timers",
+    "Watchdog",
     "built_in_calibration",
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_hugging_face",

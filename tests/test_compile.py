@@ -112,6 +112,45 @@ def compile_with_another_scale(group: Any, what: str) -> str:
     return "nothing said"
 
 
+def run_a_graph_at_other_lengths(group: Any, mode: str, rotation: str, dynamic: bool) -> list[str]:
+    """Run a compiled layer at equal lengths, then at another on rank 1; return what is said.
+
+    The third lengths are equal again: that the ranks go on is part of it.
+    """
+    torch._dynamo.reset()
+    own = dist.new_group(range(4))
+    config, seqlen = small_config(num_strata=8)
+    layer = lhcp.LighthouseAttention(config, own, rotation=rotation)
+    layer.mode = mode  # type: ignore[assignment]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    said = []
+    for times in (1, 3 if own.rank() == 1 else 2, 4):
+        q, k, v, _ = (lhcp.shard(x, own) for x in qkv(times * seqlen, num_kv_heads=4))
+        try:
+            out = compiled(q.requires_grad_(), k, v)
+            out.sum().backward()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
+)
+@pytest.mark.parametrize(
+    ("mode", "rotation"), [("lighthouse", "p2p"), ("dense", "allgather"), ("dense", "alltoall")]
+)
+def test_lengths_of_graphs_are_compared(
+    ranks: RankPool, mode: str, rotation: str, dynamic: bool
+) -> None:
+    """Fails if ranks whose graphs run with other lengths read one another's messages."""
+    for first, other, third in ranks.run(run_a_graph_at_other_lengths, 4, mode, rotation, dynamic):
+        assert first == "" and third == ""
+        assert "ranks were asked for different things: " in other and "on rank 1" in other
+        assert ("exchanged by each rank" if rotation == "alltoall" else "seqlen: ") in other
+
+
 @pytest.mark.parametrize("what", ["scale", "config.topk"])
 def test_ranks_that_trace_for_different_things_are_told_so(ranks: RankPool, what: str) -> None:
     """Fails if compiled layers of equal sizes and other meanings attend to one another."""

@@ -25,13 +25,42 @@ REFUSALS = (TypeError, ValueError, ImportError)
 """What a rank raises where it was asked for something that it cannot do."""
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What a rank has called so far in one group: where ranks differ in it, one is astray."""
+
+    count: int = 0
+    trail: int = 0
+    """A number below 2**20 that depends on all of them, in their order."""
+    last: Fields = field(default_factory=dict)
+    """What the last one asked for."""
+
+    def since(self, before: "Calls") -> int:
+        """Return a number below 2**20 that depends on the calls after those, in their order."""
+        made = self.count - before.count
+        return (self.trail - before.trail * pow(31, made, 1 << 20) + made) & 0xFFFFF
+
+
 @dataclass
 class _Asked:
     """What this rank has asked its group so far."""
 
-    known: set[Hashable] = field(default_factory=set)
-    """Calls that all ranks agreed on."""
+    known: dict[Hashable, tuple[int, Fields]] = field(default_factory=dict)
+    """Calls that all ranks agreed on: as which of them, and what they ask for."""
     posts: int = 0
+    count: int = 0
+    trail: int = 0
+    last: tuple[int, Fields] = (0, {})
+    asking: Fields | None = None
+    """What is being compared now."""
+    counted: bool = True
+    """Whether every call is; a CUDA graph's is not."""
+
+    def note(self, call: tuple[int, Fields]) -> None:
+        """Count a call that is about to be made: the only thing done at every one of them."""
+        self.count += 1
+        self.trail = (self.trail * 31 + call[0]) & 0xFFFFF
+        self.last = call
 
 
 _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
@@ -39,7 +68,11 @@ _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
 
 
 def agreed(
-    ranks: Ranks, key: Hashable, prepare: Callable[[], T], fields: Callable[[T | None], Fields]
+    ranks: Ranks,
+    key: Hashable,
+    prepare: Callable[[], T],
+    fields: Callable[[T | None], Fields],
+    counted: bool = True,
 ) -> T:
     """Return what `prepare` returns, when all ranks were asked for the same.
 
@@ -49,18 +82,58 @@ def agreed(
         key: the call; equal where what it asks for is.
         prepare: checks and plans, without a message.
         fields: the call in words, with what was prepared, or None where that failed.
+        counted: whether it is a call that sends, of which every rank makes as many.
 
     Raises:
         TypeError, ValueError, ImportError: from `prepare`; or ValueError, as `compare`.
     """
     if ranks.flat is None or ranks.world_size == 1:
         return prepare()
-    known = _ASKED.setdefault(ranks.flat, _Asked()).known
-    if key in known:
-        return prepare()
-    prepared = compared(ranks, prepare, fields)
-    known.add(key)
+    asked = _ASKED.setdefault(ranks.flat, _Asked())
+    if (call := asked.known.get(key)) is not None:
+        prepared = prepare()
+    else:
+        prepared = compared(ranks, prepare, fields)
+        asked.known[key] = call = len(asked.known) + 1, fields(prepared)
+    if counted:
+        asked.note(call)
     return prepared
+
+
+def agree_on_sizes(ranks: Ranks, sizes: Hashable, said: Callable[[], Fields]) -> None:
+    """Compare sizes with the other ranks, at the first call with them.
+
+    For what a graph of torch.compile runs, which may be traced for sizes that nobody knows then.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    agreed(ranks, sizes, lambda: None, lambda _: said())
+
+
+def leave_uncounted(ranks: Ranks) -> None:
+    """Note that calls of these ranks may be a graph's, which nobody counts."""
+    if ranks.flat is not None:
+        _ASKED.setdefault(ranks.flat, _Asked()).counted = False
+
+
+def calls_in(group: dist.ProcessGroup | None) -> Calls:
+    """Return what this rank has called so far in a group; none where it may be a CUDA graph's."""
+    asked = _Asked() if group is None else _ASKED.get(group, _Asked())
+    if not asked.counted:
+        return Calls()
+    if (asking := asked.asking) is not None:
+        return Calls(asked.count + 1, 0, asking)
+    return Calls(asked.count, asked.trail, asked.last[1])
+
+
+def calls_made() -> Calls:
+    """Return as `calls_in` what this process has called in the group in which it called most.
+
+    Any thread may ask: it is how a watchdog sees where the attention is.
+    """
+    groups = [group for ref in _ASKED.keyrefs() if (group := ref()) is not None]
+    return max(map(calls_in, groups), key=lambda one: one.count, default=Calls())
 
 
 def compared(ranks: Ranks, prepare: Callable[[], T], fields: Callable[[T | None], Fields]) -> T:
@@ -136,6 +209,7 @@ def _post(ranks: Ranks, fields: Fields, trouble: str | None = None) -> int:
     assert ranks.flat is not None
     asked = _ASKED.setdefault(ranks.flat, _Asked())
     asked.posts += 1
+    asked.asking = fields if trouble is None else None
     key = _key(asked.posts, ranks.rank)
     store_of(ranks.flat).set(key, json.dumps([fields, trouble]))
     return asked.posts
@@ -159,6 +233,7 @@ def _read(ranks: Ranks, number: int) -> list[tuple[Fields, str | None]]:
             f"group's store ({error}): every rank must make the same calls in the same order"
         ) from error
     posts = [json.loads(store.get(key)) for key in keys]
+    _ASKED[ranks.flat].asking = None
     # All have posted this one, so all have read the last.
     if number > 1:
         store.delete_key(_key(number - 1, ranks.rank))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -103,6 +104,11 @@ def _cannot_restore(members: list[int]) -> str:
         f"what is loaded has a process group of the ranks {members}, which is not in this process: "
         "make the layer with group= here, and load a state_dict instead of a whole module"
     )
+
+
+def traced() -> str:
+    """Return a word for an operator: whether it is traced into a graph, or ""."""
+    return "traced" if torch.compiler.is_compiling() else ""
 
 
 def pack_cut(ranks: Ranks, layout: Layout, *more: str) -> str:

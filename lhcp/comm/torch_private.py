@@ -122,6 +122,28 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:
     return store
 
 
+def copy_of(store: dist.Store) -> dist.Store:
+    """Return the same store by a connection of its own, for another thread.
+
+    Uses `Store.clone`, which is public and which torch's type hints leave out.
+
+    Raises:
+        UnknownTorch: it is gone.
+    """
+    copy: dist.Store = _need(store, "clone", "torch.distributed.Store.clone")()
+    return copy
+
+
+def recorded_messages() -> str:
+    """Return what torch's flight recorder has of this process's messages, as JSON; "": nothing.
+
+    Uses `torch._C._distributed_c10d._dump_fr_trace_json`. Without it, nothing.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    found = b"" if dump is None else dump()
+    return found.decode() if isinstance(found, bytes) else str(found)
+
+
 FAKE = "fake"
 """torch's backend whose groups have ranks and sizes and nothing behind them."""
 

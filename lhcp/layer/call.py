@@ -43,7 +43,9 @@ def agree_while_tracing(group: str, *said: str | int | float | None) -> None:
     """
     values = zip(said[::2], said[1::2], strict=True)
     fields = {str(name): str(value) for name, value in values}
-    agreed(Ranks(resolve_group(group)), ("traced", said), lambda: None, lambda _: fields)
+    ranks, key = Ranks(resolve_group(group)), ("traced", said)
+    # A rank may trace again where another need not, so nobody counts it.
+    agreed(ranks, key, lambda: None, lambda _: fields, counted=False)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
@@ -90,10 +92,14 @@ class Call:
         return self.layer, self.mode, tensors, names, self.more, self.with_gradient
 
     def constants(self, prepared: Prepared) -> tuple[str | int | float | None, ...]:
-        """Return names and values of what is no size: a graph may be traced for all of them."""
+        """Return names and values of what is no size: a graph may be traced for all of them.
+
+        Sizes are compared by the operators that send, when a graph first runs with them.
+        """
         c = self.choices
         said: list[str | int | float | None] = ["mode", self.mode, "dtype", str(self.qkv[0].dtype)]
         said += ["layout", c.layout, "kernels", c.kernels, "scale", c.scale]
+        said += ["a gradient", "wanted" if self.with_gradient else "not wanted"]
         for name, taken in prepared.chosen.items():
             said += [name, taken]
         for name, value in self.more:

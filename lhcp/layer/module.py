@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lhcp.checks import check_scale
+from lhcp.comm.agreement import leave_uncounted
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
@@ -167,6 +168,7 @@ class LighthouseAttention(nn.Module):
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
+        leave_uncounted(self.ranks)
         asked = (self.config, self.choices, names, autocast)
         return graphs.call(attend, tensors, self._token, Kind(self._mode, self.ranks, asked))
 

@@ -23,12 +23,13 @@ from lhcp.training.parallel import build, whole_model
 from lhcp.training.process import Process, run_to_exit
 from lhcp.training.recipes import RECIPES
 from lhcp.training.rotation_report import measure_rotation
-from lhcp.training.run import Run
+from lhcp.training.run import SLOW, Run
 
 
 def main(run: Run, own: Process) -> None:
     """Do the run, and its baseline where asked for, and report; alone in its folder."""
     run.check(own.world_size)
+    own.marks.at("start", patience=SLOW)
     progress = report.Progress(shown=own.rank == 0)
     with held(run.folder) as remark:
         if remark:
@@ -39,7 +40,7 @@ def main(run: Run, own: Process) -> None:
 def do(run: Run, own: Process, progress: report.Progress) -> None:
     """Train and report."""
     data = open_data(run.data, run.seqlen, run.seed, run.shortest_document)
-    trainee = build(run, own.device)
+    trainee = build(run, own.device, own.marks)
     progress.say(
         f"{run.name}: {num_parameters(trainee.model):,} parameters; {len(data.train.corpus):,} "
         f"bytes of text, {len(data.heldout.corpus):,} held out; {own.world_size} ranks on "
@@ -55,17 +56,20 @@ def do(run: Run, own: Process, progress: report.Progress) -> None:
     folder = run.folder / "two_stages"
     with written(run, progress, own.rank) as watcher:
         history = train(run, trainee, data, run.stages, folder, watcher)
+    own.marks.at("report", patience=SLOW)
     whole = whole_model(run, trainee)
     overhead = measure_rotation(run, trainee)
 
     baseline = None
     if run.baseline:
         progress.say("baseline: dense from scratch on the same tokens")
-        fresh = build(run, own.device)
+        own.marks.at("start", patience=SLOW)
+        fresh = build(run, own.device, own.marks)
         folder = run.folder / "baseline"
         with written(run, progress, own.rank) as watcher:
             baseline = train(run, fresh, data, run.baseline_stages, folder, watcher)
 
+    own.marks.at("report", patience=SLOW)
     if whole is not None:
         sample = ""
         if run.sample_bytes:
@@ -90,4 +94,6 @@ def start(arguments: Sequence[str]) -> None:
         chosen = tyro.extras.overridable_config_cli(recipes, prog="lhcp train", args=arguments)
     except ValueError as error:
         sys.exit(f"lhcp train: {error}")
-    run_to_exit(lambda own: main(chosen, own), chosen.timeout)
+    run_to_exit(
+        lambda own: main(chosen, own), chosen.timeout, chosen.folder if chosen.debug else None
+    )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.comm.agreement import agree_on_sizes
 from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.precision import wide
@@ -41,6 +42,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     plan = RingPlan.unpack((words, integers, scale))
+    if plan.traced:
+        agree_on_sizes(plan.ranks, plan.shape, plan.shape.in_words)
     return ring_forward(q, KV(k, v), plan, UNTIMED, _packed_rows(packed))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from lhcp.comm.layout import Layout, make_layout
-from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.comm.mesh import Ranks, pack_cut, traced, unpack_cut
 from lhcp.ring.heads import RING, shape_left, sharing_ranks
 from lhcp.ring.shape import AttentionShape
 
@@ -23,6 +23,8 @@ class RingPlan:
     """One of `lhcp.ring.block.BLOCKS`."""
     scale: float
     """Factor of the logits."""
+    traced: bool = False
+    """Whether a graph has it, which may run with sizes that ranks have not compared."""
 
     @property
     def layout(self) -> Layout:
@@ -59,12 +61,13 @@ class RingPlan:
 
     def pack(self) -> PackedPlan:
         """Return the plan as arguments of an operator; `unpack` is the way back."""
-        words = pack_cut(self.ranks, self.layout, self.rotation, self.backend)
+        words = pack_cut(self.ranks, self.layout, self.rotation, self.backend, traced())
         return words, self.shape.pack(), self.scale
 
     @classmethod
     def unpack(cls, packed: PackedPlan) -> "RingPlan":
         """Return the plan that was packed."""
         words, integers, scale = packed
-        ranks, layout, (rotation, backend) = unpack_cut(words)
-        return cls(ranks, AttentionShape.unpack(layout, integers), rotation, backend, scale)
+        ranks, layout, (rotation, backend, graph) = unpack_cut(words)
+        shape = AttentionShape.unpack(layout, integers)
+        return cls(ranks, shape, rotation, backend, scale, bool(graph))

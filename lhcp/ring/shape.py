@@ -6,7 +6,7 @@ else. Pure integers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -85,6 +85,10 @@ class AttentionShape:
         sizes = (self.seqlen, self.num_heads, self.num_kv_heads, self.head_dim, self.batch)
         wire, node = self.wire_bytes or 0, self.node_size or 0
         return [*sizes, self.element_bytes, wire, node, *map(int, self.mask), *self.tuning]
+
+    def in_words(self) -> dict[str, str]:
+        """Return the fields by name."""
+        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
 
     @staticmethod
     def unpack(layout: Layout, integers: Sequence[int]) -> "AttentionShape":

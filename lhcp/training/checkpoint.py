@@ -25,6 +25,7 @@ from lhcp.training.checkpoint_files import (
     Record,
     checkpoints_in,
     describe,
+    disk_is_full,
     prune,
     publish,
     sync_folder,
@@ -126,10 +127,11 @@ def save(
     try:
         write(state, final, step, beside)
     except RanksFailed as error:
+        full = error.full or disk_is_full(folder)
         if dist.get_rank() == 0:
             shutil.rmtree(final.with_suffix(UNFINISHED), ignore_errors=True)
-        why = "the disk is full: " if error.full else ""
-        advice = "make room" if error.full else "mend that"
+        why = "the disk is full: " if full else ""
+        advice = "make room" if full else "mend that"
         raise SaveFailed(
             f"{final} was not written: {why}{error}. {newest_in(folder).capitalize()}; {advice} "
             "and start the same command again, which goes on from there"

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lhcp.training.together import gather, together
+from lhcp.training.together import NO_SPACE, gather, together
 
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
@@ -89,6 +90,25 @@ def describe(folder: Path, names: Iterable[str]) -> Files:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found[name] = ((folder / name).stat().st_size, digest)
     return found
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Tell whether some rank can write no megabyte there any more; every rank calls it.
+
+    Asked after a failure, before what was written goes: torch's writer of tensors may say that a
+    position is not as it expected, and no more.
+    """
+
+    def full() -> bool:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(1 << 20))
+                file.flush()
+        except OSError as error:
+            return error.errno in NO_SPACE
+        return False
+
+    return any(gather(full()))
 
 
 def own_trouble(path: Path, rank: int, world_size: int) -> str:

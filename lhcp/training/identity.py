@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "out": "where it is kept",
     "accept": "what may differ",
     "timeout": "how long ranks wait",
+    "debug": "what is logged",
     "cp": "the mesh",
     "layout": "the mesh",
     "rotation": "how it is computed: up to rounding the same",

@@ -13,12 +13,15 @@ from lhcp.training.data import TrainingData
 from lhcp.training.history import EvalRecord, History, Watcher
 from lhcp.training.identity import Identity, accepted_changes, agree, identity
 from lhcp.training.parallel import Trainee, compute_dtype
-from lhcp.training.run import Run
+from lhcp.training.run import SLOW, Run
 from lhcp.training.selection_log import diagnose_layers
 from lhcp.training.shared_folder import prove_shared
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.step import evaluate, train_step
 from lhcp.training.stopping import Stop, Stopped, stoppable
+
+FIRST_STEPS = 3
+"""Of a stage: in them layers are compiled, kernels tuned and graphs recorded."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def train_until(
 ) -> History:
     """Do what `train` does, until the end or until `stop` is asked for."""
     run, trainee, data, stages = training.run, training.trainee, training.data, training.stages
+    marks = trainee.marks
+    marks.at("start", patience=SLOW)
     agree(run, data.manifest)
     prove_shared(folder)
     resumed = [(0, History())]
@@ -117,12 +122,14 @@ def train_until(
     done, history = resumed[-1]
     watcher.on_start(done, folder)
     end = total_steps(stages)
+    settled = done + FIRST_STEPS
     if run.diagnose and done == 0 and end:
         mode = stage_at(stages, 0).mode
         history.selections += diagnose_layers(run, trainee, data.heldout, mode, 0)
     while done < end:
         stage = stage_at(stages, done)
         set_mode(trainee.model, stage.mode)
+        marks.patience = SLOW if done < settled else 1.0
         record = train_step(run, trainee, data.train, stages, done, stop)
         history.steps.append(record)
         watcher.on_step(record, stages)
@@ -132,14 +139,18 @@ def train_until(
         if stage_ends or marked or done % run.eval_every == 0:
             modes: tuple[Mode, ...] = ("lighthouse", "dense")
             for mode in modes if stage.mode == "lighthouse" else modes[1:]:
-                loss = evaluate(run, trainee, data.heldout, mode)
+                loss = evaluate(run, trainee, data.heldout, mode, done)
                 history.evals.append(EvalRecord(done, stage.name, mode, loss))
                 watcher.on_eval(history.evals[-1])
             if run.diagnose:
+                marks.at("diagnosis", done, patience=SLOW)
                 found = diagnose_layers(run, trainee, data.heldout, stage.mode, done)
                 history.selections += found
+        if stage_ends:
+            settled = done + FIRST_STEPS
         stops = stop.agreed is not None
         if done == end or marked or stops or done % run.checkpoint_every == 0:
+            marks.at("save", done, patience=SLOW)
             path = checkpoint.save(
                 folder,
                 done,

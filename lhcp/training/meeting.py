@@ -7,10 +7,13 @@ attempt left in the store has other words. From then on the store is read and wr
 of the attempt, and whoever does not come within the time is named.
 """
 
+import errno
 import json
 import os
 import secrets
+import socket
 from datetime import timedelta
+from ipaddress import ip_address
 from time import monotonic, sleep
 
 import torch.distributed as dist
@@ -48,23 +51,54 @@ def open_store(rank: int, world_size: int, timeout: float) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = rank == 0 and not of_agent
     try:
         return dist.TCPStore(
             host,
             port,
-            is_master=rank == 0 and not of_agent,
+            is_master=keeps,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=listen_at(host, port) if keeps else None,
         )
     except RuntimeError as error:
         who = "torchrun" if of_agent else "rank 0"
-        if rank == 0 and not of_agent:
+        if keeps:
             raise
         raise RanksMissing(
             f"rank {rank} of {world_size} came, and {who} did not answer at {host}:{port} within "
             f"{timeout:g} s: see whether it is running, and reachable from this machine"
         ) from error
+
+
+def listen_at(host: str, port: int) -> int | None:
+    """Return a socket that listens at this address alone: torch's own does on all interfaces.
+
+    None where the address is not this machine's, as of a gateway before it: then torch listens.
+
+    Raises:
+        OSError: the port is taken, or the name says nothing.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        return socket.create_server((host, address[1]), family=family).detach()
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise
+
+
+def stay_on_this_machine() -> None:
+    """Let gloo's messages stay on the loopback interface where ranks meet on it.
+
+    Gloo takes the interface from the environment alone; what the user set there stays.
+    """
+    host = os.environ["MASTER_ADDR"]
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if names and all(ip_address(address[0]).is_loopback for *_, address in found):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def gather_answers(store: dist.Store, world_size: int, deadline: float, timeout: float) -> str:

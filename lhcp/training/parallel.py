@@ -1,7 +1,7 @@
 """The model and its optimiser on the ranks of a run: dp x cp mesh, FSDP2 over all of it."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import lhcp
 from lhcp.comm.layout import LayoutName
+from lhcp.comm.marks import Marks
 from lhcp.layer.recording import Graphs
 from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
@@ -54,6 +55,8 @@ class Trainee:
     """Seconds that this rank waits in rotations, over all layers; None: not timed."""
     graphs: Graphs | None
     """The CUDA graphs of the attention; None: it runs as it is."""
+    marks: Marks = field(default_factory=Marks)
+    """Where this rank is, for the other ranks' watchdogs."""
 
     def release(self) -> None:
         """Drop the graphs, which training records anew: before the process group goes."""
@@ -135,8 +138,10 @@ def check_kernels(run: Run, device: torch.device) -> None:
         )
 
 
-def build(run: Run, device: torch.device) -> Trainee:
+def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee:
     """Return the model, drawn from the run's seed and sharded over all ranks, and its optimiser.
+
+    Training says with `marks` where it is.
 
     Raises:
         ValueError: the kernels or CUDA graphs that the run asks for are not for this device.
@@ -157,7 +162,7 @@ def build(run: Run, device: torch.device) -> Trainee:
     # Recomputed layers run again just before their backward: one pair of graphs serves them all.
     graphs = lhcp.graphed(model, shared=run.recompute) if by_graph else None
     optimizer = make_optimizer(model, run.optim)
-    return Trainee(model, sharded, optimizer, placement, timers, graphs)
+    return Trainee(model, sharded, optimizer, placement, timers, graphs, marks or Marks())
 
 
 def whole_model(run: Run, trainee: Trainee) -> Decoder | None:

@@ -1,19 +1,27 @@
 """Joining and leaving the process group, under torchrun or as one plain process."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
+from lhcp.comm.marks import Marks
+from lhcp.comm.watchdog import RanksLost, Watchdog, end_process
 from lhcp.console import keep_printing
-from lhcp.training.meeting import meet
+from lhcp.training.debugging import record_messages, serve_messages, write_messages
+from lhcp.training.meeting import meet, stay_on_this_machine
+from lhcp.training.run import SLOW, START, TIMEOUT
 from lhcp.training.stopping import SIGNALS, Stopped
+from lhcp.training.together import causes
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,11 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    marks: Marks = field(default_factory=Marks)
+    """Where it is, for the other ranks' watchdogs."""
 
 
-TIMEOUT = 600.0
-"""Seconds that ranks wait for one another, to start and in a message of all of them."""
-
-
-def join(timeout: float = TIMEOUT) -> Process:
+def join(timeout: float = START * TIMEOUT) -> Process:
     """Join the ranks that torchrun started (a plain process is one rank) and pick the device.
 
     Ranks with a GPU each use NCCL, all others gloo on the CPU.
@@ -62,6 +68,8 @@ def join(timeout: float = TIMEOUT) -> Process:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+    if not missing:
+        stay_on_this_machine()
     # Public in torch, but its type hints do not say so.
     names: Any = dist
     store = names.HashStore() if missing else meet(rank, world_size, timeout)
@@ -79,11 +87,9 @@ def join(timeout: float = TIMEOUT) -> Process:
 def leave(code: int) -> None:
     """End this process with exit status `code`; does not return.
 
-    On success all ranks wait for one another first, as when they were stopped together; after an
-    error this rank goes at once, and the launcher ends the others.
+    After an error this rank goes at once, and the launcher ends the others.
     """
     if code in (0, *(128 + number for number in SIGNALS)):
-        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,26 +99,74 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def run_to_exit(main: Callable[[Process], None], timeout: float = TIMEOUT) -> None:
+@record
+def watched(
+    main: Callable[[Process], None], own: Process, timeout: float, debug: Path | None
+) -> int:
+    """Call `main` with a watchdog until all ranks are done; return the exit status.
+
+    What is raised, and what the watchdog says, is in torchrun's summary too.
+    """
+
+    def give_up(said: str) -> None:
+        if debug is not None and (path := write_messages(debug, own.rank)):
+            said = f"{said}; its last messages are in {path}"
+        try:
+            raise RanksLost(said)
+        except RanksLost as lost:
+            get_error_handler().record_exception(lost)
+        end_process(said)
+
+    with Watchdog(timeout=timeout, on_stall=give_up) as watchdog:
+        code = 0
+        try:
+            main(replace(own, marks=watchdog))
+        except Stopped as stop:
+            code = stop.code
+            if own.rank == 0:
+                print(f"\n{stop}", file=sys.stderr)
+        except RuntimeError:
+            # The launcher ends this rank as soon as it sees another's death; first it says whose.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
+        watchdog.at("end", patience=SLOW)
+        dist.barrier()
+    return code
+
+
+def run_to_exit(
+    main: Callable[[Process], None], timeout: float = TIMEOUT, debug: Path | None = None
+) -> None:
     """Join, call `main`, leave.
 
     Exit status: 0; 1 after an error, which is printed with its rank; 143 or 138 after SIGTERM or
-    SIGUSR1, when the run has saved; 130 after Ctrl-C, at once.
+    SIGUSR1, when the run has saved; 130 after Ctrl-C, at once; 124 where ranks waited in vain.
+
+    Args:
+        timeout: Seconds that ranks wait for one another at a mark; they have `START` times that to
+            come, and as long for any message.
+        debug: Torch records and serves what ranks do, and writes it there when they wait in vain.
     """
     keep_printing()
     rank = os.environ.get("RANK", "0")
+    code = 0
     try:
-        main(join(timeout))
-    except Stopped as stop:
-        if rank == "0":
-            print(f"\n{stop}", file=sys.stderr)
-        leave(stop.code)
-    except KeyboardInterrupt:
-        if rank == "0":
-            print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
-        leave(130)
+        if debug is not None:
+            record_messages()
+        own = join(START * timeout)
+        if debug is not None:
+            said = serve_messages()
+            if own.rank == 0:
+                print(said, flush=True)
+        # None is of SystemExit alone, which nothing here raises.
+        code = watched(main, own, timeout, debug) or 0
     except BaseException as error:
+        # Where it comes in the middle of somebody's C, or of a save, it is another error's cause.
+        if any(isinstance(one, KeyboardInterrupt) for one in causes(error)):
+            if rank == "0":
+                print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
+            leave(130)
         traceback.print_exc()
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         leave(1)
-    leave(0)
+    leave(code)

@@ -200,7 +200,7 @@ def train_arm(arm: Arm, run: Run, own: Process, data: TrainingData, teller: Watc
     torch.compiler.reset()
     gc.collect()
     folder = seed_folder(run, run.seed)
-    trainee = build(run, own.device)
+    trainee = build(run, own.device, own.marks)
     return train(run, trainee, data, arm.stages, folder / arm.name, teller, arm.sharing(folder))
 
 

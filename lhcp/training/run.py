@@ -10,6 +10,13 @@ from lhcp.training.data import DataConfig
 from lhcp.training.model import ModelConfig
 from lhcp.training.stages import OptimConfig, Stage
 
+SLOW = 4.0
+"""Timeouts that the start, a save, an evaluation and each of a stage's first steps may take."""
+START = SLOW + 1
+"""Timeouts that ranks have to come, and a message: longer, so that the watchdog is first."""
+TIMEOUT = 120.0
+"""The timeout where none is given, in seconds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -75,8 +82,12 @@ class Run:
     """Length of the generated sample at the end; 0 for none."""
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
-    timeout: float = 600.0
-    """Seconds that ranks wait for one another: to start, and in a message of all of them."""
+    timeout: float = TIMEOUT
+    """Seconds that ranks wait for one another in a forward, a backward or an optimiser step; four
+    times that in a save, an evaluation or the first steps of a stage, and five to start."""
+    debug: bool = False
+    """Whether torch keeps the last messages and serves them, with all stacks, to a browser: its
+    flight recorder and debug server (port 25999 of rank 0's machine), for hunting a hang."""
     accept: tuple[str, ...] = ()
     """Differences from the run that wrote the checkpoint to go on with all the same, as its refusal
     names them: optim.lr, data.files."""

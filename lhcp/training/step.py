@@ -10,15 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lhcp.comm.agreement import Calls, calls_in
+from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
 from lhcp.training.parallel import Placement, Trainee
-from lhcp.training.run import Run
+from lhcp.training.run import SLOW, Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
+from lhcp.training.together import gather
 
 
 def sum_over_ranks(values: Sequence[float | Tensor], device: torch.device) -> list[float]:
@@ -67,7 +70,9 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     rows = len(batch.tokens) // run.accumulate
     for index in range(run.accumulate):
         trainee.sharded.set_requires_gradient_sync(index == run.accumulate - 1)
+        trainee.marks.at("forward", step + 1)
         share = loss_sum(trainee, batch.rows(index * rows, (index + 1) * rows)) / num_labels
+        trainee.marks.at("backward", step + 1)
         torch.autograd.backward(share)
         loss += share.detach()
     return loss
@@ -77,6 +82,25 @@ def own_gradients(trainee: Trainee) -> list[Tensor]:
     """Return this rank's shards of all gradients: as plain tensors, which cost the host less."""
     grads = [p.grad for p in trainee.model.parameters() if p.grad is not None]
     return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
+
+
+def check_trails(calls: Calls, total: float, squares: float, step: int) -> None:
+    """Check that all ranks made the same attention calls in a step; with CUDA graphs nobody counts.
+
+    Args:
+        calls: this rank's so far, in the group that shares its sequence.
+        total: of all ranks, the sum of a number below 2**12 that depends on their calls.
+        squares: the sum of its squares: equal numbers, and no others, have the least.
+
+    Raises:
+        ValueError: they did not, on all ranks; it says who is where.
+    """
+    if dist.get_world_size() * squares != total * total:
+        said = calls_in_words(dict(enumerate(gather(calls))))
+        raise ValueError(
+            f"step {step + 1}: {said}. Messages of equal sizes were read as others than they are: "
+            "the step is not taken. Every rank must attend alike, whatever its data"
+        )
 
 
 def train_step(
@@ -94,6 +118,7 @@ def train_step(
     Raises:
         FloatingPointError: the loss or the gradient is not finite, on all ranks alike; the weights
             are still those before the step.
+        ValueError: ranks made different attention calls; as much.
     """
     begin = time.perf_counter()
     timers = trainee.timers
@@ -103,14 +128,20 @@ def train_step(
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate
     trainee.optimizer.zero_grad()
+    before = calls_in(trainee.placement.cp_group)
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
     asked = 0.0 if stop is None else stop.asked
     grads = own_gradients(trainee)
     square = torch.nn.utils.get_total_norm(grads).double().square()
+    calls = calls_in(trainee.placement.cp_group)
+    trail = float(calls.since(before) & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
-    shares = (share, waited, asked, square)
-    loss, waited, asked, square_sum = sum_over_ranks(shares, trainee.placement.device)
+    shares = (share, waited, asked, square, trail, trail * trail)
+    loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(
+        shares, trainee.placement.device
+    )
+    check_trails(calls, trails, trail_squares, step)
     norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
@@ -120,6 +151,7 @@ def train_step(
             f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; resume "
             f"from the last checkpoint with a lower --optim.lr (now {rate:g}) or more warm-up"
         )
+    trainee.marks.at("optimiser", step + 1)
     if norm > run.optim.clip:
         torch._foreach_mul_(grads, run.optim.clip / norm)
     trainee.optimizer.step()
@@ -142,14 +174,21 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(run: Run, trainee: Trainee, heldout: Sequences, mode: Mode) -> float:
-    """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte."""
+def evaluate(
+    run: Run, trainee: Trainee, heldout: Sequences, mode: Mode, done: int | None = None
+) -> float:
+    """Return the mean loss over the first `eval_sequences` held-out sequences, nats per byte.
+
+    `done` is the step after which, for the marks.
+    """
     set_mode(trainee.model, mode)
     placement = trainee.placement
     batch = heldout.batch(0, placement.dp_rank, placement.dp_size, run.eval_sequences)
     rows = max(run.global_batch // placement.dp_size // run.accumulate, 1)
     total = torch.zeros((), device=placement.device)
     for start in range(0, len(batch.tokens), rows):
+        # The first of a mode may compile.
+        trainee.marks.at("evaluation", done, patience=SLOW)
         total += loss_sum(trainee, batch.rows(start, start + rows))
     # FSDP leaves the root gathered for a backward that does not come here.
     trainee.sharded.reshard()

@@ -171,6 +171,20 @@ def test_a_late_layer_or_two_do_not_decide() -> None:
     assert graphs.recorder.recorded == 8
 
 
+def test_a_checkpoint_around_the_layer_alone() -> None:
+    """Fails if what ends its second call midway, once all that is saved is there, leaves no way."""
+    layer, graphs = layer_with_graph()
+    for seed in range(4):
+        q, k, v, do = qkv(SEQLEN, num_kv_heads=2, seed=seed)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = checkpoint(layer, *leaves, use_reentrant=False)
+        found = [out.detach().clone(), *torch.autograd.grad(out, leaves, do)]
+        plain = lhcp.LighthouseAttention(CONFIG)(*leaves)
+        want = [plain.detach(), *torch.autograd.grad(plain, leaves, do)]
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert graphs.recorder.recorded == 2
+
+
 def layer_with_graph(**options: Any) -> tuple[LighthouseAttention, Graphs]:
     layer = lhcp.LighthouseAttention(CONFIG, **options)
     return layer, with_graphs(layer)

@@ -1,8 +1,10 @@
 """How ranks find one another: absent ones are named, what an earlier attempt left is not read."""
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
@@ -36,6 +38,40 @@ def test_absent_ranks_are_named_by_all_that_came() -> None:
     assert said[0] == said[1]
     assert "2 of 4 joined, ranks 1, 3 missing after 1 s" in said[0]
     assert monotonic() - begin < 10
+
+
+def listening(port: int) -> set[str]:
+    """Return the addresses, as Linux writes them, at which somebody listens on a port."""
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    here = [words[1].split(":") for words in lines if words[3] == "0A"]
+    return {address for address, number in here if int(number, 16) == port}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux tells who listens where")
+def test_the_store_listens_where_ranks_meet_and_nowhere_else(place: int) -> None:
+    """Fails if a run on one machine can be reached, and read, from another."""
+    with ThreadPoolExecutor() as pool:
+        stores = list(pool.map(lambda rank: meet(rank, 2, 10.0), range(2)))
+    assert listening(place) == {"0100007F"}
+    del stores
+
+
+@pytest.mark.parametrize(("host", "stays"), [("127.0.0.1", True), ("192.0.2.7", False)])
+def test_messages_of_one_machine_stay_on_it(
+    monkeypatch: pytest.MonkeyPatch, host: str, stays: bool
+) -> None:
+    """Fails if gloo takes the machine's outer interface for ranks that meet on the inner one."""
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    meeting.stay_on_this_machine()
+    assert os.environ.get("GLOO_SOCKET_IFNAME", "") == ("lo" if stays else "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    meeting.stay_on_this_machine()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 @pytest.mark.usefixtures("place")

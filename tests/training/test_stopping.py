@@ -168,22 +168,27 @@ def ranks_of(agent: int) -> list[int]:
     return [int(child) for child in children]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ranks", "kills", "seed"),
+    [
+        *(pytest.param(2, 2, seed, marks=pytest.mark.slow) for seed in range(3)),
+        *(pytest.param(4, 3, seed, marks=pytest.mark.soak) for seed in range(5)),
+    ],
+)
 def test_killed_ranks_are_started_again_and_end_with_the_same_bits(
-    tmp_path: Path, seed: int
+    tmp_path: Path, ranks: int, kills: int, seed: int
 ) -> None:
     """Fails if a restart does not find its peers, or the run ends with other bits.
 
-    A rank is killed at a random moment, twice, of which the second may be in a start or a save.
+    A rank is killed at random moments, of which the later ones may be in a start or a save.
     """
     draw = random.Random(seed)
-    whole = start("tiny", "--cp", "2", "--out", str(tmp_path / "whole"), *SHORT, ranks=2)
+    whole = start("tiny", "--cp", "2", "--out", str(tmp_path / "whole"), *SHORT, ranks=ranks)
     assert whole.communicate(timeout=200) and whole.returncode == 0
     out = tmp_path / "killed"
-    process = start("tiny", "--cp", "2", "--out", str(out), *SHORT, ranks=2, restarts=3)
+    process = start("tiny", "--cp", "2", "--out", str(out), *SHORT, ranks=ranks, restarts=3)
     read_until(process, f"{draw.choice((10, 20, 40))}/60  loss")
-    for pause in (draw.random() / 10, 2 + 6 * draw.random()):
+    for pause in (draw.random() / 10, *(2 + 6 * draw.random() for _ in range(kills - 1))):
         sleep(pause)
         if victims := ranks_of(process.pid):
             os.kill(draw.choice(victims), signal.SIGKILL)

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lhcp.comm.agreement import agree_on_sizes
 from lhcp.comm.collectives import swap
 from lhcp.comm.layout import Layout, make_layout
-from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.comm.mesh import Ranks, pack_cut, traced, unpack_cut
 from lhcp.differentiation import once_differentiable
 from lhcp.operators import operator
 from lhcp.precision import wide
@@ -99,7 +100,10 @@ def _fake_tokens_to_heads(x: Tensor, words: str) -> Tensor:
 
 @operator("tokens_to_heads", _fake_tokens_to_heads)
 def _tokens_to_heads(x: Tensor, words: str) -> Tensor:
-    return tokens_to_heads(x, _sharing(words))
+    ranks, layout, (rotation, graph) = unpack_cut(words)
+    if graph:
+        agree_on_sizes(ranks, tuple(x.shape), lambda: {"exchanged by each rank": str([*x.shape])})
+    return tokens_to_heads(x, Sharing(ranks, layout, rotation))
 
 
 def _fake_heads_to_tokens(x: Tensor, words: str) -> Tensor:
@@ -115,7 +119,8 @@ def _heads_to_tokens(x: Tensor, words: str) -> Tensor:
 
 def _to_heads(x: Tensor, plan: RingPlan, spans: Spans) -> Tensor:
     if goes_through_operators(spans):
-        out: Tensor = _tokens_to_heads(x, pack_cut(plan.ranks, plan.layout, plan.rotation))
+        words = pack_cut(plan.ranks, plan.layout, plan.rotation, traced())
+        out: Tensor = _tokens_to_heads(x, words)
         return out
     return tokens_to_heads(x, Sharing(plan.ranks, plan.layout, plan.rotation))
 

@@ -1,0 +1,99 @@
+"""Provoke every fault of tests/faults/rows.py, and write the table of what its user sees.
+
+    python -m tests.evidence.fault_table --out bench/results/faults_cpu_DATE
+
+For each fault: how it is provoked, what is printed and after how long, what survives. Ends with
+status 1, naming the faults that were silent, took too long or lost more than they may.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.arguments import make_parser
+from bench.common.card import dated_card
+from bench.common.page import Page
+from lhcp.console import escape_unprintable
+from tests.faults.provoke import goes_on_after
+from tests.faults.rows import FAULTS, Fault, silent
+from tests.faults.runs import Outcome
+
+
+def shown(fault: Fault, outcome: Outcome) -> str:
+    """Return the line of what was printed that has what must be said, without folders."""
+    wanted = fault.shown or fault.says[0]
+    text = outcome.text
+    at = text.find(wanted)
+    if at < 0:
+        return f"NOT SAID: {wanted}"
+    ends = r" its main thread: | Traceback | rank \d+: \w+: | lighthouse +\d| Process \w+-\d"
+    line = re.split(ends, text[at:])[0]
+    # Folders of this machine say nothing.
+    line = re.sub(r"/\S*/(run|two_stages|disk|text\d)", r"\1", line).replace("|", "/").strip()
+    return line if len(line) <= 240 else f"{line[:240]} ..."
+
+
+def do(fault: Fault) -> dict[str, Any]:
+    """Provoke one fault; return its row."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            outcome = fault.provoke(folder)
+        except PermissionError as error:
+            return {"fault": fault.name, "wrong": f"not provoked: {error}"}
+        wrong, after = silent(fault, outcome), ""
+        if fault.goes_on:
+            step = goes_on_after(folder)
+            after = f" (step {step} of at least 30)"
+            wrong = wrong or ("" if step >= 24 else f"it goes on after step {step}")
+    return {
+        "fault": fault.name,
+        "how": fault.how,
+        "sees": shown(fault, outcome),
+        "seconds": outcome.seconds,
+        "status": outcome.codes,
+        "survives": fault.survives + after,
+        "wrong": wrong,
+    }
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", default="", help="faults whose name has this")
+    parser.add_argument("--out", help="write <out>.md and <out>.json")
+    args = parser.parse_args()
+    by_nccl = torch.cuda.device_count() > 1
+    device = torch.device("cuda" if by_nccl else "cpu")
+    ranks = f"1 to 3; of training {'NCCL, of calls alone gloo' if by_nccl else 'gloo'}"
+    facts = dated_card(device, ranks=ranks, sizes="recipe tiny, N=256")
+    page = Page("Faults: what their user sees, and what survives", facts)
+    page.table(
+        "Faults",
+        "Seconds from the fault, or from the start of a run that cannot be, to the end of the last "
+        "rank that ended. Status of each rank; less than 0 is a signal's, None was frozen.",
+        ("fault", "how", "what is seen", "s", "status", "what survives", "verdict"),
+    )
+    rows = []
+    for fault in [one for one in FAULTS if args.only in one.name]:
+        row = do(fault)
+        rows.append(row)
+        verdict = row["wrong"] or "as it must be"
+        if row["wrong"]:
+            page.wrong.append(f"{fault.name}: {row['wrong']}")
+        cells = [row.get(name, "-") for name in ("how", "sees")]
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else "-"
+        page.row(
+            fault.name, *cells, seconds, row.get("status", "-"), row.get("survives", "-"), verdict
+        )
+    silent_ones = sum(bool(row["wrong"]) for row in rows)
+    page.line("")
+    page.line(f"{len(rows)} faults provoked, {silent_ones} not as they must be.")
+    page.close(args.out, rows)
+
+
+if __name__ == "__main__":
+    escape_unprintable()
+    main()

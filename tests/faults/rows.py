@@ -1,0 +1,285 @@
+"""The faults: how each is provoked, what must be said then, and what must survive."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.calls import astray
+from tests.faults.provoke import (
+    absent,
+    damaged,
+    flip,
+    full,
+    in_use,
+    no_reader,
+    nowhere,
+    of_all,
+    orphaned,
+    other_text,
+    overshot,
+    restarted,
+    started_apart,
+    stopped_alone,
+    struck,
+    tear,
+)
+from tests.faults.runs import TIMEOUT, Outcome
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table, and one test."""
+
+    name: str
+    how: str
+    """How it is provoked."""
+    provoke: Callable[[Path], Outcome]
+    """Provokes it in a folder; run_of(folder) is the run's."""
+    says: tuple[str, ...]
+    """What must be printed."""
+    survives: str
+    """In words."""
+    goes_on: bool = False
+    """Whether the same command must go on from a checkpoint afterwards, to another step."""
+    within: float = 20.0
+    """Seconds from the fault to the end; a failing start counts from the start of the processes."""
+    fails: bool = True
+    """Whether ranks must end with another status than 0."""
+    shown: str = ""
+    """Text with which the line begins that the table shows; empty: the first that must be said."""
+
+
+LOST = "rank 1 was last heard in step "
+KEPT = "the newest whole checkpoint, from which the same command goes on"
+
+FAULTS = [
+    Fault(
+        "a rank is killed",
+        "SIGKILL to rank 1 of 2",
+        struck(signal.SIGKILL),
+        ("RanksLost: ", LOST, "rank 0 waits in step "),
+        KEPT,
+        goes_on=True,
+        shown=LOST,
+    ),
+    Fault(
+        "a rank is frozen",
+        f"SIGSTOP to rank 1 of 2, --timeout {TIMEOUT:g}",
+        struck(signal.SIGSTOP),
+        ("rank 0 of 2 ends, after ", LOST, "its main thread: "),
+        KEPT,
+        goes_on=True,
+    ),
+    Fault(
+        "rank 0, which keeps the store, is frozen",
+        f"SIGSTOP to rank 0 of 2, --timeout {TIMEOUT:g}",
+        struck(signal.SIGSTOP, rank=0),
+        ("rank 1 of 2 ends: the store through which ranks find one another is gone",),
+        KEPT,
+        goes_on=True,
+    ),
+    Fault(
+        "a rank is killed, torchrun restarts",
+        "SIGKILL to rank 1 of 2 under torchrun --max-restarts 1",
+        restarted(signal.SIGKILL),
+        (LOST, "going on after step"),
+        "the run, to the same bits",
+        fails=False,
+        within=40.0,
+        shown="going on after step",
+    ),
+    Fault(
+        "a rank is frozen, torchrun restarts",
+        f"SIGSTOP to rank 1 of 2 under torchrun --max-restarts 1, --timeout {TIMEOUT:g}",
+        restarted(signal.SIGSTOP),
+        ("rank 0 of 2 ends, after ", "going on after step"),
+        "the run; torchrun gives the frozen rank 30 s before it kills it",
+        fails=False,
+        within=70.0,
+    ),
+    Fault(
+        "torchrun's agent is killed",
+        "SIGKILL to torchrun",
+        orphaned,
+        ("the store through which ranks find one another is gone",),
+        KEPT + "; no orphan trains on",
+        goes_on=True,
+        within=30.0,
+    ),
+    Fault(
+        "a rank does not come",
+        "1 of 2 ranks started, --timeout 1",
+        absent,
+        ("1 of 2 joined, rank 1 missing after 5 s",),
+        "nothing was begun",
+    ),
+    Fault(
+        "ranks without a place to meet",
+        "WORLD_SIZE=2, no MASTER_ADDR",
+        nowhere,
+        ("WORLD_SIZE=2 without MASTER_ADDR",),
+        "nothing was begun",
+    ),
+    *(
+        Fault(
+            f"a rank has another {name}",
+            f"rank 1 of 2 started with {' '.join(words)}",
+            started_apart(*words),
+            (said,),
+            "nothing was begun",
+            within=30.0,
+        )
+        for name, words, said in (
+            ("seed", ("--seed", "1"), "seed: 0 on rank 0, 1 on rank 1"),
+            ("rate", ("--optim.lr", "0.5"), "optim.lr: "),
+            ("rhythm of evaluations", ("--eval-every", "7"), "eval_every: 100 on rank 0, 7 on"),
+        )
+    ),
+    Fault(
+        "a rank reads another text",
+        "rank 1 of 2 sees other contents in a file of the same name",
+        other_text,
+        ("ranks were asked for different things: ", "data"),
+        "nothing was begun",
+        within=30.0,
+    ),
+    Fault(
+        "SIGTERM",
+        "to rank 1 of 2",
+        struck(signal.SIGTERM),
+        ("stopped by SIGTERM after step",),
+        "every step that was done",
+        goes_on=True,
+    ),
+    Fault(
+        "Slurm's warning",
+        "SIGUSR1 to rank 1 of 2",
+        struck(signal.SIGUSR1),
+        ("stopped by SIGUSR1 after step",),
+        "every step that was done",
+        goes_on=True,
+    ),
+    Fault(
+        "Ctrl-C",
+        "SIGINT to a run of one rank",
+        stopped_alone(signal.SIGINT),
+        ("interrupted: checkpoints are as they were",),
+        KEPT,
+        goes_on=True,
+    ),
+    Fault(
+        "the reader of the output goes",
+        "standard output is a pipe that is closed",
+        no_reader,
+        ("step 48 reached: True",),
+        "the run: it trains on",
+        goes_on=True,
+    ),
+    Fault(
+        "two runs in one folder",
+        "a second run with the same --out",
+        in_use,
+        ("is in use by another run (process ",),
+        "the first run",
+    ),
+    Fault(
+        "a byte of the newest checkpoint is turned",
+        "at equal size, then the same command",
+        damaged(lambda paths: flip(paths[0])),
+        ("is passed over: ", "going on after step"),
+        "the checkpoint before it",
+        fails=False,
+        shown="is passed over: ",
+    ),
+    Fault(
+        "the newest checkpoint is torn",
+        "its file cut in half, then the same command",
+        damaged(lambda paths: tear(paths[0])),
+        ("is passed over: ", "going on after step"),
+        "the checkpoint before it",
+        fails=False,
+    ),
+    Fault(
+        "all checkpoints are torn",
+        "their files cut in half, then the same command",
+        damaged(of_all(tear)),
+        ("has checkpoints, and none can be taken",),
+        "the files, as they are: it does not start from step 0",
+    ),
+    Fault(
+        "the disk is full",
+        "a disk of 3.5 MB (tmpfs), where the second checkpoint does not fit",
+        full,
+        ("was not written: the disk is full: ", "stays the newest"),
+        "the checkpoint before it",
+        within=30.0,
+    ),
+    Fault(
+        "weights that are not finite",
+        "a learning rate of 1e38, a checkpoint each step",
+        overshot,
+        ("not finite",),
+        "checkpoints before it; none with NaN is written",
+        within=30.0,
+        shown="FloatingPointError: ",
+    ),
+    *(
+        Fault(name, f"rank 1 of 3, at step 6: {how}", astray(fault), says, "the process is ended")
+        for name, fault, how, says in (
+            (
+                "an error in a backward",
+                "backward",
+                "a ValueError in a hook",
+                ("RanksLost: rank 1 ended in step 6, backward: ValueError: only here",),
+            ),
+            (
+                "a call of another length",
+                "length",
+                "q, k and v twice as long, the others a call that they know",
+                ("the ranks' attention calls differ: ", "rank 1 is at attention call 3 ("),
+            ),
+            (
+                "a call of another config",
+                "config",
+                "another topk, the others a call that they know",
+                ("the ranks' attention calls differ: ", "config.topk: "),
+            ),
+            (
+                "a gradient that others do not want",
+                "gradient",
+                "inputs without a gradient, in a call that is new to all",
+                ("a gradient: wanted on rank 0, not wanted on rank 1",),
+            ),
+            (
+                "another known call",
+                "known call",
+                "another scale, which all ranks know",
+                ("rank 1 is at attention call 3 (scale: 0.3)",),
+            ),
+            (
+                "a call too many",
+                "extra call",
+                "it attends twice",
+                ("rank 1 is at attention call 4",),
+            ),
+            (
+                "a rank hangs and lives",
+                "hang",
+                "it sleeps",
+                ("rank 1 is alive and has not moved from step 6, forward for ",),
+            ),
+        )
+    ),
+]
+"""In the order of the table."""
+
+
+def silent(fault: Fault, outcome: Outcome) -> str:
+    """Return what is wrong with how a fault ended; "" where it is as it must be."""
+    wrong = [f"{text!r} was not said" for text in fault.says if text not in outcome.text]
+    if fault.fails and any(code == 0 for code in outcome.codes):
+        wrong.append(f"exit status {outcome.codes}")
+    if outcome.seconds > (most := fault.within + 2 * TIMEOUT):
+        wrong.append(f"it took {outcome.seconds:.0f} s, may take {most:.0f}")
+    return "; ".join(wrong)
