@@ -126,7 +126,9 @@ def torchrun(folder: Path, ranks: int, arguments: Sequence[str], restarts: int) 
 
 
 def _popen(words: Sequence[str], file: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    # What a machine has beside its own packages stays in reach.
+    path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
     with open(file, "wb") as out:
         return subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out
