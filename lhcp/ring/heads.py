@@ -15,6 +15,7 @@ each with its part of the group's queries.
 
 from dataclasses import replace
 from math import gcd
+from operator import index
 from typing import NamedTuple
 
 from lhcp.comm.layout import make_layout
@@ -93,8 +94,9 @@ def kv_copies(num_heads: int, num_kv_heads: int, sharing: int) -> int:
     8 query heads of 2 kv heads over 4 ranks: two ranks a kv head. 12 of 3 over 2: the first rank
     has kv heads 0 and half of 1, so each is in two halves.
     """
-    group = num_heads // num_kv_heads
-    return group // gcd(group, num_heads // sharing)
+    # index makes a symbolic size a number: torch.compile traces this and knows no gcd of others.
+    group = index(num_heads // num_kv_heads)
+    return group // gcd(group, index(num_heads // sharing))
 
 
 def fits(rotation: str, shape: AttentionShape) -> bool:

@@ -130,7 +130,7 @@ def test_a_profile_names_the_stages(run: Run) -> None:
 
 def placed(device: str, dp: int) -> Placement:
     where = torch.device(device)
-    return Placement(where, 0, dp, None, torch.zeros(0))
+    return Placement(where, 0, dp, None, torch.zeros(0), "zigzag", False)
 
 
 def test_mfu_is_of_the_models_flops(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
