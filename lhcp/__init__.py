@@ -17,10 +17,11 @@ from lhcp.documents import (
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.graphed import graphed, ungraphed
-from lhcp.layer.lighthouse import lighthouse_attention, select
+from lhcp.layer.lighthouse import lighthouse_attention
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import PACKAGE_RINGS
+from lhcp.layer.select import select
 from lhcp.lighthouse.select import Selection
 from lhcp.measure import (
     OverheadReport,

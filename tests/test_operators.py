@@ -7,7 +7,7 @@ import torch
 
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
-from lhcp.layer.lighthouse import local_geometry
+from lhcp.layer.select import local_geometry
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.scatter import scatter

@@ -11,7 +11,7 @@ from bench.latency.size import Size
 from bench.latency.stages import Wrong, assert_near
 from lhcp import reference
 from lhcp.comm.mesh import Ranks
-from lhcp.layer.lighthouse import local_geometry
+from lhcp.layer.select import local_geometry
 from lhcp.lighthouse import operators
 from lhcp.operators import pack_integers
 from lhcp.ring.block.base import BackwardInputs

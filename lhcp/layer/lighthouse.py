@@ -1,23 +1,22 @@
-"""`select` and `lighthouse_attention`: the local stages, then the ring, then scatter-back."""
+"""`lighthouse_attention`: the local stages, then the ring, then scatter-back."""
 
 import warnings
-from collections.abc import Hashable, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lhcp.checks import as_autocast, check_qk, check_qkv, check_scores, check_valid, shape_of
-from lhcp.comm.layout import LayoutName, make_layout
+from lhcp.checks import as_autocast, check_qkv, shape_of
+from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.documents import Documents
 from lhcp.layer.call import Call
 from lhcp.layer.documents import Bounds
+from lhcp.layer.given import Given, scored_on
 from lhcp.layer.plan import Choices, by_name, carry_out, choose_kernels, make_plan
 from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
+from lhcp.layer.select import local_geometry
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.autograd import GatherSubsequence
 from lhcp.lighthouse.documents import entry_limits, numbers_of
@@ -29,59 +28,6 @@ from lhcp.operators import pack_integers
 from lhcp.ring.documents import PackedRows, gather_numbers
 from lhcp.ring.plan import RingPlan
 from lhcp.timing import UNTIMED, Spans
-
-
-class Given(NamedTuple):
-    """What a caller brings in place of what the layer would compute."""
-
-    selection: Selection | None = None
-    score_q: Tensor | None = None
-    score_k: Tensor | None = None
-    valid: Tensor | None = None
-    documents: Documents | None = None
-
-    @property
-    def asked(self) -> tuple[tuple[str, Hashable], ...]:
-        """What ranks must agree on of it."""
-        given = tuple(
-            (f"{name} given", getattr(self, name) is not None)
-            for name in ("selection", "documents")
-        )
-        scores = (getattr(x, "shape", None) for x in (self.score_q, self.score_k))
-        return *given, *zip(("score_q", "score_k"), scores, strict=True)
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Of the tokens inside their documents."""
-        return None if self.documents is None else self.documents.positions
-
-    def flat(self) -> tuple[tuple[tuple[str, Hashable], ...], list[Tensor]]:
-        """Return what is given: names, with what a graph is recorded for, and tensors.
-
-        `from_flat` is the way back.
-        """
-        names: list[tuple[str, Hashable]] = []
-        tensors: list[Tensor] = []
-        for name, x in zip(self._fields, self, strict=True):
-            if isinstance(x, Documents):
-                names.append((name, tuple(x.limits.tolist())))
-                tensors += x[:-1]
-            elif x is not None:
-                names.append((name, None))
-                tensors += [x] if isinstance(x, Tensor) else x
-        return tuple(names), tensors
-
-    @classmethod
-    def from_flat(cls, names: Sequence[tuple[str, Hashable]], tensors: Sequence[Tensor]) -> "Given":
-        """Return what was given."""
-        left = iter(tensors)
-        found: dict[str, Any] = {}
-        for name, limits in names:
-            if name == "documents":
-                found[name] = Documents(next(left), next(left), next(left), torch.tensor(limits))
-            else:
-                found[name] = Selection(*islice(left, 2)) if name == "selection" else next(left)
-        return cls(**found)
 
 
 class Prepared(NamedTuple):
@@ -97,125 +43,6 @@ class Prepared(NamedTuple):
     def chosen(self) -> dict[str, str]:
         """What "auto" became."""
         return self.plan.chosen | {"kernels taken": self.kernels}
-
-
-def scored_on(
-    given: Given, q: Tensor, k: Tensor, config: LighthouseConfig
-) -> tuple[Tensor, Tensor]:
-    """Return what to score in place of q and k: padding is zero, so that it is taken last.
-
-    An entry's score is the largest of its tokens', so that padding changes no score of an entry
-    that has a real token; a tie goes to the lower index, and padding is at the end.
-
-    Raises:
-        TypeError, ValueError: shapes or dtypes do not fit, or the scorer attends.
-    """
-    score_q, score_k = check_scores(given.score_q, given.score_k, q, k)
-    if given.valid is None:
-        return score_q, score_k
-    check_valid(given.valid, q)
-    if SCORERS[config.scorer].needs_values:
-        raise ValueError(
-            f"valid with scorer={config.scorer!r}: it scores what it attends to, which for padding "
-            'is not zero; use scorer="norm", or sequences without padding'
-        )
-    real = given.valid[:, :, None, None]
-    return score_q.detach().where(real, 0), score_k.detach().where(real, 0)
-
-
-def local_geometry(
-    config: LighthouseConfig, num_tokens: int, ranks: Ranks, layout: LayoutName
-) -> Geometry:
-    """Return this rank's geometry; every rule between sizes and ranks is checked here.
-
-    Raises:
-        ValueError: the sequence, the strata or the layout do not fit each other.
-    """
-    cut = make_layout(layout, ranks.world_size)
-    return Geometry.local(config, num_tokens, ranks.world_size, cut.chunks_per_rank, ranks.rank)
-
-
-def select(
-    q: Tensor,
-    k: Tensor,
-    *,
-    config: LighthouseConfig,
-    group: Group | Ranks = None,
-    layout: LayoutName = "zigzag",
-    score_q: Tensor | None = None,
-    score_k: Tensor | None = None,
-    kernels: str = "auto",
-    v: Tensor | None = None,
-    scale: float | None = None,
-    valid: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Selection:
-    """Select this rank's entries, without communication: steps 1 to 4 of the method.
-
-    The result does not depend on the number of ranks: a stratum's entries are the same bit for bit.
-    Within its stratum, selection looks ahead: it may depend on later tokens (as in the paper).
-
-    Args:
-        q: [B, N / W, H, D], this rank's queries in layout order, RoPE applied.
-        k: [B, N / W, Hk, D].
-        config: the layer's sizes; N is the whole sequence.
-        group, layout: as in `lighthouse_attention`.
-        score_q, score_k: [B, N / W, H, E], [B, N / W, Hk, E], scored in place of q and k.
-        kernels: "triton", "torch" or "auto".
-        v, scale: values [B, N / W, Hk, D] and logit scale; the "dilated" scorer needs v.
-        valid, cu_seqlens: as in `lighthouse_attention`.
-
-    Returns:
-        Selection, which carries no gradient.
-
-    Raises:
-        TypeError, ValueError: shapes, dtypes or sizes that do not fit, or v missing.
-    """
-    choices, ranks = Choices(layout, kernels=kernels, scale=scale), as_ranks(group)
-    documents = None
-    if cu_seqlens is not None:
-        documents = Bounds(cu_seqlens, q, ranks, layout, config).local()
-    given = Given(None, score_q, score_k, valid, documents)
-    return scored_selection(q, k, v, config, ranks, choices, given).selection
-
-
-class ScoredSelection(NamedTuple):
-    """A selection, and the scores of levels 1 to L-1 that it was made by."""
-
-    geometry: Geometry
-    sq: Tensor
-    """[B, Hk, pooled_size], wide, level 1 first; so is sk."""
-    sk: Tensor
-    selection: Selection
-    positions: Tensor | None = None
-    """[B, n] of the tokens inside their documents; None: no documents."""
-
-
-def scored_selection(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    config: LighthouseConfig,
-    ranks: Ranks,
-    choices: Choices,
-    given: Given,
-) -> ScoredSelection:
-    """Select as `select`, which has the rules; return the scores too."""
-    if v is None:
-        check_qk(q, k)
-    else:
-        check_qkv(q, k, v)
-    geom = local_geometry(config, q.shape[1], ranks, choices.layout)
-    score_q, score_k = scored_on(given, q, k, config)
-    kernels = choose_kernels(choices.kernels, q.dtype, q.device)
-    scorer = SCORERS[config.scorer]
-    if scorer.needs_values and v is None:
-        raise ValueError(f"scorer={config.scorer!r} attends with the values: pass v=")
-    inputs = ScoreInputs(geom, config, kernels, choices.scale_of(q), given.positions)
-    with torch.no_grad():
-        sq, sk = scorer.score(QKV(score_q, score_k, k if v is None else v), inputs)
-        picked = operators.select_entries(sq, sk, pack_integers(geom), kernels, given.positions)
-        return ScoredSelection(geom, sq, sk, Selection(*picked), given.positions)
 
 
 def lighthouse_attention(

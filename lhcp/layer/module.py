@@ -14,7 +14,8 @@ from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
 from lhcp.layer.documents import Bounds
-from lhcp.layer.lighthouse import Given, sparse_attention
+from lhcp.layer.given import Given
+from lhcp.layer.lighthouse import sparse_attention
 from lhcp.layer.plan import Choices, by_name
 from lhcp.layer.recording import Graphs, Kind
 from lhcp.layer.spread import warn_if_constant

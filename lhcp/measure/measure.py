@@ -12,8 +12,8 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.lighthouse import local_geometry
 from lhcp.layer.plan import PACKAGE_RINGS, Choices, by_name, make_plan
+from lhcp.layer.select import local_geometry
 from lhcp.measure.effort import LEAST, Effort, Progress, rounds
 from lhcp.measure.rank_values import barrier, gathered, slowest
 from lhcp.measure.report import OverheadReport

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lhcp.comm.layout import Layout
-from lhcp.layer.lighthouse import ScoredSelection
+from lhcp.layer.select import ScoredSelection
 from lhcp.lighthouse.documents import of_last_tokens
 from lhcp.lighthouse.geometry import Geometry
 

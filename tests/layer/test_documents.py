@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import lhcp
 from lhcp import reference
 from lhcp.documents import Cut, read_packing
-from lhcp.layer.lighthouse import Given, sparse_attention
+from lhcp.layer.given import Given
+from lhcp.layer.lighthouse import sparse_attention
 from lhcp.layer.module import LighthouseAttention, Mode
 from lhcp.layer.plan import Choices
 from lhcp.lighthouse.kernel_set import QKV
