@@ -149,18 +149,24 @@ def _fa4_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, sca
     return results[0], results[1], results[2]
 
 
+def _fa2_options(mask: Mask, scale: float) -> dict[str, Any]:
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": scale,
+        "causal": mask.causal,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
 def _fa2_forward(q: Tensor, kv: KV, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     interface = _load("flash_attn.flash_attn_interface")
     results = interface._flash_attn_forward(
         q,
         *kv,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=mask.causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
+        **_fa2_options(mask, scale),
         return_softmax=False,
     )
     return _out_and_lse(results, q, "flash-attn's _flash_attn_forward")
@@ -180,13 +186,7 @@ def _fa2_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
         dq,
         dk,
         dv,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=mask.causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
+        **_fa2_options(mask, scale),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv
@@ -209,13 +209,7 @@ def _fa2_varlen_forward(
     results = interface._flash_attn_varlen_forward(
         q,
         *kv,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=mask.causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
+        **_fa2_options(mask, scale),
         return_softmax=False,
         **_fa2_varlen(bounds),
     )
@@ -236,13 +230,7 @@ def _fa2_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, sca
         dq,
         dk,
         dv,
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=mask.causal,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
+        **_fa2_options(mask, scale),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **_fa2_varlen(bounds),
     )
