@@ -64,12 +64,10 @@ def runner(choice: Choice, inputs: tuple[Tensor, ...]) -> Runner:
 
 
 def in_turn(
-    chosen: list[Choice], inputs: tuple[Tensor, ...], ranks: Ranks, args: argparse.Namespace
+    runs: list[Runner], device: torch.device, ranks: Ranks, args: argparse.Namespace
 ) -> list[dict[str, Timing]]:
     """Take seconds by phase of every ring, the slowest rank of each repeat; a collective."""
-    device = inputs[0].device
     spans, calls = Recorder(device), args.calls or (3 if device.type == "cuda" else 1)
-    runs = [runner(choice, inputs) for choice in chosen]
     times: list[dict[str, list[float]]] = [{phase: [] for phase in PHASES} for _ in runs]
     for repeat in range(args.warmup + args.repeats):
         for phase in PHASES:
@@ -91,7 +89,8 @@ def compare(
     """Return a row a ring at one length; "over_peer" is its time over ring-flash-attn's."""
     inputs = problem.own(ranks, device)
     rows = []
-    for choice, times in zip(chosen, in_turn(chosen, inputs, ranks, args), strict=True):
+    runs = [runner(choice, inputs) for choice in chosen]
+    for choice, times in zip(chosen, in_turn(runs, device, ranks, args), strict=True):
         name = choice.backend
         if choice.rotation != PEER:
             name = choose_backend(name, problem.dtype, problem.head_dim, device).name

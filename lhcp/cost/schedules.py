@@ -48,6 +48,8 @@ def _p2p(clocks: Clocks) -> None:
                     clocks.local(len(rounds[i - 1]) * grads + 2 * sums)
             leaving = send_back(i)
     if leaving is not None:
+        if shape.splits_own:
+            clocks.step([of_rank[-1] for of_rank in steps])
         clocks.wait(leaving)
         clocks.local(((world - 1) if held else len(rounds[-1])) * grads + sums + grads)
 

@@ -57,7 +57,7 @@ def ring_forward(
             out, lse = views.unfold(out, call), views.unfold_lse(lse, call)
             merge.add(views.rows(call), views.heads(step), out, lse)
 
-    _take_steps(rotation, q.device, shape, start, finish)
+    _take_steps(rotation, q.device, shape, start, finish, late=shape.gives_head_start)
     out, lse = merge.result()
     assert lse is not None
     return out, lse
@@ -117,11 +117,17 @@ def _take_steps(
     shape: AttentionShape,
     start: Callable[[int, Step, Call, KV], R],
     finish: Callable[[int, Step, Sequence[R]], None],
+    *,
+    late: bool = False,
 ) -> None:
     """Start each step's calls on what is delivered; finish steps in order. The one loop.
 
     On a GPU the calls run side by side, and a step is finished once those of the next one or two
     are under way, so that what finishing waits for does not hold them up.
+
+    Args:
+        late: whether the first step's calls let the messages that travel beside them begin first. A
+            backward's call has a small kernel before its large one, which does as much.
     """
     streams = CallStreams(device)
     left = shape.steps_left(rotation.step_bytes) if streams.side_by_side else 0
@@ -133,7 +139,12 @@ def _take_steps(
         finish(i, step, [call.result() for call in calls])
 
     for i, (step, kv_i) in enumerate(rotation.deliver()):
-        calls = [streams.start(partial(start, i, step, call, kv_i)) for call in step.calls]
+        while step.last and waiting:
+            finish_first()
+        calls = [
+            streams.start(partial(start, i, step, call, kv_i), late=late and i == 0)
+            for call in step.calls
+        ]
         waiting.append((i, step, kv_i, calls))
         while len(waiting) > left:
             finish_first()

@@ -9,6 +9,9 @@ allows:
     step 0, own keys (1, 6): one square causal call, since both runs ascend
     step 1, of rank 0: both query chunks attend to chunk 0 in full, none to 7, which stays there
     step 2, of ranks 3 and 2: query chunk 6 attends to chunks 5, 4, 3, 2 in full, 1 to none
+
+    a long backward, where the last gradients should not travel behind nothing:
+    step 0 is the triangles of chunks 1 and 6 alone; a last step is chunk 6 over chunk 1
 """
 
 from functools import lru_cache
@@ -44,6 +47,8 @@ class Step(NamedTuple):
     """The first step of its heads: it covers every query."""
     keys: tuple[int, ...] = ()
     """The chunks of the sequence that are delivered, in order."""
+    last: bool = False
+    """It begins once all other steps' gradients are under way, and hides the last of them."""
 
 
 def calls_by_keys(
@@ -109,6 +114,10 @@ def diagonal(num_chunks: int) -> Call:
     return Call((0, num_chunks), (0, num_chunks), CAUSAL, per_chunk=num_chunks > 1)
 
 
+BELOW_DIAGONAL = Call((1, 2), (0, 1), FULL)
+"""What `diagonal` leaves of a rank's own two chunks."""
+
+
 def own_call(shape: AttentionShape, rank: int) -> tuple[Call, Step]:
     """Return the one call in which a rank attends to its own keys, and its step."""
     mine = shape.layout.chunks(rank)
@@ -150,16 +159,22 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
 
     In the forward each query is in one call of a round, so that few results are merged; in the
     backward each key, so that few gradients travel. Calls of long tiles come first: a forward's
-    tile goes through all keys, a backward's through all queries.
+    tile goes through all keys, a backward's through all queries. Where `shape.splits_own` a
+    backward leaves a part of the own keys for last.
     """
     layout, mask, heads = shape.layout, shape.mask, (0, shape.num_kv_heads)
     mine, by_queries = layout.chunks(rank), mask.causal and not backward
+    splits = backward and shape.splits_own
     steps = [own_call(shape, rank)[1]]
+    if splits:
+        steps = [Step((diagonal(len(mine)),), heads, True, mine)]
     for distances in shape.rounds:
         run = round_chunks(rank, layout, mask, distances)
         calls = calls_by_queries(mine, run, mask) if by_queries else calls_by_keys(mine, run, mask)
         # Later queries see more keys, and earlier keys, which come last, are seen by more queries.
         steps.append(Step(calls[::-1], heads, False, run))
+    if splits:
+        steps.append(Step((BELOW_DIAGONAL,), heads, False, mine, last=True))
     return tuple(steps)
 
 

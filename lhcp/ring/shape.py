@@ -51,6 +51,14 @@ class Tuning(NamedTuple):
     """Partial results that are kept until all can be summed at once, of outputs or of gradients.
     Where there are more, sums are made on the way: memory then does not grow with the number of
     ranks."""
+    min_hidden_bytes: int = 2**24
+    """Gradients of the last round of a ring, from which on a part of the own keys is kept back to
+    hide them. The part is a call more: 50 us on an H200, in which 10 MB travel."""
+    min_hiding_pairs: int = 2**26
+    """Queries x keys x heads of that part at least, 170 us of a backward on an H200."""
+    head_start_pairs: int = 2**26
+    """Queries x keys x heads of the own keys' call, from which on the messages that travel beside
+    it begin first: `CallStreams.start`."""
     held_results: int = 32
     """Partial results that one merge reads at most: each is twelve arguments of one kernel, whose
     arguments have 4 KiB."""
@@ -193,6 +201,28 @@ class AttentionShape:
                 self.world_size // 2,
             )
         return split_heads(self.num_kv_heads, wanted)
+
+    @property
+    def splits_own(self) -> bool:
+        """Whether a backward of the ring keeps a part of the own keys for last.
+
+        The last round's gradients would else travel behind nothing. Of two own chunks the part is
+        the later one over the earlier one; what the first round's keys travel behind is the two
+        triangles, as much work again.
+        """
+        if not self.mask.causal or self.mask.documents or not self.rounds:
+            return False
+        if self.layout.chunks_per_rank != 2:
+            return False
+        tuning, pairs = self.tuning, self.batch * self.chunk**2 * self.num_heads
+        returned = len(self.rounds[-1]) * self.grad_bytes
+        return pairs >= tuning.min_hiding_pairs and returned >= tuning.min_hidden_bytes
+
+    @property
+    def gives_head_start(self) -> bool:
+        """Whether a forward's first messages begin before the own keys' call."""
+        pairs = self.batch * self.tokens**2 * self.num_heads
+        return self.world_size > 1 and pairs >= self.tuning.head_start_pairs
 
     @property
     def holds_all_parts(self) -> bool:

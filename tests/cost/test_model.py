@@ -97,7 +97,15 @@ def test_schedules_cover_the_triangle(rotation: str, world: int) -> None:
     assert flops == pytest.approx(whole)
 
 
-@pytest.mark.parametrize("tuning", [Tuning(), Tuning(round_length=2, num_head_groups=4)], ids=str)
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(),
+        Tuning(round_length=2, num_head_groups=4),
+        Tuning(min_hidden_bytes=0, min_hiding_pairs=0),
+    ],
+    ids=["default", "rounds", "split"],
+)
 @pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("rotation", ROTATIONS)

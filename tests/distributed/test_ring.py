@@ -294,9 +294,11 @@ def by_plan(group: Any, case: Dense, plan: RingPlan) -> Results:
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do), lse
 
 
-def as_a_long_sequence(group: Any, case: Dense, lengths: tuple[int, ...]) -> Results:
-    """`ring` in rounds of these lengths, with nothing held: sums are made on the way."""
-    plan = tuned_plan(group, case, Tuning(round_length=lengths[0], held_bytes=0))
+def as_a_long_sequence(
+    group: Any, case: Dense, lengths: tuple[int, ...], more: dict[str, int]
+) -> Results:
+    """`ring` in rounds of these lengths, tuned so."""
+    plan = tuned_plan(group, case, Tuning(round_length=lengths[0], **more))
     assert tuple(map(len, plan.shape.rounds)) == lengths
     return by_plan(group, case, plan)
 
@@ -309,7 +311,21 @@ def test_rounds_of_a_long_sequence(
 ) -> None:
     """Fails if a sum on the way loses what was summed before, or a round its order of chunks."""
     case = Dense(world_size=4, layout=layout, rotation="p2p", causal=causal, groups=2, batch=2)
-    got = whole(ranks.run(as_a_long_sequence, 4, case, lengths), layout)
+    # Nothing is held: sums are made on the way.
+    got = whole(ranks.run(as_a_long_sequence, 4, case, lengths, {"held_bytes": 0}), layout)
+    for name, ours, theirs in zip((*NAMES, "lse"), got, expected(case, torch.float64), strict=True):
+        assert_close_float64(name, ours, theirs)
+
+
+@pytest.mark.parametrize("held_bytes", [0, 2**28], ids=["on the way", "held"])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 1), (3,)], ids=str)
+def test_a_part_of_the_own_keys_comes_last(
+    ranks: RankPool, lengths: tuple[int, ...], held_bytes: int
+) -> None:
+    """Fails if the part is lost, counted twice, or summed into another chunk or round's parts."""
+    case = Dense(world_size=4, layout="zigzag", rotation="p2p", causal=True, groups=2, batch=2)
+    split = {"held_bytes": held_bytes, "min_hidden_bytes": 0, "min_hiding_pairs": 0}
+    got = whole(ranks.run(as_a_long_sequence, 4, case, lengths, split), "zigzag")
     for name, ours, theirs in zip((*NAMES, "lse"), got, expected(case, torch.float64), strict=True):
         assert_close_float64(name, ours, theirs)
 

@@ -25,9 +25,13 @@ LENGTHS = {"p2p": 1, "p2p2": 2, "p2p*": 10**6}
 """Distances in a round of the ring, up to half of all."""
 
 
+SPLIT = {"min_hidden_bytes": 0, "min_hiding_pairs": 0}
+"""A part of the own keys comes last, however short."""
+
+
 def shape_of(rotation: str, world: int, layout: LayoutName, causal: bool) -> AttentionShape:
     """A small attention that is cut up as the rotation's name says."""
-    length = LENGTHS.get(rotation.removesuffix(" back"), 1)
+    length = LENGTHS.get(rotation.removesuffix(" back").removesuffix(" split"), 1)
     return AttentionShape(
         seqlen=4 * world,
         layout=make_layout(layout, world),
@@ -39,6 +43,7 @@ def shape_of(rotation: str, world: int, layout: LayoutName, causal: bool) -> Att
         tuning=Tuning(
             round_length=max(1, min(length, world // 2)),
             num_head_groups=int(rotation[-1]) if rotation.startswith("allgather") else 0,
+            **SPLIT if "split" in rotation else {},
         ),
     )
 
@@ -51,6 +56,8 @@ def deliveries(
     if rotation.startswith("p2p"):
         steps = p2p_steps(shape, rank, rotation.endswith("back"))
         keys = [round_chunks(rank, layout, shape.mask, distances) for distances in shape.rounds]
+        if rotation.endswith("back") and shape.splits_own:
+            keys.append(mine)
         return list(zip(steps, [mine, *keys], strict=True))
     if rotation.startswith("allgather"):
         steps = allgather_steps(shape, rank)
@@ -71,6 +78,7 @@ CASES = [
     for world in (1, 2, 3, 4, 6, 8)
     for rotation in (
         *("p2p", "p2p2", "p2p*", "p2p back", "p2p2 back", "p2p* back"),
+        *("p2p split back", "p2p2 split back", "p2p* split back"),
         *("allgather1", "allgather2", "allgather4", "node1", "node2", "node3"),
     )
     if not rotation.startswith("node") or world % int(rotation[-1]) == 0
@@ -112,6 +120,25 @@ def test_every_pair_that_may_meet_meets_once(
         assert set(met) == wanted and set(met.values()) <= {1}
         if causal:
             assert triangles == {(q, head): 1 for q in mine for head in range(HEADS)}
+
+
+def test_a_part_of_the_own_keys_comes_last_where_it_hides_something() -> None:
+    """Fails if it is kept back where that is a call for nothing, or where there is none to keep."""
+    shape = shape_of("p2p split back", 4, "zigzag", True)
+    assert shape.splits_own
+    steps = p2p_steps(shape, 1, True)
+    assert [step.last for step in steps] == [False] * 4 + [True]
+    assert steps[0].calls[0].per_chunk and not p2p_steps(shape, 1, False)[-1].last
+    assert not replace(shape, tuning=Tuning()).splits_own, "short"
+    assert not replace(shape, mask=FULL).splits_own
+    assert not replace(shape, mask=Mask(True, 1, 1, 1)).splits_own, "documents"
+    assert not shape_of("p2p split back", 4, "contiguous", True).splits_own
+    assert not replace(shape, layout=make_layout("zigzag", 1)).splits_own
+    # The layer at 32K on two ranks, L=3, p=4, k=1536, 8 heads of 128: 170 us and 80 us or more.
+    long = replace(shape, seqlen=14_336, layout=make_layout("zigzag", 2), tuning=Tuning())
+    long = replace(long, num_heads=8, num_kv_heads=8, head_dim=128)
+    assert long.splits_own and long.gives_head_start
+    assert not replace(long, num_kv_heads=2).splits_own, "little to send"
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

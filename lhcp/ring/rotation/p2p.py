@@ -28,6 +28,7 @@ class P2P:
         self._rounds = shape.rounds
         self.steps = p2p_steps(shape, context.ranks.rank, context.backward)
         self.step_bytes = shape.round_bytes
+        self._splits = context.backward and shape.splits_own
         self._rounds_per_sum = len(self._rounds) if shape.holds_all_parts else 1
         self._total: KV | None = None
         self._parts: Tensor | None = None
@@ -36,21 +37,26 @@ class P2P:
         self._arrived = 0
 
     def deliver(self) -> Iterator[Delivery]:
-        """Yield the own keys, then those of each round."""
+        """Yield the own keys, those of each round, and the own once more where they are split."""
         fetched = self._fetch(0)
         yield Delivery(self.steps[0], self._kv)
-        for i, step in enumerate(self.steps[1:]):
+        for i, step in enumerate(self.steps[1 : len(self._rounds) + 1]):
             with self._context.waiting(i, self._like.device):
                 keys = fetched.wait()
             if i + 1 < len(self._rounds):
                 fetched = self._fetch(i + 1)
             yield Delivery(step, keys)
+        if self._splits:
+            yield Delivery(self.steps[-1], self._kv)
 
     def collect(self, step: int, grads: Sequence[CallGrads]) -> None:
         """Send a round's gradients to their owners, once those before have arrived."""
         if step == 0:
             # The own keys: one call over all of them.
             self._total = grads[0].grads
+            return
+        if step > len(self._rounds):
+            self._add_own(grads)
             return
         self._arrive()
         i = step - 1
@@ -61,6 +67,12 @@ class P2P:
         self._arrive()
         assert self._total is not None
         return self._total
+
+    def _add_own(self, grads: Sequence[CallGrads]) -> None:
+        """Take the gradients of the first chunk that were kept for last, beside others' parts."""
+        assert self._parts is not None
+        for parts, x in zip(self._parts, grads[0].grads, strict=True):
+            parts[self._first - 1].copy_(x)
 
     def _fetch(self, i: int) -> RoundFetch:
         return RoundFetch(self._context, self._kv, self._rounds[i])
@@ -83,6 +95,9 @@ class P2P:
         start = i - i % self._rounds_per_sum
         if i == start:
             counts = [len(of_slot) for of_slot in self._sources(i, i + self._rounds_per_sum)]
+            if self._splits and i + self._rounds_per_sum >= len(self._rounds):
+                # The own part of the first chunk, which comes last.
+                counts[0] += 1
             batch, _, *rest = self._like.shape
             row = (batch, self._context.shape.chunk, *rest)
             self._first = counts[0]
