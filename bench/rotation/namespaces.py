@@ -55,7 +55,7 @@ class Nodes:
             for where, card in ((name, "eth1"), (self.hub, f"across{index}")):
                 shaper = f"tc -n {where} qdisc replace dev {card} root tbf rate {megabits:.3f}mbit"
                 # A packet longer than the burst is cut into many, which costs more than sending it.
-                _run(*shaper.split(), "burst", "128kb", "limit", "64mb")
+                _run(*shaper.split(), "burst", "72kb", "limit", "64mb")
 
     def sent_bytes(self, index: int) -> int:
         """Count bytes that a namespace has sent to other nodes so far, headers included."""

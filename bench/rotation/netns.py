@@ -1,8 +1,8 @@
 """A slow network between nodes, on one machine: the model against what messages really cost.
 
     python -m bench.rotation.netns --out bench/results/netns_DATE                 # .md and .json
-    python -m bench.rotation.netns --nodes 4 --ranks-per-node 2 --heads 4 --seqlen 8192 \
-        --rotations hierarchical hybrid hybrid_context_first
+    python -m bench.rotation.netns --nodes 4 --ranks-per-node 2 --heads 4 --head-dim 32 \
+        --seqlen 8192 --rotations hierarchical hybrid hybrid_context_first --repeats 5 8 16
 
 Nodes of one rank or several, each with a link of its own to other nodes, shaped to rates that make
 rotations communication-bound, balanced and compute-bound. The cost model is calibrated before they
