@@ -6,6 +6,7 @@ Shapes: one sequence of N tokens, H query heads, Hk kv heads, D head_dim, on W r
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class AttentionProblem:
     dtype: torch.dtype
     config: lhcp.LighthouseConfig | None = None
     seed: int = 0
+    num_documents: int = 0
+    """That the sequence is packed of, of random lengths; 0: it is one, and is not said to be."""
 
     @classmethod
     def of(cls, args: Namespace, dtype: torch.dtype, **more: Any) -> "AttentionProblem":
@@ -53,7 +56,17 @@ class AttentionProblem:
 
     @property
     def kind(self) -> str:
-        return "dense" if self.config is None else "layer"
+        kind = "dense" if self.config is None else "layer"
+        return f"{kind}, {self.num_documents} documents" if self.num_documents else kind
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where documents begin, int32 [num_documents + 1] on the CPU."""
+        if not self.num_documents:
+            return None
+        draw = Random(self.seed)
+        starts = draw.sample(range(1, self.seqlen), self.num_documents - 1)
+        return torch.tensor([0, *sorted(starts), self.seqlen], dtype=torch.int32)
 
     def inputs(self, chunks: Sequence[int], num_chunks: int, device: torch.device) -> Answers:
         """Draw q, k, v and the gradient of out for some of `num_chunks` chunks, [1, n, heads, D].
@@ -86,6 +99,7 @@ class AttentionProblem:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Call the library: `options` are keyword arguments of its functions."""
+        options = {"cu_seqlens": self.cu_seqlens, **options}
         if self.config is None:
             return lhcp.ring_attention(q, k, v, **options)
         return lhcp.lighthouse_attention(q, k, v, config=self.config, **options)

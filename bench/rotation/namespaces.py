@@ -1,5 +1,7 @@
-"""Nodes as network namespaces of this machine, on one bridge, their links shaped at will.
+"""Nodes as network namespaces of this machine, the links between them shaped at will.
 
+A node is one namespace or several on a bridge of its own, which is not shaped; each has a card of
+its own to a bridge that all share, shaped both ways, as GPUs have NVLink inside and a NIC each.
 Needs root, iproute2 and a kernel that allows namespaces. Everything made here is removed again,
 whatever happens.
 """
@@ -37,32 +39,33 @@ def _run(*command: str) -> str:
 
 
 class Nodes:
-    """Namespaces that hang on one bridge, which is in a namespace of its own."""
+    """Namespaces, those of a node one after another, and the hub that has their bridges."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, hub: str, names: list[str], hosts: int = 1) -> None:
+        self.hub, self.names, self.hosts = hub, names, hosts
 
-    @staticmethod
-    def address(node: int) -> str:
-        """Return the address of a node, inside our own namespaces only."""
-        return f"10.77.0.{node + 1}"
+    def address(self, index: int) -> str:
+        """Return the address of a namespace, inside our own ones only."""
+        node, host = divmod(index, self.hosts)
+        return f"10.77.{node}.{host + 1}"
 
     def shape(self, megabits: float) -> None:
-        """Let every node send at most so many megabits a second."""
-        for name in self.names:
-            shaper = f"tc -n {name} qdisc replace dev eth0 root tbf rate {megabits:.3f}mbit"
-            # A packet longer than the burst is cut into many, which costs more than its sending.
-            _run(*shaper.split(), "burst", "128kb", "limit", "64mb")
+        """Let every namespace send and receive so many megabits a second at most across nodes."""
+        for index, name in enumerate(self.names):
+            for where, card in ((name, "eth1"), (self.hub, f"across{index}")):
+                shaper = f"tc -n {where} qdisc replace dev {card} root tbf rate {megabits:.3f}mbit"
+                # A packet longer than the burst is cut into many, which costs more than sending it.
+                _run(*shaper.split(), "burst", "72kb", "limit", "64mb")
 
-    def sent_bytes(self, node: int) -> int:
-        """Count bytes that a node has sent so far, headers included."""
-        said = _run(*f"ip -n {self.names[node]} -j -s link show eth0".split())
+    def sent_bytes(self, index: int) -> int:
+        """Count bytes that a namespace has sent to other nodes so far, headers included."""
+        said = _run(*f"ip -n {self.names[index]} -j -s link show eth1".split())
         return int(json.loads(said)[0]["stats64"]["tx"]["bytes"])
 
     def torchrun(
-        self, ranks_per_node: int, arguments: Sequence[str], timeout: float, port: int = 29500
+        self, ranks: int, arguments: Sequence[str], timeout: float, port: int = 29500
     ) -> str:
-        """Run one torchrun over all nodes; return what node 0 printed.
+        """Run one torchrun over all namespaces, `ranks` in each; return what the first printed.
 
         Raises:
             RuntimeError: a node failed or took too long; the message ends with all nodes' output.
@@ -80,7 +83,7 @@ class Nodes:
                         *("ip", "netns", "exec", name),
                         *(sys.executable, "-m", "torch.distributed.run"),
                         *("--nnodes", str(len(self.names)), "--node-rank", str(node)),
-                        *("--nproc-per-node", str(ranks_per_node)),
+                        *("--nproc-per-node", str(ranks)),
                         *("--master-addr", self.address(0), "--master-port", str(port)),
                         *arguments,
                     ],
@@ -130,9 +133,16 @@ def _wait(launched: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[i
         time.sleep(0.2)
 
 
+def _plug(hub: str, bridge: str, port: str, name: str, card: str) -> None:
+    """Give a namespace a card on a bridge of the hub."""
+    _run(*f"ip link add {card} netns {name} type veth peer name {port} netns {hub}".split())
+    _run(*f"ip -n {hub} link set {port} mtu {MTU} master {bridge} up".split())
+    _run(*f"ip -n {name} link set {card} mtu {MTU} up".split())
+
+
 @contextlib.contextmanager
-def nodes(count: int) -> Iterator[Nodes]:
-    """Make `count` nodes on one bridge and remove them at the end.
+def nodes(count: int, hosts: int = 1) -> Iterator[Nodes]:
+    """Make `count` nodes of `hosts` namespaces each, and remove them at the end.
 
     Raises:
         NotAllowed: the machine lacks the tools or the rights.
@@ -145,25 +155,29 @@ def nodes(count: int) -> Iterator[Nodes]:
     # So that what is made here is removed again when this process is told to end, too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     stem = f"lhcp{os.getpid()}"
-    hub, made = f"{stem}-hub", Nodes([])
-    bridged = [f"{stem}-{node}" for node in range(count)]
+    hub, made = f"{stem}-hub", Nodes("", [])
+    network = Nodes(hub, [f"{stem}-{index}" for index in range(count * hosts)], hosts)
     try:
-        for name in (hub, *bridged):
+        for name in (hub, *network.names):
             _run("ip", "netns", "add", name)
             made.names.append(name)
             _run(*f"ip -n {name} link set lo up".split())
             for key, value in TCP.items():
                 setting = f"echo {value} > /proc/sys/net/ipv4/{key}"
                 _run(*f"ip netns exec {name} sh -c".split(), setting)
-        _run(*f"ip -n {hub} link add br0 type bridge".split())
-        _run(*f"ip -n {hub} link set br0 up".split())
-        for node, name in enumerate(bridged):
-            port = f"port{node}"
-            _run(*f"ip link add eth0 netns {name} type veth peer name {port} netns {hub}".split())
-            _run(*f"ip -n {hub} link set {port} mtu {MTU} master br0 up".split())
-            _run(*f"ip -n {name} addr add {Nodes.address(node)}/24 dev eth0".split())
-            _run(*f"ip -n {name} link set eth0 mtu {MTU} up".split())
-        yield Nodes(bridged)
+        for bridge in ("across", *(f"node{node}" for node in range(count))):
+            _run(*f"ip -n {hub} link add {bridge} type bridge".split())
+            _run(*f"ip -n {hub} link set {bridge} up".split())
+        for index, name in enumerate(network.names):
+            own, address = index // hosts, network.address(index)
+            _plug(hub, f"node{own}", f"inside{index}", name, "eth0")
+            _plug(hub, "across", f"across{index}", name, "eth1")
+            _run(*f"ip -n {name} addr add {address}/24 dev eth0".split())
+            # One address, by either card: gloo knows a rank by one.
+            for node in set(range(count)) - {own}:
+                route = f"ip -n {name} route add 10.77.{node}.0/24 dev eth1 src {address}"
+                _run(*route.split())
+        yield network
     finally:
         made.end_processes()
         for name in made.names:

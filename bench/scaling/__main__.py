@@ -45,6 +45,7 @@ def main() -> None:
     add_device(parser)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--single-seconds", type=float, default=0.0)
+    parser.add_argument("--calibrated", help="a table of these ranks: measure its links alone")
     parser.add_argument("--large-message", type=int, help="bytes that the link is measured with")
     args = parser.parse_args()
     if args.measure:

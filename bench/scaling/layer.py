@@ -34,12 +34,16 @@ class Question:
     cp: int
     """Ranks of one sequence; those of a node first."""
     calibration: Calibration
+    config: LighthouseConfig = CONFIG
+    heads: int = HEADS
+    head_dim: int = HEAD_DIM
+    node: int = NODE
 
     @property
     def entries(self) -> int:
         """S, what is attended to."""
         dense = self.mode == "dense"
-        return self.seqlen if dense else CONFIG.subsequence_length(self.seqlen)
+        return self.seqlen if dense else self.config.subsequence_length(self.seqlen)
 
     @property
     def shape(self) -> AttentionShape:
@@ -47,33 +51,33 @@ class Question:
         return AttentionShape(
             seqlen=self.entries,
             layout=make_layout("zigzag", self.cp),
-            num_heads=HEADS,
-            num_kv_heads=HEADS,
-            head_dim=HEAD_DIM,
-            node_size=NODE if self.cp > NODE else None,
+            num_heads=self.heads,
+            num_kv_heads=self.heads,
+            head_dim=self.head_dim,
+            node_size=self.node if self.cp > self.node else None,
         )
 
 
-def layer(asked: Question) -> Row:
-    """Predict one layer's forward + backward on one rank, by the fastest rotation."""
+def layer(asked: Question, rotation: str | None = None) -> Row:
+    """Predict one layer's forward + backward on one rank, by a rotation or by the fastest."""
     shape, calibration = asked.shape, asked.calibration
-    rotation, reason = choose(shape, calibration)
+    rotation, reason = (rotation, "as asked") if rotation else choose(shape, calibration)
     prediction = predict(rotation, shape, calibration)
     forward, backward = prediction.forward, prediction.backward
-    row = HEADS * HEAD_DIM * shape.element_bytes
+    row = asked.heads * asked.head_dim * shape.element_bytes
     local, sub = asked.seqlen // asked.cp, shape.tokens
     seconds = prediction.real
     # q, k, v in and out; saved for the backward: q, k, v, out of the attention, and its lse.
-    memory = 8 * local * row + 4 * sub * row + 4 * sub * HEADS
+    memory = 8 * local * row + 4 * sub * row + 4 * sub * asked.heads
     if asked.mode == "lighthouse":
         # Both directions move each of q, k, v, o once over the tokens and once over the entries.
         seconds += 2 * calibration.copy_seconds(4 * (local + sub) * row)
         if asked.cp > 1:
             link = calibration.inner if shape.node_size is None else calibration.outer
-            owed = boundary_bytes(shape, CONFIG.num_levels) / link.bandwidth
+            owed = boundary_bytes(shape, asked.config.num_levels) / link.bandwidth
             seconds += 2 * (calibration.host.message + link.latency + owed)
         pyramid = local * 4 // 3
-        memory += 3 * (pyramid - local) * row + 4 * HEADS * (sub + pyramid)
+        memory += 3 * (pyramid - local) * row + 4 * asked.heads * (sub + pyramid)
     memory += rotation_memory(rotation, shape)
     sent = [phase.traffic for phase in (forward, backward)]
     return {

@@ -17,8 +17,9 @@ from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.choose import predict
+from lhcp.cost.tables import read_calibration
 from lhcp.measure import measure_overhead
-from lhcp.measure.calibrate import Grid, calibrate
+from lhcp.measure.calibrate import Grid, calibrate, with_links
 from lhcp.ring.shape import AttentionShape
 
 Row = dict[str, Any]
@@ -28,19 +29,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Calibrate, predict, then measure, on these ranks; rank 0 prints both."""
     ranks, dtype = all_ranks(device, args.nodes), dtype_of("auto", device)
     facts = shown_card(device, ranks)
-    # Chunks of all ranks, and of the rings that are left where heads are shared.
-    sizes = {ranks.world_size, args.nodes, ranks.world_size // args.nodes} - {1}
-    chunks = [n // world // 2 for n in args.seqlens for world in sorted(sizes)]
-    lengths = sorted({c for chunk in chunks for c in (chunk, 2 * chunk)})
-    grid = Grid(
-        heads=args.heads,
-        head_dim=args.head_dim,
-        dtype=dtype,
-        seqlens=sorted({*lengths, *args.seqlens}),
-        queries=lengths,
-        keys=sorted({c for n in args.seqlens for c in (*lengths, n // 2)}),
-    )
-    calibration = calibrate(ranks, device, grid, args.nodes, args.large_message)
+    if args.calibrated is None:
+        sizes = grid(args, ranks.world_size, dtype)
+        calibration = calibrate(ranks, device, sizes, args.nodes, args.large_message)
+    else:
+        known = read_calibration(args.calibrated, ranks)
+        calibration = with_links(known, ranks, device, args.large_message)
     records = []
     for rotation in args.rotations:
         like = AttentionProblem.of(args, dtype)
@@ -53,6 +47,21 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     if ranks.rank == 0:
         document = {"card": facts, "calibration": json.loads(calibration.text), "records": records}
         last_line(document, None if args.out is None else args.out + ".json")
+
+
+def grid(args: argparse.Namespace, world_size: int, dtype: torch.dtype) -> Grid:
+    """Return the blocks that occur: of all ranks, and of the rings left where heads are shared."""
+    worlds = ({world_size, args.nodes, world_size // args.nodes} - {1}) or {1}
+    chunks = [n // world // 2 for n in args.seqlens for world in sorted(worlds)]
+    lengths = sorted({c for chunk in chunks for c in (chunk, 2 * chunk)})
+    return Grid(
+        heads=args.heads,
+        head_dim=args.head_dim,
+        dtype=dtype,
+        seqlens=lengths,
+        queries=lengths,
+        keys=sorted({*lengths, *(n // 2 for n in args.seqlens)}),
+    )
 
 
 def compare(

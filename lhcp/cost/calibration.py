@@ -30,6 +30,10 @@ class Link:
     hop: float | None = None
     """Seconds that each step of a ring collective adds to the latency of a message; None: a
     collective takes the latency of a message for each step."""
+    gather_factor: float = 1.0
+    """Time of a gather over that of neighbour messages of as many bytes."""
+    alltoall_factor: float = 1.0
+    """The same of an all-to-all."""
 
     def collective_latency(self, num_ranks: int) -> float:
         """Return the seconds that a ring collective takes without its bytes."""
@@ -87,10 +91,6 @@ class Calibration:
     """Between ranks of a node."""
     outer: Link
     """Between nodes, for one rank."""
-    gather_factor: float = 1.0
-    """Time of a gather over that of neighbour messages of as many bytes."""
-    alltoall_factor: float = 1.0
-    """The same of an all-to-all."""
     nics: int | None = None
     """NICs of a node, which its ranks share where they are more; None: one a rank. `outer` has the
     bandwidth of one."""

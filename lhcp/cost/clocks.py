@@ -6,11 +6,11 @@ more slowly beside a message; while it waits it loses nothing. `lhcp.cost.schedu
 rotations, and `lhcp.cost.choose` asks it for times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lhcp.cost.calibration import BlockSize, Calibration, Direction
+from lhcp.cost.calibration import BlockSize, Calibration, Direction, Link
 from lhcp.ring.schedule import Step
 from lhcp.ring.shape import AttentionShape
 
@@ -152,29 +152,35 @@ class Clocks:
 
     def gather(self, own_bytes: float, groups: Sequence[range]) -> list[float]:
         """Post ring gathers in each group: every rank moves the others' `own_bytes`."""
-        factor = self.calibration.gather_factor
-        moved = [factor * (len(group) - 1) * own_bytes for group in groups]
+        moved = [(len(group) - 1) * own_bytes for group in groups]
         # Rings that cross nodes use every rank's NIC, each for a part of the bytes.
         shares = [1 / self._of_a_node(group) for group in groups]
-        return self._collective(groups, moved, shares)
+        return self._collective(groups, moved, shares, lambda link: link.gather_factor)
 
     def all_to_all(self, most_bytes: Sequence[float], groups: Sequence[range]) -> list[float]:
         """Post all-to-alls in each group, whose busiest rank moves `most_bytes`."""
-        moved = [self.calibration.alltoall_factor * num_bytes for num_bytes in most_bytes]
         # What is for another node goes over the rank's own NIC.
         shares = [
             (len(group) - self._of_a_node(group)) / max(len(group) - 1, 1) for group in groups
         ]
-        return self._collective(groups, moved, shares)
+        return self._collective(groups, most_bytes, shares, lambda link: link.alltoall_factor)
 
     def _of_a_node(self, group: range) -> int:
         """Count the ranks of a group that share a node."""
         return len(group) // len({self._nodes[rank] for rank in group})
 
     def _collective(
-        self, groups: Sequence[range], moved: Sequence[float], shares: Sequence[float]
+        self,
+        groups: Sequence[range],
+        moved: Sequence[float],
+        shares: Sequence[float],
+        factor: Callable[[Link], float],
     ) -> list[float]:
-        """Post a collective in each group. `shares`: of the bytes, what each NIC moves."""
+        """Post a collective in each group.
+
+        Args:
+            shares: of the bytes, what each NIC moves. factor: of the time of so many bytes.
+        """
         if not self._communicate:
             return list(self.now)
         if all(len(group) == 1 for group in groups):
@@ -184,10 +190,11 @@ class Clocks:
         for group, num_bytes, share in zip(groups, moved, shares, strict=True):
             if len(group) == 1:
                 continue
-            link, name, busy = self._inner, "inner", num_bytes / self._inner.bandwidth
+            link, name = self._inner, "inner"
+            busy = factor(link) * num_bytes / link.bandwidth
             if self._of_a_node(group) < len(group):
                 link, name = self._outer, "outer"
-                busy = max(busy, share * num_bytes / link.bandwidth)
+                busy = max(busy, factor(link) * share * num_bytes / link.bandwidth)
             latency = link.collective_latency(len(group))
             start = max(max(ready[r], self._free[name][r]) for r in group)
             for rank in group:

@@ -59,19 +59,13 @@ def merge_of_three(grid: Grid, device: torch.device, rows: int) -> tuple[Callabl
     return lambda: merge(out, lse, wholes), 4 * out.nbytes
 
 
-def measured_host(grid: Grid, name: str, ranks: Ranks, device: torch.device) -> Host:
-    """Measure what the host takes for a call, a message and a sum, each too short for the GPU."""
+def measured_host(grid: Grid, name: str, device: torch.device) -> Host:
+    """Measure what the host takes for a call and a sum, each too short for the GPU."""
     block, scale = BLOCKS[name], grid.head_dim**-0.5
     q = torch.zeros(1, 128, grid.heads, grid.head_dim, dtype=grid.dtype, device=device)
     small, _ = merge_of_three(grid, device, 128)
-    message = 0.0
-    if ranks.world_size > 1:
-        post = round_the_ring(1024, ranks, device)
-        barrier(ranks, device)
-        message = slowest(host_seconds(lambda: post().wait(), device), ranks)
     return Host(
         call=host_seconds(lambda: block.forward(q, KV(q, q), CAUSAL, scale), device),
-        message=message,
         launch=host_seconds(small, device),
     )
 
@@ -103,29 +97,8 @@ def calibrate(
         for m in sorted(grid.keys)
     ]
     tiny = torch.zeros(1, device=device)
-    host = measured_host(grid, name, ranks, device)
     large_merge, merged_bytes = merge_of_three(grid, device, 2**16 if cuda else 2**12)
-    inner = outer = Link(latency=0.0, bandwidth=1e18)
-    gather_factor, alltoall_factor, taken = 1.0, 1.0, 0.0
-    if ranks.world_size > 1:
-        say(f"messages between {ranks.world_size} ranks")
-        large = large_message or long_message(device)
-        apart = ranks.inner is not None and ranks.inner.size() > 1
-        inside = Ranks(ranks.inner) if apart else ranks
-        inner, gather_factor, alltoall_factor = measured_link(inside, ranks, device, large)
-        # Across, all ranks of a node send at once, as in a rotation.
-        outer = measured_link(Ranks(ranks.outer), ranks, device, large)[0] if apart else inner
-        # Posting it is the host's.
-        inner, outer = (
-            replace(one, latency=max(0.0, one.latency - host.message)) for one in (inner, outer)
-        )
-        if not cuda:
-            block, scale = BLOCKS[name], grid.head_dim**-0.5
-            q = torch.randn(1, square[0][0], grid.heads, grid.head_dim, dtype=grid.dtype)
-            kv = KV(q, q)
-            taken = byte_compute(
-                lambda: block.forward(q, kv, CAUSAL, scale), inner.bandwidth, inside
-            )
+    nothing = Link(latency=0.0, bandwidth=1e18)
     title = torch.cuda.get_device_name(device) if cuda else "cpu"
     calibration = Calibration(
         name=title,
@@ -139,20 +112,49 @@ def calibrate(
         copy_bandwidth=copy_bandwidth(device),
         merge_bandwidth=merged_bytes / seconds_of(large_merge, device),
         launch=seconds_of(lambda: tiny.add_(1), device),
-        inner=inner,
-        outer=outer,
-        gather_factor=gather_factor,
-        alltoall_factor=alltoall_factor,
-        host=host,
-        byte_compute=taken,
+        inner=nothing,
+        outer=nothing,
+        host=measured_host(grid, name, device),
     )
+    if ranks.world_size > 1:
+        say(f"messages between {ranks.world_size} ranks")
+        calibration = with_links(calibration, ranks, device, large_message)
+        if not cuda:
+            block, scale = BLOCKS[name], grid.head_dim**-0.5
+            q = torch.randn(1, square[0][0], grid.heads, grid.head_dim, dtype=grid.dtype)
+            kv, rate = KV(q, q), calibration.inner.bandwidth
+            taken = byte_compute(lambda: block.forward(q, kv, CAUSAL, scale), rate, inside(ranks))
+            calibration = replace(calibration, byte_compute=taken)
     return gathered(calibration, ranks)[0]
 
 
-def measured_link(
-    ranks: Ranks, everyone: Ranks, device: torch.device, large: int
-) -> tuple[Link, float, float]:
-    """Return the link round a ring of ranks, and the factors of gathers and all-to-alls on it.
+def inside(ranks: Ranks) -> Ranks:
+    """Return the ranks of the own node where it has several; else all."""
+    return ranks if ranks.node_size in (None, 1) else Ranks(ranks.inner)
+
+
+def with_links(
+    calibration: Calibration,
+    ranks: Ranks,
+    device: torch.device,
+    large_message: int | None = None,
+) -> Calibration:
+    """Return a table with the links between these ranks, measured now; a collective."""
+    large, near = large_message or long_message(device), inside(ranks)
+    post = round_the_ring(1024, ranks, device)
+    barrier(ranks, device)
+    message = slowest(host_seconds(lambda: post().wait(), device), ranks)
+    inner = measured_link(near, ranks, device, large)
+    # Across, all ranks of a node send at once, as in a rotation.
+    outer = inner if near is ranks else measured_link(Ranks(ranks.outer), ranks, device, large)
+    # Posting it is the host's.
+    inner, outer = (replace(one, latency=max(0.0, one.latency - message)) for one in (inner, outer))
+    host = replace(calibration.host, message=message)
+    return replace(calibration, inner=inner, outer=outer, host=host)
+
+
+def measured_link(ranks: Ranks, everyone: Ranks, device: torch.device, large: int) -> Link:
+    """Return the link round a ring of ranks, with what gathers and all-to-alls take on it.
 
     All rings are measured at once, and the slowest one's is returned on every rank.
     """
@@ -162,5 +164,11 @@ def measured_link(
     gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
     # All of it: the gathers' bandwidth is what remains of their time beside it.
     hop = max(0.0, empty - latency) / (ranks.world_size - 1)
-    found = (Link(latency=latency, bandwidth=rate, hop=hop), gather_factor, alltoall_factor)
-    return min(gathered(found, everyone), key=lambda of_ring: of_ring[0].bandwidth)
+    found = Link(
+        latency=latency,
+        bandwidth=rate,
+        hop=hop,
+        gather_factor=gather_factor,
+        alltoall_factor=alltoall_factor,
+    )
+    return min(gathered(found, everyone), key=lambda of_ring: of_ring.bandwidth)

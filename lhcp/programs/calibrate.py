@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
 
-from lhcp.comm.mesh import Ranks
+from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.measure.calibrate import Grid, calibrate
 from lhcp.training.process import Process, run_to_exit
@@ -58,7 +59,7 @@ class Arguments:
     backend: str = "auto"
     """The block attention, by its name."""
     nodes: int = 1
-    """Above 1, the ring of all ranks is taken for the link between nodes."""
+    """Of as many ranks each: above 1, links inside and across are measured apart."""
 
     def grid(self, device: torch.device) -> Grid:
         """Return what is measured on a device.
@@ -97,19 +98,38 @@ def rows(found: Calibration) -> list[str]:
         f"full {n:>7,} x {m:>8,}: {1e3 * forward:9.3f} ms {1e3 * backward:9.3f}"
         for n, m, forward, backward in found.full
     ]
-    link = found.inner
-    return [
-        *lines,
+    host = found.host
+    lines += [
         f"copies {found.copy_bandwidth / 1e9:.1f} GB/s, merges {found.merge_bandwidth / 1e9:.1f}",
-        f"messages {1e6 * link.latency:.1f} us, {link.bandwidth / 1e9:.2f} GB/s"
-        if dist.get_world_size() > 1
-        else "messages: not measured, one process",
+        f"host: {1e6 * host.call:.0f} us a call, {1e6 * host.message:.0f} a message, "
+        f"{1e6 * host.launch:.0f} a copy",
     ]
+    if dist.get_world_size() == 1:
+        return [*lines, "messages: not measured, one process"]
+    return lines + [
+        f"{name}: {1e6 * link.latency:.1f} us, {link.bandwidth / 1e9:.2f} GB/s, gathers take "
+        f"{link.gather_factor:.2f} of that time a byte, all-to-alls {link.alltoall_factor:.2f}"
+        for name, link in (("inside", found.inner), ("across", found.outer))
+    ]
+
+
+def joined(nodes: int, own: Process) -> Ranks:
+    """Return all ranks, of two axes where there are several nodes; a collective.
+
+    Raises:
+        ValueError: the ranks do not divide over the nodes.
+    """
+    if nodes < 1 or own.world_size % nodes:
+        raise ValueError(f"nodes={nodes}: must divide the {own.world_size} ranks")
+    if nodes == 1:
+        return Ranks(dist.group.WORLD if own.world_size > 1 else None)
+    shape = (nodes, own.world_size // nodes)
+    return as_ranks(init_device_mesh(own.device.type, shape, mesh_dim_names=("node", "local")))
 
 
 def main(arguments: Arguments, own: Process) -> None:
     """Measure on all ranks; rank 0 prints the table and writes it."""
-    ranks = Ranks(dist.group.WORLD if own.world_size > 1 else None)
+    ranks = joined(arguments.nodes, own)
 
     def say(text: str) -> None:
         if own.rank == 0:

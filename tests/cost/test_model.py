@@ -360,6 +360,20 @@ def test_all_to_alls_cross_nodes_by_each_ranks_nic() -> None:
     assert gathered.gather(1.0, [range(8)]) == pytest.approx([7 / 4 + 3.5] * 8)
 
 
+def test_collectives_take_what_they_do_on_the_link_that_they_use() -> None:
+    """Fails if what a gather takes inside a node is charged across, or the other way round."""
+    shape = replace(HAND_SHAPE, seqlen=8, layout=Layout("contiguous", 8), node_size=4)
+    inner = replace(HAND_LINK, bandwidth=1e9, gather_factor=100.0, alltoall_factor=100.0)
+    outer = replace(HAND_LINK, gather_factor=2.0, alltoall_factor=3.0)
+    setting = Setting(shape, replace(HAND, inner=inner, outer=outer), "forward")
+    across, inside = (Clocks(setting, compute=True, communicate=True) for _ in range(2))
+    assert across.all_to_all([7.0], [range(8)]) == pytest.approx([3 * 4.0 + 3.5] * 8)
+    nodes = [range(4), range(4, 8)]
+    assert inside.all_to_all([3e7] * 2, nodes) == pytest.approx([3.0 + 1.5] * 8)
+    gathered = Clocks(setting, compute=True, communicate=True)
+    assert gathered.gather(1.0, [range(8)]) == pytest.approx([2 * 7 / 4 + 3.5] * 8)
+
+
 def test_hybrid_is_the_ring_of_what_is_left_between_exchanges() -> None:
     """Fails if the ring is not played as p2p of fewer ranks, or an exchange is left out."""
     free = Link(latency=0.0, bandwidth=1e30)

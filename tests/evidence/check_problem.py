@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lhcp
 from bench.common.problem import TENSORS, Answers, AttentionProblem
-from lhcp import reference
+from lhcp import reference, reference_documents
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.lighthouse.select import Selection
@@ -32,7 +32,8 @@ def select(problem: AttentionProblem, inputs: Answers, ranks: Ranks) -> Entries 
     if problem.config is None:
         return None
     q, k, *_ = inputs
-    chosen = Selection(*(x.cpu() for x in lhcp.select(q, k, config=problem.config, group=ranks)))
+    found = lhcp.select(q, k, config=problem.config, group=ranks, cu_seqlens=problem.cu_seqlens)
+    chosen = Selection(*(x.cpu() for x in found))
     return whole_entries(chosen, problem, ranks)
 
 
@@ -46,17 +47,27 @@ def exact_answers(
     """
     double = tuple(x.double() for x in inputs)
     q, k, v, _ = double
+    bounds, docs = problem.cu_seqlens, None
+    if bounds is not None:
+        docs = reference_documents.documents(bounds, 1, problem.seqlen).to(q.device)
     if entries is None or problem.config is None:
-        answers = problem.answer(double, reference.causal_attention)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            of_heads = None if docs is None else docs[:, None].expand(-1, q.shape[2], -1)
+            return reference.causal_attention(q, k, v, None, of_heads)
+
+        answers = problem.answer(double, dense)
     else:
         config = problem.config
         selection = reference.ReferenceSelection(*(x.to(q.device) for x in entries))
 
         def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return reference.lighthouse_attention(q, k, v, config=config, selection=selection)
+            return reference.lighthouse_attention(
+                q, k, v, config=config, selection=selection, cu_seqlens=bounds
+            )
 
         answers = problem.answer(double, oracle)
-        q, k, v = (reference.gather(x, selection, config) for x in (q, k, v))
+        q, k, v = (reference.gather(x, selection, config, docs) for x in (q, k, v))
     _, lse = lhcp.ring_attention(q, k, v, backend="math", return_lse=True)
     return answers, torch.finfo(torch.float32).eps * lse.abs().max().item()
 

@@ -1,6 +1,7 @@
 """Is every rotation right on these ranks? Dense attention and the layer, forward and backward.
 
     torchrun --nproc-per-node 8 -m tests.evidence.check_ranks               # against float64
+    torchrun --nproc-per-node 8 -m tests.evidence.check_ranks --documents 24     # packed ones
     torchrun --nproc-per-node 8 -m tests.evidence.check_ranks --long-seqlens 262144 1048576
     torchrun --nproc-per-node 2 -m tests.evidence.check_ranks --device cpu --heads 2 ...
 
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", help="beside flash_attn next to the peer")
     parser.add_argument("--dense-seqlen", type=int, default=4096, help="against float64")
     parser.add_argument("--layer-seqlen", type=int, default=16_384, help="against float64")
+    parser.add_argument("--documents", type=int, default=0, help="that sequences are packed of")
     parser.add_argument("--layer-topk", type=int, default=256)
     parser.add_argument("--strata", type=int, default=16)
     parser.add_argument("--long-seqlens", type=int, nargs="*", default=[], help="of the layer")
@@ -72,7 +74,8 @@ def problems(
     """Return what is held against float64, and what is held against one rank."""
 
     def problem(seqlen: int, config: LighthouseConfig | None = None) -> AttentionProblem:
-        return AttentionProblem.of(args, dtype, seqlen=seqlen, config=config)
+        documents = {"num_documents": args.documents}
+        return AttentionProblem.of(args, dtype, seqlen=seqlen, config=config, **documents)
 
     short = LighthouseConfig(
         num_levels=3, pool_factor=4, topk=args.layer_topk, num_strata=args.strata
@@ -107,7 +110,11 @@ def check(args: argparse.Namespace, nodes: Ranks, device: torch.device) -> dict[
         chosen: list[Choice] = []
         if not args.long_only:
             wanted = (args.backend, args.rotations)
-            chosen, missing = choices_beside_peer(nodes, own.inputs[0], *wanted)
+            if args.documents:
+                chosen = choices(nodes, args.heads, [args.backend], args.rotations)
+                missing = f"{PEER}: sequences are packed of documents"
+            else:
+                chosen, missing = choices_beside_peer(nodes, own.inputs[0], *wanted)
         found, one[problem.kind] = against_float64(own, chosen, ranks)
         rows += show(found, shown)
         if problem.config is not None and args.compiler != "none":

@@ -155,7 +155,8 @@ def _row(check: str, own: Own, choice: Choice, ranks: Ranks) -> tuple[Row, Answe
     def run() -> tuple[Answers, str | None]:
         choices = Choices(rotation=choice.rotation, backend=choice.backend)
         local = problem.attended // choice.ranks.world_size
-        plan = make_plan(inputs[0], inputs[1], choice.ranks, choices, tokens=local)
+        packed = bool(problem.num_documents)
+        plan = make_plan(inputs[0], inputs[1], choice.ranks, choices, tokens=local, packed=packed)
         row["took"], row["backend"] = plan.rotation, plan.backend
         if choice.rotation == PEER:
             row["backend"] = "flash_attn"

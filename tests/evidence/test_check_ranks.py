@@ -83,10 +83,13 @@ def run(
         return check(parse([*SMALL, *more]), ranks, CPU)
 
 
+@pytest.mark.parametrize("documents", [0, 5])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_right_answers_pass(ranks: RankPool, dtype: str) -> None:
+def test_right_answers_pass(ranks: RankPool, dtype: str, documents: int) -> None:
     """Fails if a right rotation is called wrong, or a rotation or a check is left out."""
-    first, second = ranks.run(run, 2, 0, None, "--dtype", dtype, num_nodes=2)
+    asked = ("--dtype", dtype, "--documents", str(documents))
+    first, second = ranks.run(run, 2, 0, None, *asked, num_nodes=2)
+    packed = f", {documents} documents" if documents else ""
     assert first["wrong"] == []
     assert [row["wrong"] for row in first["rows"]] == [row["wrong"] for row in second["rows"]]
     names = {"auto", *NAMES}
@@ -99,7 +102,7 @@ def test_right_answers_pass(ranks: RankPool, dtype: str) -> None:
         found = [
             row
             for row in first["rows"]
-            if (row["check"], row["kind"], row["seqlen"]) == (check_name, kind, seqlen)
+            if (row["check"], row["kind"], row["seqlen"]) == (check_name, kind + packed, seqlen)
         ]
         assert {row["rotation"] for row in found} - {"one rank"} == names
         assert all(set(row["error"]) == {"out", "dq", "dk", "dv"} for row in found)
