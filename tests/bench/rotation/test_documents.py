@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,12 @@ def test_the_gate_refuses_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> No
     choice = Choice("auto", "cpu", Ranks())
     gate(problem, choice, CPU)
     whole = lhcp.ring_attention
-    wrong = lambda *x, **more: whole(*x, **more) * (1 if more["backend"] == "math" else 1.01)  # noqa: E731
+
+    def wrong(*qkv: Tensor, **more: Any) -> Tensor:
+        out = whole(*qkv, **more)
+        assert isinstance(out, Tensor)
+        return out if more["backend"] == "math" else out * 1.01
+
     monkeypatch.setattr(lhcp, "ring_attention", wrong)
     with pytest.raises(AssertionError, match="out: error"):
         gate(problem, choice, CPU)
