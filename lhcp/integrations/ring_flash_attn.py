@@ -100,10 +100,18 @@ RING_FLASH_ATTN = PackageRing(check_ring_flash_attn, _attend)
 
 @cache
 def _zigzag_function() -> Callable[..., Any]:
-    module = f"{PACKAGE}.zigzag_ring_flash_attn"
-    if module not in sys.modules:
-        return _load_without_init(module).zigzag_ring_flash_attn_func
-    return sys.modules[module].zigzag_ring_flash_attn_func
+    function: Callable[..., Any] = load_module("zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
+    return function
+
+
+def load_module(name: str) -> ModuleType:
+    """Return a module of the package without running the package's `__init__`.
+
+    Raises:
+        ImportError: it, or flash-attn, is missing or does not import.
+    """
+    module = f"{PACKAGE}.{name}"
+    return sys.modules[module] if module in sys.modules else _load_without_init(module)
 
 
 def _load_without_init(module: str) -> ModuleType:

@@ -10,7 +10,7 @@ from tests.bench.commands import ROOT
 COMMANDS = [
     *("bench.latency", "bench.latency.sweep", "bench.train_step", "bench.train_step.ranks"),
     *("bench.rotation.overhead", "bench.rotation.peer_rings", "bench.rotation.torch_ring"),
-    *("bench.rotation.graphs", "bench.rotation.document_balance"),
+    *("bench.rotation.graphs", "bench.rotation.documents", "bench.rotation.document_balance"),
     *("bench.rotation.predict_rows", "bench.rotation.multi_gpu_page", "bench.rotation.netns"),
     *(
         "bench.scaling",

@@ -48,6 +48,11 @@ class Bounds(NamedTuple):
     """Each kv head of a batch row has runs of its own: its rows are laid end to end, head by head.
     Else all heads share those of the batch row."""
 
+    @property
+    def all_meet(self) -> bool:
+        """Whether runs of queries and of keys are the same ones, so that each query meets a key."""
+        return self.q is self.kv
+
 
 @dataclass(frozen=True)
 class Request:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lhcp.ring.block.base import BackwardInputs, Block, Bounds, Grads, Request
-from lhcp.ring.block.packed import Varlen, packed_calls, without_keys
+from lhcp.ring.block.packed import Varlen, checked_lse, packed_calls, without_keys
 from lhcp.ring.kv import KV
 from lhcp.ring.shape import Mask
 
@@ -85,50 +85,57 @@ def _fa4_backward(inputs: BackwardInputs, mask: Mask, scale: float) -> Grads:
     return results[0], results[1], results[2]
 
 
-def _used(bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Return how many queries and keys of each run are attended with: none where either is empty.
-
-    flash-attn-4 reads keys where a run has none; what it does not use it does not write.
-    """
-    num_q, num_kv = bounds.q.diff(), bounds.kv.diff()
-    return num_q.where(num_kv > 0, 0), num_kv.where(num_q > 0, 0)
-
-
 def _fa4_varlen(bounds: Bounds) -> dict[str, Any]:
-    used_q, used_kv = _used(bounds)
-    return {
+    given = {
         "cu_seqlens_q": bounds.q,
         "cu_seqlens_k": bounds.kv,
-        "seqused_q": used_q,
-        "seqused_k": used_kv,
         "max_seqlen_q": bounds.longest_q,
         "max_seqlen_k": bounds.longest_kv,
     }
+    if bounds.all_meet:
+        return given
+    # It reads keys where a run has none. So none are used where either is empty; what it does not
+    # use it does not write.
+    num_q, num_kv = bounds.q.diff(), bounds.kv.diff()
+    used = {"seqused_q": num_q.where(num_kv > 0, 0), "seqused_k": num_kv.where(num_q > 0, 0)}
+    return given | used
+
+
+def _gradients(inputs: BackwardInputs, bounds: Bounds) -> Grads:
+    """Return memory for dq, dk, dv; zeros where a kernel may leave some of it unwritten."""
+    make = torch.empty_like if bounds.all_meet else torch.zeros_like
+    of = (inputs.q, *inputs.kv)
+    dq, dk, dv = (make(x, memory_format=torch.contiguous_format) for x in of)
+    return dq, dk, dv
 
 
 def _fa4_varlen_forward(
     q: Tensor, kv: KV, mask: Mask, bounds: Bounds, scale: float
 ) -> tuple[Tensor, Tensor]:
     interface = _load("flash_attn.cute.interface")
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    into = {}
+    if not bounds.all_meet:
+        into["out"] = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        into["lse"] = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     results = interface._flash_attn_fwd(
         q,
         *kv,
         softmax_scale=scale,
         causal=mask.causal,
         return_lse=True,
-        out=out,
-        lse=lse,
+        **into,
         **_fa4_varlen(bounds),
     )
-    return results[0], without_keys(results[1], q, "flash-attn-4's _flash_attn_fwd")
+    source = "flash-attn-4's _flash_attn_fwd"
+    if bounds.all_meet:
+        return results[0], checked_lse(results[1], q, source)
+    return results[0], without_keys(results[1], q, source)
 
 
 def _fa4_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, scale: float) -> Grads:
     dout, q, (k, v), out, lse = inputs
     interface = _load("flash_attn.cute.interface")
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = _gradients(inputs, bounds)
     results = interface._flash_attn_bwd(
         q,
         k,
@@ -213,13 +220,16 @@ def _fa2_varlen_forward(
         return_softmax=False,
         **_fa2_varlen(bounds),
     )
-    return results[0], without_keys(results[1], q, "flash-attn's _flash_attn_varlen_forward")
+    source = "flash-attn's _flash_attn_varlen_forward"
+    if bounds.all_meet:
+        return results[0], checked_lse(results[1], q, source)
+    return results[0], without_keys(results[1], q, source)
 
 
 def _fa2_varlen_backward(inputs: BackwardInputs, mask: Mask, bounds: Bounds, scale: float) -> Grads:
     dout, q, (k, v), out, lse = inputs
     interface = _load("flash_attn.flash_attn_interface")
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = _gradients(inputs, bounds)
     interface._flash_attn_varlen_backward(
         dout.contiguous(),
         q,

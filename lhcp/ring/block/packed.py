@@ -47,8 +47,8 @@ def packed_calls(kernel: Varlen) -> PackedCalls:
     return PackedCalls(forward, backward)
 
 
-def without_keys(lse: Tensor | None, q: Tensor, source: str) -> Tensor:
-    """Return a flash kernel's lse [H, rows], where it writes inf for a query that met no key: -inf.
+def checked_lse(lse: Tensor | None, q: Tensor, source: str) -> Tensor:
+    """Return a kernel's lse [H, rows].
 
     Raises:
         ImportError: the kernel returned something else.
@@ -57,6 +57,14 @@ def without_keys(lse: Tensor | None, q: Tensor, source: str) -> Tensor:
     if lse is None or tuple(lse.shape) != wanted or lse.dtype != torch.float32:
         seen = None if lse is None else (tuple(lse.shape), lse.dtype)
         raise ImportError(f"{source} returned lse {seen}, expected float32 {wanted}")
+    return lse
+
+
+def without_keys(lse: Tensor | None, q: Tensor, source: str) -> Tensor:
+    """Return a flash kernel's lse as `checked_lse`; -inf where it wrote inf for a query that met
+    no key.
+    """
+    lse = checked_lse(lse, q, source)
     return lse.masked_fill_(lse == torch.inf, -torch.inf)
 
 

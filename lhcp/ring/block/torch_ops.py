@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lhcp.precision import wide
 from lhcp.ring.block.base import BackwardInputs, Block, Bounds, Grads
-from lhcp.ring.block.packed import Varlen, packed_calls, without_keys
+from lhcp.ring.block.packed import Varlen, checked_lse, packed_calls, without_keys
 from lhcp.ring.kv import KV
 from lhcp.ring.shape import Mask
 
@@ -220,7 +220,10 @@ def _flash_varlen_forward(
     out, lse, *_ = _aten._flash_attention_forward(
         q, *kv, bounds.q, bounds.kv, *lengths, 0.0, mask.causal, False, scale=scale
     )
-    return out, without_keys(lse, q, "aten::_flash_attention_forward")
+    source = "aten::_flash_attention_forward"
+    if bounds.all_meet:
+        return out, checked_lse(lse, q, source)
+    return out, without_keys(lse, q, source)
 
 
 def _flash_varlen_backward(
