@@ -39,8 +39,8 @@ def _run(*command: str) -> str:
 class Nodes:
     """Namespaces that hang on one bridge, which is in a namespace of its own."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, names: list[str], hub: str = "") -> None:
+        self.names, self._hub = names, hub
 
     @staticmethod
     def address(node: int) -> str:
@@ -53,6 +53,10 @@ class Nodes:
             shaper = f"tc -n {name} qdisc replace dev eth0 root tbf rate {megabits:.3f}mbit"
             # A packet longer than the burst is cut into many, which costs more than its sending.
             _run(*shaper.split(), "burst", "128kb", "limit", "64mb")
+
+    def plug(self, node: int, plugged: bool) -> None:
+        """Put the cable of a node in, or pull it out."""
+        _run(*f"ip -n {self._hub} link set port{node} {'up' if plugged else 'down'}".split())
 
     def sent_bytes(self, node: int) -> int:
         """Count bytes that a node has sent so far, headers included."""
@@ -163,7 +167,7 @@ def nodes(count: int) -> Iterator[Nodes]:
             _run(*f"ip -n {hub} link set {port} mtu {MTU} master br0 up".split())
             _run(*f"ip -n {name} addr add {Nodes.address(node)}/24 dev eth0".split())
             _run(*f"ip -n {name} link set eth0 mtu {MTU} up".split())
-        yield Nodes(bridged)
+        yield Nodes(bridged, hub)
     finally:
         made.end_processes()
         for name in made.names:
