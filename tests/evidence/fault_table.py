@@ -2,7 +2,8 @@
 
     python -m tests.evidence.fault_table --out bench/results/faults_cpu_DATE
 
-With two GPUs or more the ranks use NCCL. For each fault: how it is provoked, what is printed and
+With two GPUs or more the ranks use NCCL, and faults are left out to which that makes no difference,
+or which need more of them. For each fault: how it is provoked, what is printed and
 after how long, what survives. Ends with status 1, naming the faults that were silent, took too long
 or lost more than they may.
 """
@@ -64,7 +65,8 @@ def do(fault: Fault) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--only", default="", help="faults whose name has this")
+    parser.add_argument("--only", default="", help="faults whose name, or how, has this")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="this one of so many")
     parser.add_argument("--beside", type=int, default=1, help="faults provoked at once")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
@@ -79,7 +81,10 @@ def main() -> None:
         "rank that ended. Status of each rank; less than 0 is a signal's, None was frozen.",
         ("fault", "how", "what is seen", "s", "status", "what survives", "verdict"),
     )
-    faults = [one for one in FAULTS if args.only in one.name]
+    faults = [one for one in FAULTS if args.only in f"{one.name}: {one.how}"]
+    if by_nccl:
+        faults = [one for one in faults if 1 < one.world <= torch.cuda.device_count()]
+    faults = faults[args.part[0] :: args.part[1]]
     with ThreadPoolExecutor(args.beside) as several:
         rows = list(several.map(do, faults))
     for fault, row in zip(faults, rows, strict=True):
