@@ -210,7 +210,7 @@ def decode(
     offsets = [0]
     for level in range(config.num_levels):
         offsets.append(offsets[-1] + num_tokens // config.pool_factor**level)
-    entries = selection.entries.long()
+    entries = selection.entries.cpu().long()
     levels = sum((entries >= start).long() for start in offsets[1:-1])
     assert isinstance(levels, Tensor)
     indices = entries - torch.tensor(offsets)[levels]
@@ -233,12 +233,12 @@ def serves(rotation: str, world_size: int, num_heads: int) -> bool:
     return num_heads % sharing.get(rotation, 1) == 0
 
 
-def library_selection(group: Any, case: Case) -> Selection:
+def library_selection(group: Any, case: Case, device: str = "cpu") -> Selection:
     """This rank's selection of a case's problem, by `lhcp.select`."""
     p = case.problem
 
     def cut(x: Tensor) -> Tensor:
-        return lhcp.shard(x, group, layout=case.layout)
+        return lhcp.shard(x.to(device), group, layout=case.layout)
 
     q, k, v, _ = map(cut, p.other_inputs() if p.fixed else p.inputs())
     score_q, score_k = map(cut, p.other_inputs()[:2]) if p.scored else (None, None)
@@ -347,7 +347,7 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 def strided(x: Tensor) -> Tensor:
     """The same values in a view of a wider buffer full of NaN, as a slice of a fused projection."""
-    wide = torch.full((*x.shape[:2], 3, *x.shape[2:]), torch.nan, dtype=x.dtype)
+    wide = x.new_full((*x.shape[:2], 3, *x.shape[2:]), torch.nan)
     wide[:, :, 1] = x
     return wide[:, :, 1]
 

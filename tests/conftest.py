@@ -14,6 +14,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--unpoisoned",
+        action="store_true",
+        help="leave what torch.empty returns to kernels' tests as it is, for initcheck",
+    )
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Up to four gloo ranks, in which torch.empty returns NaN."""

@@ -57,6 +57,10 @@ class Nodes:
                 # A packet longer than the burst is cut into many, which costs more than sending it.
                 _run(*shaper.split(), "burst", "72kb", "limit", "64mb")
 
+    def plug(self, index: int, plugged: bool) -> None:
+        """Put the cable of a namespace to other nodes in, or pull it out."""
+        _run(*f"ip -n {self.hub} link set across{index} {'up' if plugged else 'down'}".split())
+
     def sent_bytes(self, index: int) -> int:
         """Count bytes that a namespace has sent to other nodes so far, headers included."""
         said = _run(*f"ip -n {self.names[index]} -j -s link show eth1".split())

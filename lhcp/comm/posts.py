@@ -14,6 +14,15 @@ MISSED = 4
 """Beats that a rank must miss at least, to be taken for stopped or gone."""
 
 
+class Members(NamedTuple):
+    """Ranks that share a store, whether they are a group yet or not."""
+
+    store: dist.Store
+    rank: int
+    """This one's."""
+    size: int
+
+
 class Timing(NamedTuple):
     """How often ranks post."""
 
@@ -56,15 +65,15 @@ class Peer:
 class Posts:
     """What ranks post, and what this one heard of the others: all that talks to the store."""
 
-    def __init__(self, store: dist.Store, group: dist.ProcessGroup, timing: Timing) -> None:
-        self.rank, self.size, self.beat = group.rank(), group.size(), timing.beat
+    def __init__(self, members: Members, timing: Timing) -> None:
+        self.rank, self.size, self.beat = members.rank, members.size, timing.beat
         self.silence = timing.silence
         self.clock = Clock(3 * timing.beat)
         self.answered = 0.0
         """When the store last answered."""
         self.lost = ""
         """Why it answers no more."""
-        self._store = store
+        self._store = members.store
         self._own = Whereabouts()
         self._peers = [Peer() for _ in range(self.size)]
         # A last word comes from another thread.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from lhcp.comm.agreement import calls_made
 from lhcp.comm.marks import Marks
-from lhcp.comm.posts import MISSED, Posts, Timing
+from lhcp.comm.posts import MISSED, Members, Posts, Timing
 from lhcp.comm.torch_private import copy_of, is_fake, store_of
 from lhcp.comm.whereabouts import End, Whereabouts, excused, guilty, in_words
 
@@ -76,7 +76,7 @@ class Watchdog(Marks):
     whose launcher died) the process ends. With one rank there is nothing to watch.
 
     Args:
-        group: whose ranks; None: all of the process group.
+        group: whose ranks; None: all of the process group; `Members` before there is one.
         timeout: seconds at a mark. The group's own timeout should be longer: it is what is left
             when this one fails.
         on_stall: called in a thread with what is to be said; it may end the process in another way.
@@ -88,7 +88,7 @@ class Watchdog(Marks):
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | Members | None = None,
         timeout: float = 120.0,
         *,
         on_stall: Callable[[str], None] = end_process,
@@ -103,15 +103,27 @@ class Watchdog(Marks):
         self._mind: _Mind | None = None
 
     def __enter__(self) -> "Watchdog":
-        group = dist.group.WORLD if self._group is None else self._group
-        if group is None or group.size() == 1 or is_fake(group):
-            return self
-        number = _OPENED[group] = _OPENED.get(group, 0) + 1
-        # Its own connection: the main thread may be waiting in the other.
-        store = dist.PrefixStore(f"lhcp/watchdog/{number}", copy_of(store_of(group)))
-        timing = Timing.of(self.timeout, group.size(), self._beat)
-        self._mind = _Mind(self, Posts(store, group, timing), self._on_stall)
+        members = self._members()
+        if members is not None:
+            timing = Timing.of(self.timeout, members.size, self._beat)
+            self._mind = _Mind(self, Posts(members, timing), self._on_stall)
         return self
+
+    def _members(self) -> Members | None:
+        """Return whom to watch, by words of their own in the store; None: there is nobody."""
+        group = dist.group.WORLD if self._group is None else self._group
+        if isinstance(group, Members):
+            name, store, rank, size = "members", *group
+        elif group is None or is_fake(group):
+            return None
+        else:
+            name = str(number := _OPENED.get(group, 0) + 1)
+            _OPENED[group] = number
+            store, rank, size = store_of(group), group.rank(), group.size()
+        if size == 1:
+            return None
+        # Its own connection: the main thread may be waiting in the other.
+        return Members(dist.PrefixStore(f"lhcp/watchdog/{name}", copy_of(store)), rank, size)
 
     def __exit__(
         self,

@@ -35,12 +35,19 @@ class RankPool:
         timeout: seconds that one run may take.
         poison: fill what torch.empty and its kin return with NaN on every rank.
         grace: seconds that the other ranks have once one has failed.
+        by_nccl: whether each rank has a GPU of its own, and NCCL for it; else gloo alone.
     """
 
     def __init__(
-        self, size: int, timeout: float = 240, poison: bool = False, grace: float = 5
+        self,
+        size: int,
+        timeout: float = 240,
+        poison: bool = False,
+        grace: float = 5,
+        by_nccl: bool = False,
     ) -> None:
         self.size, self.timeout, self.poison, self.grace = size, timeout, poison, grace
+        self._by_nccl = by_nccl
         self._folder = ""
         self._workers: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
@@ -105,7 +112,9 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = _CTX.Pipe()
             worker = _CTX.Process(
-                target=_work, args=(theirs, rank, self.size, store, self.poison), daemon=True
+                target=_work,
+                args=(theirs, rank, self.size, store, self.poison, self._by_nccl),
+                daemon=True,
             )
             worker.start()
             theirs.close()
@@ -114,7 +123,12 @@ class RankPool:
 
 
 def _work(
-    pipe: multiprocessing.connection.Connection, rank: int, size: int, store: str, poison: bool
+    pipe: multiprocessing.connection.Connection,
+    rank: int,
+    size: int,
+    store: str,
+    poison: bool,
+    by_nccl: bool,
 ) -> None:
     # Also for what the ranks start themselves, such as a compiler.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -124,8 +138,14 @@ def _work(
     from lhcp.testing.inputs import poisoned_empty
 
     torch.set_num_threads(1)
+    if by_nccl:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        "cpu:gloo,cuda:nccl" if by_nccl else "gloo",
+        f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
     )
     groups: dict[tuple[int, int | None], Any] = {}
     while True:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from lhcp.comm.marks import Marks
+from lhcp.comm.posts import Members
 from lhcp.comm.watchdog import RanksLost, Watchdog, end_process
 from lhcp.console import keep_printing
 from lhcp.training.debugging import record_messages, serve_messages, write_messages
@@ -48,6 +49,9 @@ def join(timeout: float = START * TIMEOUT) -> Process:
         ValueError: WORLD_SIZE says that there are others, and nothing says where; or the timeout
             is none.
         RanksMissing: others did not come within the timeout; the message names them.
+
+    A rank that came and does not connect within the timeout is named too, and the process ends with
+    status 124.
     """
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout={timeout}: must be a positive number of seconds, as 600")
@@ -73,14 +77,17 @@ def join(timeout: float = START * TIMEOUT) -> Process:
     # Public in torch, but its type hints do not say so.
     names: Any = dist
     store = names.HashStore() if missing else meet(rank, world_size, timeout)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" else None,
-    )
+    # Gloo itself waits five times the timeout for a connection.
+    with Watchdog(Members(store, rank, world_size), timeout) as watchdog:
+        watchdog.at("connecting")
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
     return Process(rank, world_size, device)
 
 

@@ -30,14 +30,22 @@ class Ended:
 
 
 def run_ranks(
-    folder: Path, world: int, work: Callable[..., None], *args: Any, patience: float = 30.0
+    folder: Path,
+    world: int,
+    work: Callable[..., None],
+    *args: Any,
+    patience: float = 30.0,
+    by_nccl: bool = False,
 ) -> list[Ended]:
-    """Run work(rank, folder, *args) on each rank of a gloo group; return how they ended.
+    """Run work(rank, folder, *args) on each rank of a group; return how they ended.
 
     Ranks that are there after `patience` seconds, as frozen ones, are killed.
+
+    Args:
+        by_nccl: whether each has a GPU of its own, and the group NCCL for it; else gloo alone.
     """
     processes = [
-        STALLS.Process(target=_rank, args=(rank, world, folder, work, args))
+        STALLS.Process(target=_rank, args=(rank, world, folder, work, args, by_nccl))
         for rank in range(world)
     ]
     for process in processes:
@@ -79,7 +87,12 @@ def freeze(folder: Path) -> None:
 
 
 def _rank(
-    rank: int, world: int, folder: Path, work: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: Path,
+    work: Callable[..., None],
+    args: tuple[Any, ...],
+    by_nccl: bool,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -88,7 +101,11 @@ def _rank(
     os.dup2(file, 2)
     sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    backend = "gloo"
+    if by_nccl:
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world)
     work(rank, folder, *args)
     sys.stderr.flush()
     # Without the interpreter's end, in which a gloo rank may abort.

@@ -2,6 +2,7 @@
 
     python -m tests.distributed.fuzz 4711               # one case again, in words
     python -m tests.distributed.fuzz 0 --count 5000     # many, on four gloo ranks
+    python -m tests.distributed.fuzz 0 --count 5000 --device cuda --seconds 60   # on four GPUs
 
 A case is everything that a caller may choose: sizes, config, heads, dtype, strides, ranks, layout,
 rotation, backend, function or layer, recomputed or not, lighthouse or dense.
@@ -153,27 +154,28 @@ def _draw(rng: random.Random, seed: int) -> Fuzzed:
     )
 
 
-def answers(group: Any, seeds: Sequence[int]) -> list[tuple[Tensor, ...]]:
+def answers(group: Any, seeds: Sequence[int], device: str) -> list[tuple[Tensor, ...]]:
     """Return this rank's parts of the library's answers to cases of its group's size."""
-    return [answer(group, draw(seed)) for seed in seeds]
+    return [answer(group, draw(seed), device) for seed in seeds]
 
 
-def answer(group: Any, fuzzed: Fuzzed) -> tuple[Tensor, ...]:
-    """Return o, dq, dk, dv; and of lighthouse the selection's levels and indices."""
+def answer(group: Any, fuzzed: Fuzzed, device: str) -> tuple[Tensor, ...]:
+    """Return o, dq, dk, dv; and of lighthouse the selection's levels and indices, on the CPU."""
     case, p = fuzzed.case, fuzzed.case.problem
 
     def cut(x: Tensor) -> Tensor:
-        return lhcp.shard(x, group, layout=case.layout)
+        return lhcp.shard(x.to(device), group, layout=case.layout)
 
     parts = [STRIDES[name](cut(x)) for name, x in zip(fuzzed.strides, fuzzed.inputs(), strict=True)]
     do = parts.pop()
     leaves = [x.requires_grad_() for x in parts]
-    how = {"layout": case.layout, "rotation": case.rotation, "backend": case.backend}
+    backend = "auto" if device == "cuda" and case.backend == "cpu" else case.backend
+    how = {"layout": case.layout, "rotation": case.rotation, "backend": backend}
     how |= {"scale": p.scale}
     given: dict[str, Any] = {}
     selection = None
     if not fuzzed.dense:
-        selection = library_selection(group, case)
+        selection = library_selection(group, case, device)
         if p.fixed:
             given["selection"] = selection
         if p.scored:
@@ -191,7 +193,7 @@ def answer(group: Any, fuzzed: Fuzzed) -> tuple[Tensor, ...]:
         o = checkpoint(lambda *x: attend(*x, **given), *leaves, use_reentrant=False)
     else:
         o = attend(*leaves, **given)
-    results = (o.detach(), *torch.autograd.grad(o, leaves, do))
+    results = tuple(x.cpu() for x in (o.detach(), *torch.autograd.grad(o, leaves, do)))
     if selection is None:
         return results
     ranks = as_ranks(group)
@@ -262,7 +264,7 @@ def check(fuzzed: Fuzzed, parts: Sequence[tuple[Tensor, ...]]) -> None:
         raise AssertionError(f"{fuzzed}: {error}") from error
 
 
-def checked(pool: RankPool, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+def checked(pool: RankPool, seeds: Sequence[int], device: str = "cpu") -> Iterator[tuple[int, str]]:
     """Ask all cases, those of as many ranks at once; yield each number and what is wrong, or ""."""
     groups: dict[tuple[int, int | None], list[int]] = {}
     for seed in seeds:
@@ -270,9 +272,9 @@ def checked(pool: RankPool, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
         groups.setdefault((case.world_size, num_nodes(case)), []).append(seed)
     for (world, nodes), own in groups.items():
         if world == 1:
-            parts = [answers(None, own)]
+            parts = [answers(None, own, device)]
         else:
-            parts = pool.run(answers, world, own, num_nodes=nodes)
+            parts = pool.run(answers, world, own, device, num_nodes=nodes)
         for seed, *of_ranks in zip(own, *parts, strict=True):
             try:
                 check(draw(seed), of_ranks)
@@ -287,20 +289,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("seed", type=int, help="number of the first case")
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more then")
     asked = parser.parse_args()
     if asked.count == 1:
         print(draw(asked.seed), flush=True)
     torch.set_num_threads(1)
-    pool, wrong, begin = RankPool(4, poison=True), 0, time.monotonic()
-    for first in range(asked.seed, asked.seed + asked.count, 100):
-        seeds = range(first, min(first + 100, asked.seed + asked.count))
-        for _, said in checked(pool, seeds):
+    # A GPU compiles kernels for most cases: fewer at a time, so that it ends in time.
+    chunk = 100 if asked.device == "cpu" else 16
+    pool = RankPool(4, timeout=600, poison=True, by_nccl=asked.device == "cuda")
+    wrong, begin, done = 0, time.monotonic(), 0
+    for first in range(asked.seed, asked.seed + asked.count, chunk):
+        if time.monotonic() - begin > asked.seconds:
+            break
+        seeds = range(first, min(first + chunk, asked.seed + asked.count))
+        for _, said in checked(pool, seeds, asked.device):
             wrong += bool(said)
             if said:
                 print(f"WRONG {said}", flush=True)
+        done += len(seeds)
     pool.close()
     seconds = time.monotonic() - begin
-    print(f"{asked.count} cases from {asked.seed} on, {wrong} wrong, {seconds:.0f} s")
+    print(f"{done} cases from {asked.seed} on, {wrong} wrong, {seconds:.0f} s")
     raise SystemExit(1 if wrong else 0)
 
 

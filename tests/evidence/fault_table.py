@@ -2,12 +2,15 @@
 
     python -m tests.evidence.fault_table --out bench/results/faults_cpu_DATE
 
-For each fault: how it is provoked, what is printed and after how long, what survives. Ends with
-status 1, naming the faults that were silent, took too long or lost more than they may.
+With two GPUs or more the ranks use NCCL, and faults are left out to which that makes no difference,
+or which need more of them. For each fault: how it is provoked, what is printed and
+after how long, what survives. Ends with status 1, naming the faults that were silent, took too long
+or lost more than they may.
 """
 
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +65,14 @@ def do(fault: Fault) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--only", default="", help="faults whose name has this")
+    parser.add_argument("--only", default="", help="faults whose name, or how, has this")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="this one of so many")
+    parser.add_argument("--beside", type=int, default=1, help="faults provoked at once")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
     by_nccl = torch.cuda.device_count() > 1
     device = torch.device("cuda" if by_nccl else "cpu")
-    ranks = f"1 to 3; of training {'NCCL, of calls alone gloo' if by_nccl else 'gloo'}"
+    ranks = f"1 to 3, {'NCCL' if by_nccl else 'gloo'}; {args.beside} faults at once"
     facts = dated_card(device, ranks=ranks, sizes="recipe tiny, N=256")
     page = Page("Faults: what their user sees, and what survives", facts)
     page.table(
@@ -76,10 +81,13 @@ def main() -> None:
         "rank that ended. Status of each rank; less than 0 is a signal's, None was frozen.",
         ("fault", "how", "what is seen", "s", "status", "what survives", "verdict"),
     )
-    rows = []
-    for fault in [one for one in FAULTS if args.only in one.name]:
-        row = do(fault)
-        rows.append(row)
+    faults = [one for one in FAULTS if args.only in f"{one.name}: {one.how}"]
+    if by_nccl:
+        faults = [one for one in faults if 1 < one.world <= torch.cuda.device_count()]
+    faults = faults[args.part[0] :: args.part[1]]
+    with ThreadPoolExecutor(args.beside) as several:
+        rows = list(several.map(do, faults))
+    for fault, row in zip(faults, rows, strict=True):
         verdict = row["wrong"] or "as it must be"
         if row["wrong"]:
             page.wrong.append(f"{fault.name}: {row['wrong']}")

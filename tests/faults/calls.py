@@ -15,6 +15,7 @@ from tests.comm.stalls import Ended, go_astray, run_ranks
 from tests.faults.runs import Outcome
 
 WORLD, TIMEOUT = 3, 2.0
+BY_NCCL = torch.cuda.device_count() >= WORLD
 CONFIG, SEQLEN = small_config(num_strata=6)
 
 
@@ -29,6 +30,8 @@ def attend(x: Tensor, grad: bool = True, **choices: object) -> Tensor:
 def step(rank: int, folder: Path, fault: str) -> None:
     """Make calls that all ranks know, forward and backward; then rank 1 does something else."""
     x = torch.randn(1, SEQLEN // WORLD, 2, 8, dtype=torch.float64)
+    if BY_NCCL:
+        x = torch.randn(1, SEQLEN // WORLD, 2, 64, dtype=torch.bfloat16, device="cuda")
     astray = rank == 1
     with lhcp.Watchdog(timeout=TIMEOUT) as watchdog:
         for scale in (0.1, 0.3):
@@ -59,6 +62,9 @@ def step(rank: int, folder: Path, fault: str) -> None:
             dist.barrier() if not astray else time.sleep(60)
         out.sum().backward()
         dist.barrier()
+        if BY_NCCL:
+            # The host waits for the device here; of gloo it waited in each message.
+            torch.cuda.synchronize()
 
 
 def fail(grad: Tensor) -> None:
@@ -70,7 +76,11 @@ def astray(fault: str) -> Callable[[Path], Outcome]:
     """Let rank 1 of three do something else."""
 
     def provoke(folder: Path) -> Outcome:
-        ended: list[Ended] = run_ranks(folder, WORLD, step, fault)
+        # On a GPU the first calls compile.
+        patience = 90.0 if BY_NCCL else 30.0
+        ended: list[Ended] = run_ranks(
+            folder, WORLD, step, fault, patience=patience, by_nccl=BY_NCCL
+        )
         return Outcome(
             [one.code for one in ended],
             [one.said for one in ended],

@@ -76,6 +76,13 @@ def absent(folder: Path) -> Outcome:
     return ranks.end()
 
 
+def frozen_at_start(folder: Path) -> Outcome:
+    """Freeze one of two ranks when they have met, and not connected."""
+    ranks = start(folder, [two(folder)] * 2, program=["-m", "tests.faults.freezes"])
+    ranks.frozen.add(1)
+    return ranks.end()
+
+
 def nowhere(folder: Path) -> Outcome:
     """Start a rank that is told of another, and not where."""
     return start(folder, [one(folder)], WORLD_SIZE="2", MASTER_ADDR="").end()

@@ -10,6 +10,7 @@ from tests.faults.provoke import (
     absent,
     damaged,
     flip,
+    frozen_at_start,
     full,
     in_use,
     no_reader,
@@ -24,7 +25,7 @@ from tests.faults.provoke import (
     struck,
     tear,
 )
-from tests.faults.runs import TIMEOUT, Outcome
+from tests.faults.runs import BY_NCCL, TIMEOUT, Outcome
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ class Fault:
     """Seconds from the fault to the end; a failing start counts from the start of the processes."""
     fails: bool = True
     """Whether ranks must end with another status than 0."""
+    world: int = 2
+    """Ranks that send messages; 1: it makes no difference how they would."""
     shown: str = ""
     """Text with which the line begins that the table shows; empty: the first that must be said."""
 
 
+NOTED = "" if BY_NCCL else "RanksLost: "
+"""Gloo's messages to a rank that is gone fail at once; NCCL's wait, until the watchdog ends it."""
 LOST = "rank 1 was last heard in step "
 KEPT = "the newest whole checkpoint, from which the same command goes on"
 
@@ -58,7 +63,7 @@ FAULTS = [
         "a rank is killed",
         "SIGKILL to rank 1 of 2",
         struck(signal.SIGKILL),
-        ("RanksLost: ", LOST, "rank 0 waits in step "),
+        (NOTED, LOST, "rank 0 waits in step "),
         KEPT,
         goes_on=True,
         shown=LOST,
@@ -115,11 +120,20 @@ FAULTS = [
         "nothing was begun",
     ),
     Fault(
+        "a rank is frozen as ranks connect",
+        f"SIGSTOP to rank 1 of 2 when all have come, --timeout {TIMEOUT:g}",
+        frozen_at_start,
+        ("rank 0 of 2 ends, after ", "rank 1 ", "rank 0 waits in connecting"),
+        "nothing was begun",
+        within=6 * TIMEOUT + 20.0,
+    ),
+    Fault(
         "ranks without a place to meet",
         "WORLD_SIZE=2, no MASTER_ADDR",
         nowhere,
         ("WORLD_SIZE=2 without MASTER_ADDR",),
         "nothing was begun",
+        world=1,
     ),
     *(
         Fault(
@@ -167,6 +181,7 @@ FAULTS = [
         ("interrupted: checkpoints are as they were",),
         KEPT,
         goes_on=True,
+        world=1,
     ),
     Fault(
         "the reader of the output goes",
@@ -175,6 +190,7 @@ FAULTS = [
         ("step 48 reached: True",),
         "the run: it trains on",
         goes_on=True,
+        world=1,
     ),
     Fault(
         "two runs in one folder",
@@ -182,6 +198,7 @@ FAULTS = [
         in_use,
         ("is in use by another run (process ",),
         "the first run",
+        world=1,
     ),
     Fault(
         "a byte of the newest checkpoint is turned",
@@ -191,6 +208,7 @@ FAULTS = [
         "the checkpoint before it",
         fails=False,
         shown="is passed over: ",
+        world=1,
     ),
     Fault(
         "the newest checkpoint is torn",
@@ -199,6 +217,7 @@ FAULTS = [
         ("is passed over: ", "going on after step"),
         "the checkpoint before it",
         fails=False,
+        world=1,
     ),
     Fault(
         "all checkpoints are torn",
@@ -206,6 +225,7 @@ FAULTS = [
         damaged(of_all(tear)),
         ("has checkpoints, and none can be taken",),
         "the files, as they are: it does not start from step 0",
+        world=1,
     ),
     Fault(
         "the disk is full",
@@ -225,13 +245,20 @@ FAULTS = [
         shown="FloatingPointError: ",
     ),
     *(
-        Fault(name, f"rank 1 of 3, at step 6: {how}", astray(fault), says, "the process is ended")
+        Fault(
+            name,
+            f"rank 1 of 3, at step 6: {how}",
+            astray(fault),
+            says,
+            "the process is ended",
+            world=3,
+        )
         for name, fault, how, says in (
             (
                 "an error in a backward",
                 "backward",
                 "a ValueError in a hook",
-                ("RanksLost: rank 1 ended in step 6, backward: ValueError: only here",),
+                ("rank 1 ended in step 6, backward: ValueError: only here", NOTED),
             ),
             (
                 "a call of another length",

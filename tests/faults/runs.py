@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 10.0 if torch.cuda.is_available() else 3.0
+BY_NCCL = torch.cuda.device_count() > 1
+"""Whether ranks of a run of two use NCCL: each has a GPU then."""
+TIMEOUT = 10.0 if BY_NCCL else 3.0
 """--timeout of the runs, in seconds: of which a GPU's kernels, compiled in the first steps, have
 four."""
 
