@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "timeout": "how long ranks wait",
     "debug": "what is logged",
     "cp": "the mesh",
+    "tp": "the mesh",
     "layout": "the mesh",
     "rotation": "how it is computed: up to rounding the same",
     "backend": "how it is computed: up to rounding the same",

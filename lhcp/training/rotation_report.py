@@ -20,8 +20,8 @@ def measure_rotation(run: Run, trainee: Trainee, budget: float = 15.0) -> dict[s
         report = lhcp.measure_overhead(
             config,
             seqlen=run.seqlen,
-            num_heads=run.model.num_heads,
-            num_kv_heads=run.model.num_kv_heads,
+            num_heads=run.model.num_heads // run.tp,
+            num_kv_heads=run.model.num_kv_heads // run.tp,
             head_dim=run.model.head_dim,
             batch=run.global_batch // placement.dp_size // run.accumulate,
             dtype=compute_dtype(run, placement.device),
