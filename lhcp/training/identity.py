@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "keep_checkpoints": "what is kept",
     "sample_bytes": "what is logged",
     "diagnose": "what is logged",
+    "rotation_budget": "what is logged",
     "logs": "what is logged",
     "profile": "what is logged",
 }

@@ -83,6 +83,8 @@ class Run:
     keep_checkpoints: int = 2
     sample_bytes: int = 200
     """Length of the generated sample at the end; 0 for none."""
+    rotation_budget: float = 15.0
+    """Seconds that the report may measure a rotation of each stage at the end; 0 for none."""
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
     timeout: float = TIMEOUT
@@ -201,6 +203,11 @@ class Run:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size}: the text is read as bytes, which need "
                 "at least 256"
+            )
+        if not 0 <= self.rotation_budget < math.inf:
+            raise ValueError(
+                f"rotation_budget={self.rotation_budget}: must be finite and not negative; 0 is "
+                "none"
             )
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"timeout={self.timeout}: must be a positive number of seconds")
