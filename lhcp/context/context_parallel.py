@@ -125,6 +125,8 @@ class ContextParallel:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend densely in the place of `torch.nn.functional.scaled_dot_product_attention`.
 
@@ -135,6 +137,7 @@ class ContextParallel:
             query: [B, H, N / W, D]; key, value: [B, Hk, N / W, D], Hk < H only with enable_gqa.
             attn_mask, dropout_p, is_causal: must be None, 0 and True: all else is refused.
             scale: a number; D ** -0.5 by default.
+            cu_seqlens: documents of the whole batch, as `shard` returns them; torch's has none.
 
         Returns:
             [B, H, N / W, D].
@@ -155,6 +158,7 @@ class ContextParallel:
             rotation=c.rotation,
             backend=c.backend,
             scale=scale,
+            cu_seqlens=cu_seqlens,
             timers=c.spans,
         )
         return out.transpose(1, 2)

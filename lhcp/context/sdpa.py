@@ -22,7 +22,8 @@ def check_sdpa(
     if attn_mask is not None:
         raise ValueError(
             f"attn_mask is {shape_of(attn_mask)}: must be None; attention across ranks is causal: "
-            "pass is_causal=True, and padding at the end of the sequence needs no mask"
+            "pass is_causal=True, and packed documents as cu_seqlens=; padding at the end of the "
+            "sequence needs no mask"
         )
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p}: must be 0; use model.eval(), or 0 in its config")

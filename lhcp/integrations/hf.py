@@ -38,13 +38,16 @@ def attach(
     what `cp.shard(batch)` returns: `model(**batch)`. `lhcp.set_mode` switches it between the
     stages. Where it normalises q and k, the "norm" scorer is given the projections before that
     norm: rotary embeddings keep norms, so these are the norms that q and k would have without it.
+    Packed documents are those of the batch's `cu_seqlens`, which `cp.shard` makes of
+    `cu_seq_lens_q`, as of transformers' DataCollatorWithFlattening, or of ids.
 
     Refused, at the call and on every rank where the call is new: a padding mask (`cp.shard` turns
-    it into `valid`), any other mask, packed documents, a cache, `labels` for the model's own loss,
-    a sliding window shorter than the sequence, dropout, and whatever else a model asks of its
-    attention. `position_ids` must be those of this rank's tokens: they are there at every call, and
-    their values are compared at every call on a CPU, at the first one of each shape on a GPU, since
-    that waits for it. Inside torch.compile positions and masks of the call are not checked.
+    it into `valid`), any other mask, a cache, `labels` for the model's own loss, a sliding window
+    shorter than the sequence, dropout, and whatever else a model asks of its attention.
+    `position_ids` must be those of this rank's tokens, in the sequence or, beside `cu_seqlens`, in
+    their documents: they are there at every call, and their values are compared at every call on a
+    CPU, at the first one of each shape on a GPU, since that waits for it. Inside torch.compile
+    positions and masks of the call are not checked.
 
     Args:
         model: a decoder of text of transformers >= 5, such as LlamaForCausalLM; of a model of

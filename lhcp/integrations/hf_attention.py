@@ -19,9 +19,12 @@ QK_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
 WITHOUT_EFFECT = {
     *("position_ids", "position_embeddings", "cache_position", "logits_to_keep"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("labels", "shift_labels", "num_items_in_batch"),
+    *("labels", "shift_labels", "num_items_in_batch", "max_length_q", "max_length_k"),
 }
 """What models hand to their attention and it does not depend on."""
+
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""How transformers hands packed documents to its own attention."""
 
 SHARD = "pass the batch through ContextParallel.shard: model(**cp.shard(batch))"
 
@@ -82,14 +85,14 @@ class HFAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in qkv)
         scores = {name: x.unflatten(-1, (-1, q.shape[-1])) for name, x in self.kept.items()}
         self.kept.clear()
-        valid = asked.pop("valid", None)
+        given = {name: asked.pop(name, None) for name in ("valid", "cu_seqlens")}
         check_asked(asked, q.shape[1] * self.layer.ranks.world_size)
         if scaling != self.layer.scale:
             raise ValueError(
                 f"scaling={scaling}, and {self.layer.scale} when the model was attached: detach it "
                 "and attach it again"
             )
-        out: Tensor = self.layer(q, k, v, valid=valid, **scores)
+        out: Tensor = self.layer(q, k, v, **given, **scores)
         return out
 
 
@@ -113,6 +116,11 @@ def check_asked(asked: Mapping[str, Any], seqlen: int) -> None:
         )
     if asked.get("is_causal") is False:
         raise ValueError("is_causal=False: attention across ranks is causal")
+    if any(asked.get(name) is not None for name in DOCUMENTS):
+        raise ValueError(
+            f"{', '.join(DOCUMENTS)}: documents of the whole batch go to the attention as "
+            f"cu_seqlens, which ContextParallel.shard makes of them; {SHARD}"
+        )
     known = {"sliding_window", "dropout", "is_causal", *WITHOUT_EFFECT}
     for name, x in asked.items():
         if x is not None and name not in known:
@@ -168,8 +176,9 @@ def make_no_mask(
 ) -> None:
     """Make the causal mask of a model, which is none: what its `AttentionMaskInterface` calls.
 
-    Of a window the attention itself is told. Positions that jump, which transformers reads as
-    packed documents, are the layout's: what they are was checked when the model was called.
+    Of a window and of documents the attention itself is told. Positions that jump, which
+    transformers reads as packed documents, are the layout's too: what they are was checked when the
+    model was called.
 
     Raises:
         ValueError: the mask is another than causal.

@@ -1,6 +1,6 @@
 """What a model of transformers is called with, once `hf.attach` has changed its attention."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -54,17 +54,21 @@ class Attached(nn.Module):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        positions = given.get("position_ids")
+        positions, cu_seqlens = given.get("position_ids"), given.get("cu_seqlens")
         shapes = {
             name: str(list(x.shape)) if isinstance(x, Tensor) else repr(x)
             for name, x in (("tokens", tokens), ("position_ids", positions))
         }
+        # Their number is another in each step; the layers compare which they are.
+        shapes["cu_seqlens"] = "none" if cu_seqlens is None else "given"
         key = (self.token, *shapes.values())
 
         def prepare() -> None:
             check_no_mask(given)
             if isinstance(tokens, Tensor):
-                check_positions(positions, tokens.shape[1], self.cp, key not in self.compared)
+                ids = checked_positions(positions, tokens.shape[:2])
+                if key not in self.compared or ids.device.type == "cpu":
+                    compare_positions(ids, self.cp, cu_seqlens)
 
         agreed(self.cp.ranks, key, prepare, lambda _: {"call": "model", **shapes})
         self.compared.add(key)
@@ -107,29 +111,37 @@ def check_no_mask(given: Mapping[str, Any]) -> None:
             )
 
 
-def check_positions(positions: Any, num_tokens: int, cp: ContextParallel, new: bool) -> None:
-    """Check that position_ids are the global ones of this rank's `num_tokens` tokens.
-
-    Values on another device than a CPU are compared where the call is `new` alone.
+def checked_positions(positions: Any, tokens: Sequence[int]) -> Tensor:
+    """Return position_ids, which have the shape of this rank's tokens [B, N / W].
 
     Raises:
-        ValueError: they are not.
+        ValueError: they have not.
     """
+    rows, num_tokens = tokens
     if not isinstance(positions, Tensor):
         raise ValueError(
             f"position_ids are {positions}: each rank would count from 0, and nothing would show "
             f"it; {SHARD}"
         )
-    if positions.ndim != 2 or positions.shape[1] != num_tokens:
+    if tuple(positions.shape) not in ((1, num_tokens), (rows, num_tokens)):
         raise ValueError(
             f"position_ids are {shape_of(positions)}: must be [1, {num_tokens}], or one row a "
-            f"sequence; {SHARD}"
+            f"sequence, [{rows}, {num_tokens}]; {SHARD}"
         )
-    if not new and positions.device.type != "cpu":
-        return
+    return positions
+
+
+def compare_positions(positions: Tensor, cp: ContextParallel, cu_seqlens: Tensor | None) -> None:
+    """Check that position_ids are those of this rank's tokens, in the sequence or in documents.
+
+    Raises:
+        ValueError: they are not.
+    """
     wrong = first_wrong(positions, cp)
-    if wrong is not None:
-        raise ValueError(
-            f"position_ids: {wrong}; {SHARD}. Documents that are packed into one sequence are not "
-            "supported"
-        )
+    if wrong is None or (cu_seqlens is not None and first_wrong(positions, cp, cu_seqlens) is None):
+        return
+    raise ValueError(
+        f"position_ids: {wrong}; {SHARD}. Documents that are packed into one sequence need their "
+        "bounds: give the batch cu_seq_lens_q, or cu_seqlens=lhcp.cu_seqlens_from_position_ids("
+        "position_ids), before it is cut"
+    )

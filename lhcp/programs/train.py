@@ -44,8 +44,8 @@ def do(run: Run, own: Process, progress: report.Progress) -> None:
     progress.say(
         f"{run.name}: {num_parameters(trainee.model):,} parameters; {len(data.train.corpus):,} "
         f"bytes of text, {len(data.heldout.corpus):,} held out; {own.world_size} ranks on "
-        f"{own.device.type}, {trainee.placement.dp_size} x {run.cp} (dp x cp); N={run.seqlen:,}, "
-        f"S={run.lighthouse.subsequence_length(run.seqlen):,}"
+        f"{own.device.type}, {trainee.placement.dp_size} x {run.cp} x {run.tp} (dp x cp x tp); "
+        f"N={run.seqlen:,}, S={run.lighthouse.subsequence_length(run.seqlen):,}"
     )
     if data.heldout.count < run.eval_sequences:
         progress.say(

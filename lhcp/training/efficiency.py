@@ -47,7 +47,7 @@ def utilization(
     peak = peak_flops(torch.cuda.get_device_name(device))
     if peak is None:
         return None
-    num_gpus = placement.dp_size * run.cp
+    num_gpus = placement.dp_size * run.cp * run.tp
     return flops_per_second(run, mode, tokens_per_second) / (num_gpus * peak)
 
 

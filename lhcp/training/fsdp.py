@@ -1,11 +1,10 @@
-"""The weights of a model over all ranks: FSDP2, some layers a unit."""
+"""The weights of a model over the ranks of a mesh: FSDP2, some layers a unit."""
 
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lhcp.training.model import Decoder
@@ -32,13 +31,14 @@ def units(layers: Iterable[nn.Module], least: int) -> list[list[nn.Module]]:
     return runs
 
 
-def shard_weights(model: Decoder, dtype: torch.dtype, device: torch.device) -> FSDPModule:
-    """Spread weights, gradients and optimiser state over all ranks; return the model as FSDP's.
+def shard_weights(model: Decoder, dtype: torch.dtype, mesh: DeviceMesh) -> FSDPModule:
+    """Spread weights, gradients and optimiser state over a mesh; return the model as FSDP's.
 
-    Gradients are summed over all ranks, dp and cp alike: the loss is already divided by the tokens
+    Gradients are summed over all of it, dp and cp alike: the loss is already divided by the tokens
     of the global batch.
 
     Args:
+        mesh: Of one axis; where blocks are cut, one of the mesh that has the axis they are cut by.
         dtype: That weights are gathered and computed in; gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(
@@ -47,12 +47,11 @@ def shard_weights(model: Decoder, dtype: torch.dtype, device: torch.device) -> F
         # The RoPE table goes into each block as fp32.
         cast_forward_inputs=False,
     )
-    everyone = init_device_mesh(device.type, (dist.get_world_size(),))
     sharded: list[FSDPModule] = []
     for unit in units(model.blocks, LEAST_BYTES // dtype.itemsize):
-        fully_shard(unit, mesh=everyone, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
         sharded += unit[:1]  # type: ignore[arg-type]
-    whole = fully_shard(model, mesh=everyone, mp_policy=policy)
+    whole = fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in (*sharded, whole):
         # A plain sum: of a divide factor, gloo does not know PREMUL_SUM.
         module.set_gradient_divide_factor(1.0)

@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "timeout": "how long ranks wait",
     "debug": "what is logged",
     "cp": "the mesh",
+    "tp": "the mesh",
     "layout": "the mesh",
     "rotation": "how it is computed: up to rounding the same",
     "backend": "how it is computed: up to rounding the same",
@@ -36,6 +37,7 @@ MAY_CHANGE = {
     "keep_checkpoints": "what is kept",
     "sample_bytes": "what is logged",
     "diagnose": "what is logged",
+    "rotation_budget": "what is logged",
     "logs": "what is logged",
     "profile": "what is logged",
 }

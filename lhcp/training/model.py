@@ -4,7 +4,7 @@ Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,28 @@ def _scaled(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
     return (x.float() * scale * weight).to(x.dtype)
 
 
+class Joined(nn.Linear):
+    """Several products of one input as one; the weight's rows are theirs, one after another.
+
+    Where `tensor_parallel.cut` has cut it, a rank has its part of each.
+    """
+
+    def __init__(self, dim: int, widths: Sequence[int]) -> None:
+        super().__init__(dim, sum(widths), bias=False)
+        self.widths, self.ways = tuple(widths), 1
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the products of x [..., dim], each [..., width / ways]."""
+        y: Tensor = self(x)
+        return y.split([width // self.ways for width in self.widths], dim=-1)
+
+    def whole_rows(self) -> Tensor:
+        """Return, int64 [sum(widths)], which row of the uncut weight each row of the cut one is."""
+        rows = torch.arange(sum(self.widths)).split(self.widths)
+        pieces = [part.chunk(self.ways) for part in rows]
+        return torch.cat([part[rank] for rank in range(self.ways) for part in pieces])
+
+
 class Attention(nn.Module):
     """The weights of one layer's attention, around the core that is handed in."""
 
@@ -130,19 +152,18 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.heads = [config.num_heads, config.num_kv_heads]
         # q and k in one product, because RoPE takes both on to new memory. With v in it too, a
         # backward that keeps v would keep q and k from before RoPE alive.
-        self.qk = nn.Linear(config.dim, width + kv_width, bias=False)
+        self.qk = Joined(config.dim, (width, kv_width))
         self.v = nn.Linear(config.dim, kv_width, bias=False)
         self.out = nn.Linear(width, config.dim, bias=False)
         self.core = core
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [B, n, H, D], k and v [B, n, Hk, D] of x [B, n, dim]."""
-        qk, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.qk, self.v))
-        q, k = (rotate(part, cos, sin) for part in qk.split(self.heads, dim=-2))
-        return q, k, v
+        """Return q [B, n, H, D], k and v [B, n, Hk, D] of x [B, n, dim]; of cut heads, its own."""
+        parts = (*self.qk.parts(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class SwiGLU(nn.Module):
@@ -150,12 +171,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.gate_up = Joined(dim, (hidden_dim, hidden_dim))
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for x [..., dim], same shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up.parts(x)
         out: Tensor = self.down(F.silu(gate) * up)
         return out
 

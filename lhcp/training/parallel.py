@@ -1,13 +1,14 @@
-"""The model and its optimiser on the ranks of a run: dp x cp mesh, FSDP2 over all of it."""
+"""The model and its optimiser on the ranks of a run: a mesh dp x cp x tp, FSDP2 over dp x cp."""
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import lhcp
@@ -18,6 +19,7 @@ from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
+from lhcp.training.tensor_parallel import cut, cut_rows, is_cut
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Placement:
     device: torch.device
     dp_rank: int
     dp_size: int
+    tp_size: int
+    """The ranks that hold the same tokens, each for its heads."""
     cp_group: dist.ProcessGroup | None
     """The ranks that share a sequence; None where one rank holds it whole."""
     positions: torch.Tensor
@@ -64,15 +68,26 @@ class Trainee:
             self.graphs.release()
 
 
-def place(run: Run, device: torch.device) -> Placement:
-    """Lay the ranks of the process group out as dp x cp; neighbours share a sequence."""
-    dp_size = dist.get_world_size() // run.cp
-    mesh = init_device_mesh(device.type, (dp_size, run.cp), mesh_dim_names=("dp", "cp"))
+def make_mesh(run: Run, device: torch.device) -> DeviceMesh:
+    """Lay the ranks out as dp x cp x tp: neighbours share a layer, and those next a sequence."""
+    shape = (dist.get_world_size() // (run.cp * run.tp), run.cp, run.tp)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
+
+
+def place(run: Run, mesh: DeviceMesh, device: torch.device) -> Placement:
+    """Return what this rank of the run's mesh holds."""
     group = mesh["cp"].get_group() if run.cp > 1 else None
     positions = lhcp.positions(run.seqlen, group, layout=run.layout).to(device)
-    place_in_dp = mesh["dp"].get_local_rank()
-    restarts = run.data.restart_positions
-    return Placement(device, place_in_dp, dp_size, group, positions, run.layout, restarts)
+    return Placement(
+        device,
+        dp_rank=mesh["dp"].get_local_rank(),
+        dp_size=mesh["dp"].size(),
+        tp_size=run.tp,
+        cp_group=group,
+        positions=positions,
+        layout=run.layout,
+        restart_positions=run.data.restart_positions,
+    )
 
 
 def attention_factory(
@@ -93,14 +108,16 @@ def attention_factory(
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return the optimiser; norms (one dimension) do not decay."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim == 1]
-    if config.kind == "sgd":
-        return torch.optim.SGD([*matrices, *norms], lr=config.lr)
+    # Torch updates a group's tensors in one call, which those of two meshes may not share.
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kinds.setdefault((parameter.ndim > 1, is_cut(parameter)), []).append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
+        {"params": kinds[kind], "weight_decay": config.weight_decay if kind[0] else 0.0}
+        for kind in sorted(kinds, reverse=True)
     ]
+    if config.kind == "sgd":
+        return torch.optim.SGD([{"params": group["params"]} for group in groups], lr=config.lr)
     # Fused: ten kernels in place of some hundred, which the GPU waits for at the end of a step.
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
@@ -147,18 +164,21 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
         ValueError: the kernels or CUDA graphs that the run asks for are not for this device.
     """
     check_kernels(run, device)
-    placement = place(run, device)
+    mesh = make_mesh(run, device)
+    placement = place(run, mesh, device)
     by_graph = wants_graphs(run, device)
     timers = None if by_graph or run.compile else lhcp.Timers()
     factory = attention_factory(run, placement.cp_group, timers)
     model = Decoder(run.model, factory, recompute=run.recompute)
     model.initialize(run.seed)
     model.to(device)
+    if run.tp > 1:
+        cut(model, mesh["tp"])
     dtype = compute_dtype(run, device)
     if run.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-    sharded = shard_weights(model, dtype, device)
+    sharded = shard_weights(model, dtype, mesh["dp", "cp"]._flatten("dp_cp"))
     # Recomputed layers run again just before their backward: one pair of graphs serves them all.
     graphs = lhcp.graphed(model, shared=run.recompute) if by_graph else None
     optimizer = make_optimizer(model, run.optim)
@@ -168,9 +188,11 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
 def whole_model(run: Run, trainee: Trainee) -> Decoder | None:
     """Return rank 0 a whole copy of the model that needs no other rank, and the others None."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(trainee.model, options=options)
+    state: dict[str, Any] = get_model_state_dict(trainee.model, options=options)
     if dist.get_rank() != 0:
         return None
+    for name, rows in cut_rows(trainee.model).items():
+        state[name] = state[name][rows.argsort()]
     model = Decoder(run.model, attention_factory(run, None))
     model.load_state_dict(state)
     return model.to(trainee.placement.device)

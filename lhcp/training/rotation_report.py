@@ -5,23 +5,23 @@ from lhcp.training.parallel import Trainee, compute_dtype
 from lhcp.training.run import Run
 
 
-def measure_rotation(run: Run, trainee: Trainee, budget: float = 15.0) -> dict[str, str | float]:
+def measure_rotation(run: Run, trainee: Trainee) -> dict[str, str | float]:
     """Measure one attention of each stage, forward and backward; a collective of every rank.
 
     Returns:
         rows for the report: overhead over one rank, exposed ms, MB sent, for both stages; empty
-        where no sequence is shared.
+        where no sequence is shared, or the run gives it no time.
     """
     placement = trainee.placement
-    if placement.cp_group is None:
+    if placement.cp_group is None or not run.rotation_budget:
         return {}
     rows: dict[str, str | float] = {}
     for stage, config in (("lighthouse", run.lighthouse), ("dense", None)):
         report = lhcp.measure_overhead(
             config,
             seqlen=run.seqlen,
-            num_heads=run.model.num_heads,
-            num_kv_heads=run.model.num_kv_heads,
+            num_heads=run.model.num_heads // run.tp,
+            num_kv_heads=run.model.num_kv_heads // run.tp,
             head_dim=run.model.head_dim,
             batch=run.global_batch // placement.dp_size // run.accumulate,
             dtype=compute_dtype(run, placement.device),
@@ -31,7 +31,7 @@ def measure_rotation(run: Run, trainee: Trainee, budget: float = 15.0) -> dict[s
             backend=run.backend,
             kernels=run.kernels,
             device=placement.device,
-            budget=budget,
+            budget=run.rotation_budget,
             progress=False,
         )
         both = report.phase("both")

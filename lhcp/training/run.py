@@ -1,5 +1,6 @@
 """`Run`: everything that one training run is, in one frozen record."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,8 @@ class Run:
 
     cp: int = 1
     """Ranks that share one sequence; the others of the run read other sequences."""
+    tp: int = 1
+    """Ranks that share the heads and the hidden width of each layer, for the same tokens."""
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     rotation: str = "auto"
     """How kv travels between the ranks of a sequence; the names are lhcp.ring_attention's."""
@@ -80,6 +83,8 @@ class Run:
     keep_checkpoints: int = 2
     sample_bytes: int = 200
     """Length of the generated sample at the end; 0 for none."""
+    rotation_budget: float = 15.0
+    """Seconds that the report may measure a rotation of each stage at the end; 0 for none."""
     out: str = ""
     """Folder of checkpoints and report; empty: runs/<name>."""
     timeout: float = TIMEOUT
@@ -125,30 +130,54 @@ class Run:
                 not fit the lighthouse config.
         """
         self.check_fields()
-        if self.cp < 1 or world_size % self.cp:
-            fits = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        self.check_heads()
+        left = world_size // self.tp
+        if world_size % self.tp:
             raise ValueError(
-                f"cp={self.cp}: must divide the {world_size} ranks of the run, for example one of "
-                f"{fits}, or start a multiple of {self.cp} ranks (torchrun --nproc-per-node)"
+                f"tp={self.tp}: must divide the {world_size} ranks of the run; start a multiple of "
+                f"{self.tp} ranks (torchrun --nproc-per-node)"
             )
-        dp = world_size // self.cp
+        if self.cp < 1 or left % self.cp:
+            fits = [d for d in range(1, left + 1) if left % d == 0]
+            ranks = f"{world_size} ranks of the run" + (f" / tp = {left}" if self.tp > 1 else "")
+            raise ValueError(
+                f"cp={self.cp}: must divide the {ranks}, for example one of {fits}, or start a "
+                f"multiple of {self.cp * self.tp} ranks (torchrun --nproc-per-node)"
+            )
+        dp = left // self.cp
         if self.accumulate < 1 or self.global_batch % (dp * self.accumulate):
             unit = dp * max(self.accumulate, 1)
             raise ValueError(
-                f"global_batch={self.global_batch}: must be a multiple of (ranks / cp) * "
-                f"accumulate = {dp} * {self.accumulate}, for example "
-                f"{max(self.global_batch // unit, 1) * unit}"
+                f"global_batch={self.global_batch}: must be a multiple of dp * accumulate = {dp} * "
+                f"{self.accumulate}, for example {max(self.global_batch // unit, 1) * unit}; dp is "
+                "ranks / (cp * tp)"
             )
         if self.eval_sequences < 1 or self.eval_sequences % dp:
             raise ValueError(
-                f"eval_sequences={self.eval_sequences}: must be a positive multiple of ranks / cp "
-                f"= {dp}, for example {max(self.eval_sequences // dp, 1) * dp}"
+                f"eval_sequences={self.eval_sequences}: must be a positive multiple of dp = {dp}, "
+                f"for example {max(self.eval_sequences // dp, 1) * dp}; dp is ranks / (cp * tp)"
             )
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self.lighthouse.check_seqlen(self.seqlen)
         self.lighthouse.check_chunks(make_layout(self.layout, self.cp).num_chunks)
+
+    def check_heads(self) -> None:
+        """Check that `tp` cuts the model's layers into equal parts.
+
+        Raises:
+            ValueError: it does not.
+        """
+        cut = {n: getattr(self.model, n) for n in ("num_heads", "num_kv_heads", "hidden_dim")}
+        if self.tp < 1 or any(size % self.tp for size in cut.values()):
+            most = math.gcd(*cut.values())
+            fits = [d for d in range(1, most + 1) if most % d == 0]
+            said = ", ".join(f"{name}={size}" for name, size in cut.items())
+            raise ValueError(
+                f"tp={self.tp}: must divide the model's {said}, so that each rank has whole heads: "
+                f"for example one of {fits}"
+            )
 
     def check_fields(self) -> None:
         """Check what can be said of a field alone.
@@ -174,6 +203,11 @@ class Run:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size}: the text is read as bytes, which need "
                 "at least 256"
+            )
+        if not 0 <= self.rotation_budget < math.inf:
+            raise ValueError(
+                f"rotation_budget={self.rotation_budget}: must be finite and not negative; 0 is "
+                "none"
             )
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"timeout={self.timeout}: must be a positive number of seconds")

@@ -21,6 +21,7 @@ from lhcp.training.parallel import Placement, Trainee
 from lhcp.training.run import SLOW, Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
+from lhcp.training.tensor_parallel import is_cut
 from lhcp.training.together import gather
 
 
@@ -61,7 +62,8 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     """Add the gradients of step `step` and return this rank's share of its loss, a scalar.
 
     The shares of all ranks add up to the mean over all bytes that the global batch asks for, and so
-    do the gradients, because FSDP sums them: whatever the mesh, it is the same step.
+    do the gradients, because FSDP sums them: whatever the mesh, it is the same step. Ranks that cut
+    layers among them have the same share, which counts once.
     """
     placement = trainee.placement
     batch = data.batch(step, placement.dp_rank, placement.dp_size, run.global_batch)
@@ -78,10 +80,22 @@ def backward(run: Run, trainee: Trainee, data: Sequences, step: int) -> Tensor:
     return loss
 
 
-def own_gradients(trainee: Trainee) -> list[Tensor]:
-    """Return this rank's shards of all gradients: as plain tensors, which cost the host less."""
-    grads = [p.grad for p in trainee.model.parameters() if p.grad is not None]
-    return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
+def own_gradients(trainee: Trainee) -> tuple[list[Tensor], list[Tensor]]:
+    """Return this rank's shards of gradients: those of cut layers, and those equal over tp.
+
+    They are plain tensors, which cost the host less.
+    """
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for grad in (p.grad for p in trainee.model.parameters()):
+        if grad is not None:
+            shared = trainee.placement.tp_size > 1 and not is_cut(grad)
+            found[shared].append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    return found
+
+
+def squared_norm(grads: Sequence[Tensor]) -> Tensor | float:
+    """Return the squared norm of all of them as one, in float64."""
+    return torch.nn.utils.get_total_norm(grads).double().square() if grads else 0.0
 
 
 def check_trails(calls: Calls, total: float, squares: float, step: int) -> None:
@@ -132,12 +146,13 @@ def train_step(
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
     asked = 0.0 if stop is None else stop.asked
-    grads = own_gradients(trainee)
-    square = torch.nn.utils.get_total_norm(grads).double().square()
+    cut, shared = own_gradients(trainee)
+    tp = trainee.placement.tp_size
+    square = squared_norm(cut) + squared_norm(shared) / tp
     calls = calls_in(trainee.placement.cp_group)
     trail = float(calls.since(before) & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
-    shares = (share, waited, asked, square, trail, trail * trail)
+    shares = (share / tp, waited, asked, square, trail, trail * trail)
     loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(
         shares, trainee.placement.device
     )
@@ -153,7 +168,7 @@ def train_step(
         )
     trainee.marks.at("optimiser", step + 1)
     if norm > run.optim.clip:
-        torch._foreach_mul_(grads, run.optim.clip / norm)
+        torch._foreach_mul_(cut + shared, run.optim.clip / norm)
     trainee.optimizer.step()
     seconds = time.perf_counter() - begin
     tokens = run.global_batch * run.seqlen
@@ -192,5 +207,5 @@ def evaluate(
         total += loss_sum(trainee, batch.rows(start, start + rows))
     # FSDP leaves the root gathered for a backward that does not come here.
     trainee.sharded.reshard()
-    (loss,) = sum_over_ranks((total,), placement.device)
+    (loss,) = sum_over_ranks((total / placement.tp_size,), placement.device)
     return loss / heldout.size(0, run.eval_sequences).num_labels

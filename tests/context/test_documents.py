@@ -114,3 +114,25 @@ def other_documents(group: Any) -> str:
 def test_ranks_with_other_documents_are_told(ranks: RankPool) -> None:
     for said in ranks.run(other_documents, 2):
         assert "batch['cu_seqlens']" in said or "batch['shift_labels']" in said
+
+
+def sdpa_of_documents(group: Any) -> list[Tensor]:
+    cp = lhcp.ContextParallel(group)
+    parts = [cp.shard(x).requires_grad_() for x in qkv(N, batch=2, num_kv_heads=2)]
+    q, k, v, dout = (x.transpose(1, 2) for x in parts)
+    o = cp.sdpa(q, k, v, is_causal=True, enable_gqa=True, cu_seqlens=BOUNDS)
+    o.backward(dout.detach())
+    return [cp.unshard(x) for x in (o.transpose(1, 2), *(p.grad for p in parts[:3]))]
+
+
+def test_sdpa_keeps_documents_apart(ranks: RankPool) -> None:
+    """Fails if sdpa loses the bounds, forward or backward: torch's with a mask is the answer."""
+    leaves = [x.requires_grad_() for x in qkv(N, batch=2, num_kv_heads=2)]
+    q, k, v, dout = (x.transpose(1, 2) for x in leaves)
+    same = (IDS[:, :, None] == IDS[:, None, :]).tril()[:, None]
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, same, enable_gqa=True)
+    o.backward(dout.detach())
+    expected = [o.transpose(1, 2), *(x.grad for x in leaves[:3])]
+    for found in ranks.run(sdpa_of_documents, 2):
+        for mine, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, want, rtol=0, atol=1e-12)

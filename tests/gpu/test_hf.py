@@ -47,6 +47,30 @@ def test_dense_logits_are_the_models_own(family):
 
 
 @pytest.mark.parametrize("graphed", [False, True])
+def test_documents_are_kept_apart(graphed):
+    """Fails if bounds on the device are not those of a graph's call, or a token sees another
+    document: transformers itself keeps them apart where positions restart."""
+    model, ids = make("Llama"), batch()["input_ids"]
+    hf.attach(model, lhcp.ContextParallel(), None)
+    graphs = lhcp.graphed(model, always=True) if graphed else None
+    for first in (100, 131, 100):
+        bounds = torch.tensor([0, first, SEQLEN, SEQLEN + 5, 2 * SEQLEN])
+        places = torch.cat([torch.arange(size) for size in bounds.diff().tolist()]).view(2, -1)
+        whole = {"input_ids": ids, "position_ids": places.cuda(), "cu_seq_lens_q": bounds.cuda()}
+        with torch.no_grad():
+            own = {"position_ids": places.cuda(), "use_cache": False}
+            torchs, exact = (m(ids, **own).logits.double() for m in (make("Llama"), exact_model()))
+            ours = model(**lhcp.ContextParallel().shard(whole)).logits.double()
+        assert (ours - exact).norm() <= 2 * (torchs - exact).norm()
+    if graphs is not None:
+        graphs.release()
+
+
+def exact_model() -> Any:
+    return make("Llama").double()
+
+
+@pytest.mark.parametrize("graphed", [False, True])
 def test_lighthouse_gradients_are_there(graphed):
     """Fails if a stage of the layer cannot take what transformers hands it, or graphs what it keeps
     between a projection and the attention."""

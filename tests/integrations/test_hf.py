@@ -52,6 +52,16 @@ def batch(seed: int = 1) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def packed(restart: bool) -> dict[str, Tensor]:
+    """Documents of two rows, as transformers' collator of flattened samples gives them."""
+    middle = SEQLEN // 2
+    bounds = [0, 5, middle + 3, SEQLEN, SEQLEN + middle - 1, 2 * SEQLEN]
+    places = torch.cat([torch.arange(size) for size in torch.tensor(bounds).diff().tolist()])
+    positions = {"position_ids": places.view(BATCH, SEQLEN)} if restart else {}
+    lengths = torch.tensor(bounds, dtype=torch.int32)
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 9, **positions}
+
+
 def step(group: Any, family: str, mode: Mode, layout: LayoutName = "zigzag", **more: Any) -> Any:
     """Logits of the whole sequence and whole gradients, on the ranks of `group`."""
     cp = lhcp.ContextParallel(group, layout=layout)
@@ -62,7 +72,8 @@ def step(group: Any, family: str, mode: Mode, layout: LayoutName = "zigzag", **m
     if more.get("recompute"):
         model.gradient_checkpointing_enable()
     model.train()
-    part = cp.shard(batch())
+    whole = batch() | (packed(more["restart"]) if "restart" in more else {})
+    part = cp.shard(whole)
     logits = model(**part).logits
     cp.loss(logits, part["shift_labels"], over=group).backward()
     grads = {name: x.grad for name, x in model.named_parameters()}
@@ -121,6 +132,39 @@ def test_logits_and_gradients_are_one_ranks(
 
 def _step_on(group: Any, family: str, mode: Mode, layout: LayoutName, recompute: bool) -> Any:
     return step(group, family, mode, layout, recompute=recompute)
+
+
+def test_dense_logits_of_documents_are_the_models_own() -> None:
+    """Fails if a document's tokens see another's, as transformers itself keeps them apart where
+    positions restart."""
+    model, documents = make("Llama"), packed(True)
+    with torch.no_grad():
+        whole = batch()
+        positions = documents["position_ids"]
+        # With a cache it takes them for one text.
+        expected = model(whole["input_ids"], position_ids=positions, use_cache=False).logits
+        hf.attach(model, lhcp.ContextParallel(), None)
+        found = model(**lhcp.ContextParallel().shard(whole | documents)).logits
+    assert (found - expected).norm() <= 1e-13 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+@pytest.mark.parametrize(("family", "restart"), [("Llama", True), ("Qwen3", False)])
+def test_documents_are_one_ranks(ranks: RankPool, family: str, restart: bool, mode: Mode) -> None:
+    """Fails if bounds are lost on the way to a layer, are read as this rank's own, or positions
+    that restart are refused or not kept."""
+    expected, grads = step(None, family, mode, restart=restart)
+    without = step(None, family, mode)[0]
+    assert (without - expected).norm() > 0.01 * expected.norm()
+    whole = torch.stack([g.norm() for g in grads.values()]).norm()
+    for logits, found in ranks.run(_documents_on, 2, family, mode, restart):
+        assert (logits - expected).norm() <= 1e-6 * expected.norm()
+        for name, grad in grads.items():
+            assert (found[name] - grad).norm() <= 1e-6 * whole, name
+
+
+def _documents_on(group: Any, family: str, mode: Mode, restart: bool) -> Any:
+    return step(group, family, mode, restart=restart, recompute=True)
 
 
 def attached(family: str = "Llama", **options: Any) -> tuple[Any, lhcp.ContextParallel]:
@@ -241,9 +285,22 @@ CALLS = {
     "a mask of its own": ({"attention_mask": ONES[:, None, None].bool()}, "takes none"),
     "no positions": ({"position_ids": None}, "count from 0"),
     "other positions": ({"position_ids": ONES.cumsum(1)}, "holds 0 there"),
-    "packed documents": ({"position_ids": torch.arange(SEQLEN)[None] % 96}, "holds 96 there"),
+    "packed documents": (
+        {"position_ids": torch.arange(SEQLEN)[None] % 96},
+        r"holds 96 there.*cu_seqlens_from_position_ids",
+    ),
     "positions of another shape": ({"position_ids": torch.arange(SEQLEN)}, r"must be \[1, "),
-    "documents by length": ({"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q="),
+    "documents that are not of the batch": (
+        {"cu_seq_lens_q": torch.tensor([0, 9])},
+        r"go to the attention as cu_seqlens.*cp\.shard",
+    ),
+    "positions of other documents": (
+        {
+            "position_ids": torch.arange(SEQLEN)[None] % 96,
+            "cu_seqlens": torch.tensor([0, 95, SEQLEN, 2 * SEQLEN]),
+        },
+        "holds 96 there",
+    ),
     "a loss of its own": ({"labels": ONES}, "shift them once more"),
     "a cache": ({"use_cache": True}, "decoding runs on one rank"),
 }

@@ -29,6 +29,7 @@ class Silent:
         self.started_at = -1
 
         self.passed: list[str] = []
+        self.numbers: list[tuple[float, ...]] = []
 
     def on_start(self, done: int, folder: Path) -> None:
         self.started_at = done
@@ -37,6 +38,7 @@ class Silent:
         self.passed.append(said)
 
     def on_step(self, record: StepRecord, stages: Any) -> None:
+        self.numbers.append((record.step, record.loss, record.grad_norm, record.lr))
         if record.step == self.stop_after:
             raise InterruptedError
 
