@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -84,6 +85,8 @@ class Recovery:
     """Its numbers of steps and its seed are the splits' and the seeds'."""
     splits: tuple[str, ...]
     seeds: tuple[int, ...]
+    dense: bool = True
+    """Whether dense from scratch is among the arms."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -94,7 +97,7 @@ class Recovery:
         dense = Stage(name="baseline", mode="dense", steps=max(totals))
         longest = Stage(name="lighthouse", mode="lighthouse", steps=max(switches))
         return (
-            Arm(DENSE, (dense,), totals),
+            *((Arm(DENSE, (dense,), totals),) if self.dense else ()),
             Arm(LIGHTHOUSE, (longest,), switches),
             *(
                 Arm(split.name, self.run_of(split.name).stages, begin=split.lighthouse)
@@ -138,8 +141,8 @@ class Recovery:
         run = self.run
         if run.seed or run.lighthouse_steps or run.dense_steps or run.baseline:
             raise ValueError(
-                "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds and "
-                "--splits in their place, and dense from scratch always"
+                "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds, "
+                "--splits and --no-dense in their place"
             )
         run.check(world_size)
 
@@ -163,11 +166,18 @@ def finished(path: Path) -> dict[str, ArmResult]:
     return found[0]
 
 
-def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) -> None:
+def recover_seed(
+    recovery: Recovery,
+    seed: int,
+    own: Process,
+    teller: Teller,
+    opened: Callable[..., TrainingData] = open_data,
+) -> None:
     """Do all arms of one seed that are not done; write each one's result when it ends.
 
     Every rank calls it, with the seed's folder held. Cut at any moment and called again it goes on
-    from the newest checkpoint.
+    from the newest checkpoint. `opened` is asked for the text, as `open_data` is: whoever does many
+    of the same text need not read all of it each time.
 
     Raises:
         ValueError: the folder has another experiment's checkpoints or results.
@@ -175,7 +185,7 @@ def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) ->
     """
     folder = seed_folder(recovery.run, seed)
     path = recovery_results.path_of(recovery.run.folder, recovery.run.name, seed)
-    data = open_data(recovery.run.data, recovery.run.seqlen, seed, recovery.run.shortest_document)
+    data = opened(recovery.run.data, recovery.run.seqlen, seed, recovery.run.shortest_document)
     for arm in recovery.arms:
         run = recovery.run_of(arm.name, seed)
         done = finished(path)

@@ -90,6 +90,14 @@ class Found:
         cells = [cell for row in self.accuracy for cell in row]
         return sum(cells) / len(cells)
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Found":
+        """Return what `to_json` made `record` of, before JSON or after."""
+        asked = {k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()}
+        stages = [(mode, steps) for mode, steps in record["stages"]]
+        own = {k: v for k, v in record.items() if k != "mean"}
+        return cls(**own | {"asked": Asked(**asked), "stages": stages})
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON-ready dict, the mean too."""
         return asdict(self) | {"mean": self.mean}

@@ -22,7 +22,7 @@ from lhcp.training.loop import train
 from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory, build, whole_model
 from lhcp.training.process import Process
-from lhcp.training.recipes import RECOVERIES
+from lhcp.training.experiments import RECOVERIES
 from lhcp.training.recovery import Recovery, Split, recover_seed
 from lhcp.training.recovery_report import bands, compare, spread, training_seconds
 from lhcp.training.recovery_results import ArmResult
