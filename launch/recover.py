@@ -18,9 +18,9 @@ import torch.distributed as dist
 import tyro
 
 from lhcp.training import recovery_page, recovery_results
+from lhcp.training.experiments import RECOVERIES
 from lhcp.training.lock import held
 from lhcp.training.process import Process, run_to_exit
-from lhcp.training.experiments import RECOVERIES
 from lhcp.training.recovery import Recovery, recover_seed, seed_folder
 from lhcp.training.report import Progress
 from lhcp.training.run import Run
@@ -44,9 +44,7 @@ class Arguments:
     @property
     def recovery(self) -> Recovery:
         """Return the experiment."""
-        return Recovery(
-            run=self.run, splits=self.splits, seeds=self.seeds, dense=self.dense
-        )
+        return Recovery(run=self.run, splits=self.splits, seeds=self.seeds, dense=self.dense)
 
 
 def main(arguments: Arguments, own: Process) -> None:

@@ -93,10 +93,12 @@ class Found:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Found":
         """Return what `to_json` made `record` of, before JSON or after."""
-        asked = {k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()}
-        stages = [(mode, steps) for mode, steps in record["stages"]]
         own = {k: v for k, v in record.items() if k != "mean"}
-        return cls(**own | {"asked": Asked(**asked), "stages": stages})
+        own["asked"] = Asked(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()}
+        )
+        own["stages"] = [(mode, steps) for mode, steps in record["stages"]]
+        return cls(**own)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON-ready dict, the mean too."""
