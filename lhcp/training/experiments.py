@@ -61,6 +61,23 @@ def recover_32k() -> Recovery:
     return Recovery(run=run, splits=("1350+1350", "2000+700"), seeds=(0, 1, 2))
 
 
+def recover_32k_long() -> Recovery:
+    """`recover_32k` with one sequence a step, twice the steps and rate; 3:2 as in the paper, and 4:1.
+
+    7 minutes each, dense and both splits, on a GPU of its own: --part dense, --part splits.
+    """
+    base = recover_32k()
+    run = replace(
+        base.run,
+        name="recover_32k_long",
+        optim=OptimConfig(lr=2e-3, warmup_steps=100),
+        global_batch=1,
+        eval_every=135,
+        checkpoint_every=1080,
+    )
+    return replace(base, run=run, splits=("3240+2160", "4320+1080"), seeds=(0,))
+
+
 def recover_64k() -> Recovery:
     """`recover_32k` at 65,536 tokens, one sequence a step, as many tokens in all."""
     # k = N / 32.
@@ -91,7 +108,10 @@ def retrieve_16k() -> Recovery:
 
 RECOVERIES: dict[str, Callable[[], Recovery]] = {
     recipe.__name__: recipe
-    for recipe in (recover_tiny, recover_32k, recover_64k, retrieve_32k, retrieve_16k)
+    for recipe in (
+        *(recover_tiny, recover_32k, recover_32k_long, recover_64k),
+        *(retrieve_32k, retrieve_16k),
+    )
 }
 
 
@@ -119,6 +139,7 @@ def knobs_16k() -> Knobs:
             "--model.dense-layers 0 1 2 3 4 5 6 7",
             "--lighthouse.scorer dilated",
             "--lighthouse.topk 256",
+            "--model.rope after_gather",
             "--lighthouse.topk 1024",
             "--lighthouse.pool-factor 2",
             "--lighthouse.pool-factor 8 --lighthouse.topk 256",

@@ -67,7 +67,9 @@ class Knobs:
             ) from error
         name = re.sub(r"[^A-Za-z0-9.]+", "-", flags).strip("-") or BASE
         run = replace(run, out=str(self.run.folder / name))
-        return Setting(name, Recovery(run=run, splits=(self.split,), seeds=self.seeds, dense=False))
+        return Setting(
+            name, Recovery(run=run, splits=(self.split,), seeds=self.seeds, part="splits")
+        )
 
     def check(self, world_size: int) -> None:
         """Check that everything fits before anything starts.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from lhcp.training.run import Run
 from lhcp.training.stages import Stage, total_steps
 
 DENSE, LIGHTHOUSE = "dense", "lighthouse"
+Part = Literal["all", "dense", "splits"]
+"""Of a seed's arms: all, dense from scratch alone, or the lighthouse stage and its splits alone."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Recovery:
     """Its numbers of steps and its seed are the splits' and the seeds'."""
     splits: tuple[str, ...]
     seeds: tuple[int, ...]
-    dense: bool = True
-    """Whether dense from scratch is among the arms."""
+    part: Part = "all"
+    """Which of a seed's arms; parts can be done side by side, each in a folder of its own."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -96,14 +98,16 @@ class Recovery:
         switches = frozenset(s.lighthouse for s in splits)
         dense = Stage(name="baseline", mode="dense", steps=max(totals))
         longest = Stage(name="lighthouse", mode="lighthouse", steps=max(switches))
-        return (
-            *((Arm(DENSE, (dense,), totals),) if self.dense else ()),
+        from_scratch = (Arm(DENSE, (dense,), totals),)
+        in_two_stages = (
             Arm(LIGHTHOUSE, (longest,), switches),
             *(
                 Arm(split.name, self.run_of(split.name).stages, begin=split.lighthouse)
                 for split in splits
             ),
         )
+        parts = {"dense": from_scratch, "splits": in_two_stages}
+        return parts.get(self.part) or (*from_scratch, *in_two_stages)
 
     def run_of(self, arm: str, seed: int = 0) -> Run:
         """Return the run with a seed and the steps of an arm."""
@@ -142,7 +146,7 @@ class Recovery:
         if run.seed or run.lighthouse_steps or run.dense_steps or run.baseline:
             raise ValueError(
                 "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds, "
-                "--splits and --no-dense in their place"
+                "--splits and --part in their place"
             )
         run.check(world_size)
 
