@@ -1,6 +1,6 @@
 """What do k, p, L, the scorer and dense layers do? `python launch/knobs.py knobs_tiny`.
 
-    python launch/knobs.py knobs_tiny --knobs "" "--lighthouse.topk 16" --seeds 0 1
+    python launch/knobs.py knobs_tiny --knobs "" "lighthouse.topk 16" --seeds 0 1
     for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu python launch/knobs.py knobs_16k & done; wait
     python launch/knobs_page.py runs/knobs_16k runs/of_another_day --page bench/results
 

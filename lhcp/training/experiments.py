@@ -62,7 +62,7 @@ def recover_32k() -> Recovery:
 
 
 def recover_32k_long() -> Recovery:
-    """`recover_32k` with one sequence a step, twice the steps and rate; 3:2 as in the paper, and 4:1.
+    """`recover_32k` with one sequence a step, twice the steps and rate; 3:2, as the paper, and 4:1.
 
     7 minutes each, dense and both splits, on a GPU of its own: --part dense, --part splits.
     """
@@ -136,20 +136,20 @@ def knobs_16k() -> Knobs:
         # What matters most first, as time may end. Where k=N/32 does not fit, k=N/64.
         knobs=(
             "",
-            "--model.dense-layers 0 1 2 3 4 5 6 7",
-            "--lighthouse.scorer dilated",
-            "--lighthouse.topk 256",
-            "--model.rope after_gather",
-            "--lighthouse.topk 1024",
-            "--lighthouse.pool-factor 2",
-            "--lighthouse.pool-factor 8 --lighthouse.topk 256",
-            "--lighthouse.num-levels 2",
-            "--lighthouse.num-levels 4 --lighthouse.topk 256",
-            "--model.dense-layers",
-            "--model.dense-layers 0 1 6 7",
-            "--lighthouse.num-strata 4",
-            "--lighthouse.num-strata 64",
-            "--optim.lr 1e-3",
+            "model.dense-layers 0 1 2 3 4 5 6 7",
+            "lighthouse.scorer dilated",
+            "lighthouse.topk 256",
+            "model.rope after_gather",
+            "lighthouse.topk 1024",
+            "lighthouse.pool-factor 2",
+            "lighthouse.pool-factor 8, lighthouse.topk 256",
+            "lighthouse.num-levels 2",
+            "lighthouse.num-levels 4, lighthouse.topk 256",
+            "model.dense-layers",
+            "model.dense-layers 0 1 6 7",
+            "lighthouse.num-strata 4",
+            "lighthouse.num-strata 64",
+            "optim.lr 1e-3",
         ),
         contexts=(2048, 4096, 8192, 16_384),
     )
@@ -164,9 +164,9 @@ def knobs_tiny() -> Knobs:
         seeds=(0,),
         knobs=(
             "",
-            "--model.dense-layers 0 1",
-            "--lighthouse.topk 16",
-            "--lighthouse.scorer dilated",
+            "model.dense-layers 0 1",
+            "lighthouse.topk 16",
+            "lighthouse.scorer dilated",
         ),
         contexts=(256, 1024),
     )

@@ -43,8 +43,8 @@ class Knobs:
     seeds: tuple[int, ...]
     """Seeds of weights and of the order of data; all settings of the first come first."""
     knobs: tuple[str, ...]
-    """Settings, in the order that they are done in: flags of the run, as "--lighthouse.topk 256";
-    nothing, "", is the run as it is."""
+    """Settings, in the order that they are done in: flags of the run without their dashes, with a
+    comma between, as "lighthouse.pool-factor 8, lighthouse.topk 256"; "" is the run as it is."""
     contexts: tuple[int, ...] = ()
     """Bytes of the passkey texts that each model is asked at its end; none: it is not asked."""
 
@@ -59,11 +59,15 @@ class Knobs:
 
     def setting(self, flags: str) -> Setting:
         """Return the setting that flags of the run make."""
+        words = [
+            word for flag in flags.split(",") if flag for word in shlex.split(f"--{flag.strip()}")
+        ]
         try:
-            run = tyro.cli(Run, default=self.run, args=shlex.split(flags), prog="a knob")
+            run = tyro.cli(Run, default=self.run, args=words, prog="a knob")
         except SystemExit as error:
             raise ValueError(
-                f"knobs: {flags!r}: must be flags of the run, for example '--lighthouse.topk 256'"
+                f"knobs: {flags!r}: must be flags of the run without dashes, for example "
+                "'lighthouse.topk 256'"
             ) from error
         name = re.sub(r"[^A-Za-z0-9.]+", "-", flags).strip("-") or BASE
         run = replace(run, out=str(self.run.folder / name))
