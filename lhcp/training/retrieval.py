@@ -94,9 +94,10 @@ class Found:
     def from_json(cls, record: dict[str, Any]) -> "Found":
         """Return what `to_json` made `record` of, before JSON or after."""
         own = {k: v for k, v in record.items() if k != "mean"}
-        own["asked"] = Asked(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()}
-        )
+        asked: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()
+        }
+        own["asked"] = Asked(**asked)
         own["stages"] = [(mode, steps) for mode, steps in record["stages"]]
         return cls(**own)
 
