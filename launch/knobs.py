@@ -4,9 +4,9 @@
     for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu python launch/knobs.py knobs_16k & done; wait
     python launch/knobs_page.py runs/knobs_16k runs/of_another_day --page bench/results
 
-Each setting is the recipe with a few flags changed, trained with one split of steps: the lighthouse
+Each knob is the recipe with a few flags changed, trained with one split of steps: the lighthouse
 stage, then equally many dense steps for all. Processes that are started alike share the work: each
-takes the next setting that nobody has. Cut at any moment, the same command goes on.
+takes the next one that nobody has. Cut at any moment, the same command goes on.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(arguments: Arguments, own: Process) -> None:
     arguments.check(own.world_size)
     turn_knobs(arguments, own, Progress(shown=own.rank == 0))
     if arguments.page and own.rank == 0:
-        # Settings that other processes have done are shown too.
+        # Knobs that other processes have done are shown too.
         rows = knobs_page.read([arguments.run.folder])
         print(f"page: {knobs_page.write(rows, arguments.run.folder)}", flush=True)
 

@@ -1,6 +1,6 @@
 """Merge results of launch/knobs.py into one page: `python launch/knobs_page.py FOLDER ...`.
 
-Settings and seeds may have come on different days and machines. Needs no GPU.
+Knobs and seeds may have come on different days and machines. Needs no GPU.
 """
 
 import sys

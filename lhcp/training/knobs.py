@@ -25,8 +25,8 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One change of the run, and what is done with it."""
+class Knob:
+    """One change of the run, and what is trained with it."""
 
     name: str
     """Its folder."""
@@ -39,26 +39,26 @@ class Knobs:
 
     run: Annotated[Run, tyro.conf.arg(name="")]
     split: str
-    """Lighthouse steps + dense steps of each setting."""
+    """Lighthouse steps + dense steps of each run."""
     seeds: tuple[int, ...]
-    """Seeds of weights and of the order of data; all settings of the first come first."""
+    """Seeds of weights and of the order of data; all knobs of the first come first."""
     knobs: tuple[str, ...]
-    """Settings, in the order that they are done in: flags of the run without their dashes, with a
+    """Changes, in the order that they are done in: flags of the run without their dashes, with a
     comma between, as "lighthouse.pool-factor 8, lighthouse.topk 256"; "" is the run as it is."""
     contexts: tuple[int, ...] = ()
     """Bytes of the passkey texts that each model is asked at its end; none: it is not asked."""
 
     @property
-    def settings(self) -> list[Setting]:
-        """Return the settings, in order.
+    def turned(self) -> list[Knob]:
+        """Return the run with each change, in order.
 
         Raises:
             ValueError: a knob is no flags of the run.
         """
-        return [self.setting(flags) for flags in self.knobs]
+        return [self.turn(flags) for flags in self.knobs]
 
-    def setting(self, flags: str) -> Setting:
-        """Return the setting that flags of the run make."""
+    def turn(self, flags: str) -> Knob:
+        """Return the run with the change that flags of it make."""
         words = [
             word for flag in flags.split(",") if flag for word in shlex.split(f"--{flag.strip()}")
         ]
@@ -71,25 +71,23 @@ class Knobs:
             ) from error
         name = re.sub(r"[^A-Za-z0-9.]+", "-", flags).strip("-") or BASE
         run = replace(run, out=str(self.run.folder / name))
-        return Setting(
-            name, Recovery(run=run, splits=(self.split,), seeds=self.seeds, part="splits")
-        )
+        return Knob(name, Recovery(run=run, splits=(self.split,), seeds=self.seeds, part="splits"))
 
     def check(self, world_size: int) -> None:
         """Check that everything fits before anything starts.
 
         Raises:
-            ValueError: a knob is no flags, two have one name, or a setting does not fit.
+            ValueError: a knob is no flags, two have one name, or a run does not fit.
         """
-        settings = self.settings
-        twice = [n for n, count in Counter(s.name for s in settings).items() if count > 1]
-        if twice or not settings:
+        turned = self.turned
+        twice = [n for n, count in Counter(k.name for k in turned).items() if count > 1]
+        if twice or not turned:
             raise ValueError(f"knobs={self.knobs}: must be at least one, none of them twice")
-        for setting in settings:
-            setting.recovery.check(world_size)
+        for knob in turned:
+            knob.recovery.check(world_size)
         if self.contexts:
-            for setting in settings:
-                self.asked.check(setting.recovery.run)
+            for knob in turned:
+                self.asked.check(knob.recovery.run)
 
     @property
     def asked(self) -> Asked:
@@ -103,10 +101,10 @@ def answers_of(run: Run, seed: int) -> Path:
 
 
 def turn_knobs(knobs: Knobs, own: Process, teller: Teller) -> None:
-    """Do what is not done and what no other process is doing: all settings, seed by seed.
+    """Do what is not done and what no other process is doing: all knobs, seed by seed.
 
     Every rank calls it. Several processes, each with its own device, share the work when all are
-    started alike: each takes the next setting that nobody holds.
+    started alike: each takes the next one that nobody holds.
 
     Raises:
         ValueError: a folder has another experiment's checkpoints or results.
@@ -114,27 +112,27 @@ def turn_knobs(knobs: Knobs, own: Process, teller: Teller) -> None:
     """
     opened = cache(open_data)
     for seed in knobs.seeds:
-        for setting in knobs.settings:
-            teller.say(f"setting {setting.name}, seed {seed}")
+        for knob in knobs.turned:
+            teller.say(f"knob {knob.name}, seed {seed}")
             try:
-                with held(seed_folder(setting.recovery.run, seed)) as remark:
+                with held(seed_folder(knob.recovery.run, seed)) as remark:
                     if remark:
                         teller.say(remark)
-                    turn_one(knobs, setting, seed, own, teller, opened)
+                    turn_one(knobs, knob, seed, own, teller, opened)
             except FolderInUse as error:
                 teller.say(f"passed over: {error}")
 
 
 def turn_one(
     knobs: Knobs,
-    setting: Setting,
+    knob: Knob,
     seed: int,
     own: Process,
     teller: Teller,
     opened: Callable[..., TrainingData],
 ) -> None:
-    """Train one setting with one seed, and ask it, with its folder held."""
-    recovery = setting.recovery
+    """Train one knob's run with one seed, and ask it, with its folder held."""
+    recovery = knob.recovery
     recover_seed(recovery, seed, own, teller, opened)
     path = answers_of(recovery.run, seed)
     there = [path.exists()]
@@ -151,7 +149,7 @@ def turn_one(
 
 
 def read_answers(run_folder: Path) -> dict[int, Found]:
-    """Return what the models of a setting answered, by seed."""
+    """Return what the models of a knob answered, by seed."""
     return {
         int(path.stem.removeprefix("passkey_seed")): Found.from_json(json.loads(path.read_text()))
         for path in sorted(run_folder.glob("passkey_seed*.json"))

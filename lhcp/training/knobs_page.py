@@ -26,14 +26,14 @@ LATELY = 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its finished splits and answers, by seed."""
+    """One knob: its finished splits and answers, by seed."""
 
     results: dict[int, ArmResult]
     found: dict[int, Found]
 
     @property
     def identity(self) -> Identity:
-        """What a setting is: what it shares with no other one."""
+        """What a knob is: what it shares with no other one."""
         (first, *_) = self.results.values()
         return ADDED | {
             k: v for k, v in first.identity.items() if k not in ("seed", "stages", "data.files")
@@ -90,13 +90,13 @@ class Row:
 
 
 def read(places: Iterable[Path]) -> dict[str, Row]:
-    """Return the settings with a finished split in folders of launch/knobs.py, by name; base first.
+    """Return the knobs with a finished split in folders of launch/knobs.py, by name; base first.
 
-    Several folders may have seeds of one setting.
+    Several folders may have seeds of one knob.
 
     Raises:
         FileNotFoundError: a place has none, or no place has the base.
-        ValueError: results of one setting are of different experiments.
+        ValueError: results of one knob are of different experiments.
     """
     paths: dict[str, list[Path]] = {}
     for place in places:
@@ -118,7 +118,7 @@ def read(places: Iterable[Path]) -> dict[str, Row]:
 
 
 def label(row: Row, base: Row) -> str:
-    """Return what a setting has changed: "topk=256"; of the run without a change "base"."""
+    """Return what a knob has changed: "topk=256"; of the run without a change "base"."""
     own, other = row.identity, base.identity
     changed = [
         f"{key.split('.')[-1]}={own.get(key)}"
@@ -134,7 +134,7 @@ def differences(row: Row, base: Row) -> list[float]:
 
 
 def cells(row: Row, base: Row) -> list[str]:
-    """Return a setting's row of the table."""
+    """Return a knob's row of the table."""
     less = differences(row, base)
     switches = row.switches
     return [
@@ -166,12 +166,12 @@ def markdown(rows: dict[str, Row], pictures: Sequence[str]) -> str:
     lines = [f"# Knobs: {everything[0].recipe}, {time.strftime('%F')}", ""]
     # The lines of the base; commands and cards of all.
     lines += facts(list(base.results.values()))
-    lines.append(f"- cards of all settings: {', '.join(cards(everything))}")
+    lines.append(f"- cards of all: {', '.join(cards(everything))}")
     lines += [
         "",
-        f"Each setting changes the base, trained {steps} steps in {stage} mode and then {tail} "
+        f"Each knob changes the base, trained {steps} steps in {stage} mode and then {tail} "
         "densely. Losses are nats per byte of held-out text. `less base`: mean over the seeds that "
-        "both have; a setting with all layers dense is dense from scratch. `falling`: the training "
+        "both have; with all layers dense it is dense from scratch. `falling`: the training "
         f"loss of the last {LATELY:.0%} of the steps less that of as many before; far below 0, the "
         "steep phase was not past. Seconds a step are medians, `seconds` sums of training steps. "
         "`passkey`: share of right digits at the end, densely, over all contexts and depths; 0.1 "
@@ -179,7 +179,7 @@ def markdown(rows: dict[str, Row], pictures: Sequence[str]) -> str:
         "",
         *(f"![knobs]({name})" for name in pictures),
     ]
-    lines += table("Settings", "", HEADER, [cells(row, base) for row in rows.values()])
+    lines += table("Knobs", "", HEADER, [cells(row, base) for row in rows.values()])
     contexts = base.found and next(iter(base.found.values())).asked.contexts
     if contexts:
         lines += table(
@@ -204,7 +204,7 @@ def by_context(row: Row) -> list[float]:
 
 
 def draw(rows: dict[str, Row], path: Path) -> None:
-    """Write a PNG with a line a setting: final losses by seed, seconds a step, passkeys."""
+    """Write a PNG with a line a knob: final losses by seed, seconds a step, passkeys."""
     # Here, because a machine that trains may have none. Figure needs no display.
     from matplotlib.figure import Figure
 
@@ -236,7 +236,7 @@ def document(rows: dict[str, Row]) -> dict[str, Any]:
     base = rows[BASE]
     return {
         "date": time.strftime("%F"),
-        "settings": [
+        "knobs": [
             {
                 "name": name,
                 "changed": label(row, base),

@@ -10,10 +10,12 @@ from torch import Tensor
 import lhcp
 from lhcp import reference
 from lhcp.comm.layout import LayoutName
+from lhcp.layer.recording import Graphs
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from lhcp.training.model import Decoder, ModelConfig, rope_table
 from tests.cases import LAYOUTS
+from tests.layer.test_graphs import Again
 
 CONFIG, SEQLEN = small_config(num_strata=8)
 HEADS, KV_HEADS = 4, 2
@@ -26,7 +28,7 @@ def table(head_dim: int) -> Tensor:
 
 
 def oracle() -> list[Tensor]:
-    *tensors, do = qkv(SEQLEN, num_heads=HEADS, num_kv_heads=KV_HEADS, seed=5)
+    *tensors, do = qkv(SEQLEN, batch=2, num_heads=HEADS, num_kv_heads=KV_HEADS, seed=5)
     leaves = [x.requires_grad_() for x in tensors]
     out = reference.lighthouse_attention(*leaves, config=CONFIG, rope=table(do.shape[-1]))
     return [out.detach(), *torch.autograd.grad(out, leaves, do)]
@@ -34,7 +36,7 @@ def oracle() -> list[Tensor]:
 
 def ours(group: Any, layout: LayoutName, by_row: bool = False) -> list[Tensor]:
     """Whole output and gradients of a layer on the group's ranks."""
-    *tensors, do = qkv(SEQLEN, num_heads=HEADS, num_kv_heads=KV_HEADS, seed=5)
+    *tensors, do = qkv(SEQLEN, batch=2, num_heads=HEADS, num_kv_heads=KV_HEADS, seed=5)
     leaves = [lhcp.shard(x, group, layout=layout).requires_grad_() for x in tensors]
     rope = lhcp.shard(table(do.shape[-1]), group, dim=0, layout=layout)
     if by_row:
@@ -118,3 +120,19 @@ def test_a_models_layer_is_given_its_own_positions() -> None:
     for raw, turned in ((q, turned_q), (k, turned_k)):
         torch.testing.assert_close(reference.turn_at(raw, given["rope"].double(), places), turned)
     assert nothing == {}
+
+
+def test_a_graph_is_given_new_angles() -> None:
+    """Fails if a replay turns by the angles that it was recorded with."""
+    found = []
+    for by_graph in (False, True):
+        layer = lhcp.LighthouseAttention(CONFIG)
+        if by_graph:
+            layer.graphs = Graphs(False, recorder=Again())
+        for call in range(4):
+            *tensors, do = qkv(SEQLEN, num_heads=HEADS, num_kv_heads=KV_HEADS, seed=call)
+            leaves = [x.requires_grad_() for x in tensors]
+            out = layer(*leaves, rope=table(do.shape[-1]).roll(call, 0))
+            found += [out.detach().clone(), *torch.autograd.grad(out, leaves, do)]
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))

@@ -1,4 +1,4 @@
-"""Knobs: flags become settings, nothing is done twice, and the page's numbers are right."""
+"""Knobs: flags become runs, nothing is done twice, and the page's numbers are right."""
 
 import json
 import re
@@ -47,7 +47,7 @@ class Teller:
 
 @pytest.fixture
 def knobs(small_run: Run, tmp_path: Path) -> Knobs:
-    """The base and two settings of four steps."""
+    """The base and two knobs of four steps."""
     text = tmp_path / "text"
     text.write_bytes(bytes(range(32, 127)) * 400)
     run = replace(
@@ -57,8 +57,8 @@ def knobs(small_run: Run, tmp_path: Path) -> Knobs:
         dense_steps=0,
         out=str(tmp_path / "out"),
     )
-    settings = ("", "lighthouse.topk 16", "model.dense-layers")
-    return Knobs(run=run, split="2+2", seeds=(0,), knobs=settings, contexts=(256,))
+    flags = ("", "lighthouse.topk 16", "model.dense-layers")
+    return Knobs(run=run, split="2+2", seeds=(0,), knobs=flags, contexts=(64,))
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -68,16 +68,16 @@ def test_recipe_fits(name: str) -> None:
     assert knobs.run.name == name and KNOBS[name].__doc__
 
 
-def test_flags_become_settings(knobs: Knobs) -> None:
-    """Fails if a setting changes more than its flags say, or two share a folder."""
+def test_flags_become_runs(knobs: Knobs) -> None:
+    """Fails if a knob changes more than its flags say, or two share a folder."""
     both = replace(knobs, knobs=(*knobs.knobs, "lighthouse.topk 16, optim.lr 1e-2"))
-    base, fewer, none, two = [s.recovery.run for s in both.settings]
+    base, fewer, none, two = [k.recovery.run for k in both.turned]
     folder = knobs.run.folder
     assert base == replace(knobs.run, out=str(folder / "base"))
     assert fewer.lighthouse == replace(knobs.run.lighthouse, topk=16)
     assert fewer.folder == folder / "lighthouse.topk-16" and fewer.model == base.model
     assert none.model.dense_layers == () and two.optim.lr == 1e-2 and two.lighthouse.topk == 16
-    assert [s.recovery.part for s in both.settings] == ["splits"] * 4
+    assert [k.recovery.part for k in both.turned] == ["splits"] * 4
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_wrong_knobs_are_named(knobs: Knobs, change: dict[str, Any], message: st
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_each_setting_is_done_once(knobs: Knobs) -> None:
+def test_each_knob_is_done_once(knobs: Knobs) -> None:
     """Fails if what another process holds, or has done, is done here, or an answer is lost."""
-    held = knobs.settings[1].recovery.run
+    held = knobs.turned[1].recovery.run
     (held.folder / "seed0").mkdir(parents=True)
     with FileLock(held.folder / "seed0" / "run.lock"):
         first = Teller()
@@ -150,7 +150,7 @@ def made(seed: int, topk: int, final: float, fall: float) -> ArmResult:
     )
 
 
-def test_numbers_of_two_settings(tmp_path: Path) -> None:
+def test_numbers_of_two_knobs(tmp_path: Path) -> None:
     """Fails if a difference takes another seed's base, or a number is not what was made."""
     for name, results in (
         ("base", [made(0, 4, 1.0, 0.0), made(1, 4, 1.5, 0.0)]),
@@ -173,11 +173,11 @@ def test_numbers_of_two_settings(tmp_path: Path) -> None:
     (picture,) = re.findall(r"\]\((.*png)\)", page.read_text())
     assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
     record = json.loads(page.with_suffix(".json").read_text())
-    assert [s["less_base"] for s in record["settings"]] == [[0.0, 0.0], [-0.25]]
+    assert [s["less_base"] for s in record["knobs"]] == [[0.0, 0.0], [-0.25]]
 
 
 def test_a_place_without_a_base_is_named(tmp_path: Path) -> None:
-    """Fails if settings are compared with nothing."""
+    """Fails if knobs are compared with nothing."""
     with pytest.raises(FileNotFoundError, match=r"no results of knobs\.py"):
         knobs_page.read([tmp_path])
     recovery_results.add(tmp_path / "other" / "made_seed0.jsonl", made(0, 8, 1.0, 0.0))
