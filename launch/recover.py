@@ -18,10 +18,10 @@ import torch.distributed as dist
 import tyro
 
 from lhcp.training import recovery_page, recovery_results
+from lhcp.training.experiments import RECOVERIES
 from lhcp.training.lock import held
 from lhcp.training.process import Process, run_to_exit
-from lhcp.training.recipes import RECOVERIES
-from lhcp.training.recovery import Recovery, recover_seed, seed_folder
+from lhcp.training.recovery import Part, Recovery, recover_seed, seed_folder
 from lhcp.training.report import Progress
 from lhcp.training.run import Run
 
@@ -36,13 +36,16 @@ class Arguments:
     They may have different totals."""
     seeds: tuple[int, ...]
     """Seeds of weights and of the order of data; each has dense and all splits."""
+    part: Part = "all"
+    """Dense from scratch alone, the lighthouse stage and its splits alone, or all. Two processes
+    may do a part each, in an --out of its own: recover_page.py merges them."""
     page: bool = True
     """Whether to end with a page and its pictures in --out, which needs matplotlib."""
 
     @property
     def recovery(self) -> Recovery:
         """Return the experiment."""
-        return Recovery(run=self.run, splits=self.splits, seeds=self.seeds)
+        return Recovery(run=self.run, splits=self.splits, seeds=self.seeds, part=self.part)
 
 
 def main(arguments: Arguments, own: Process) -> None:

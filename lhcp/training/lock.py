@@ -15,6 +15,10 @@ LOCK = "run.lock"
 HOLDER = "run.holder.json"
 
 
+class FolderInUse(RuntimeError):
+    """Another run holds the folder."""
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[str]:
     """Hold `folder` for this run; every rank enters and leaves, rank 0 takes the lock.
@@ -25,7 +29,7 @@ def held(folder: Path) -> Iterator[str]:
         What the user should know, or "": on a file system without locks the folder is not held.
 
     Raises:
-        RuntimeError: another run holds it, on all ranks alike; the message says who.
+        FolderInUse: another run holds it, on all ranks alike; the message says who.
     """
     lock = FileLock(folder / LOCK)
     said: list[tuple[bool, str]] = [(True, "")]
@@ -35,7 +39,7 @@ def held(folder: Path) -> Iterator[str]:
     dist.broadcast_object_list(said)
     taken, message = said[0]
     if not taken:
-        raise RuntimeError(message)
+        raise FolderInUse(message)
     try:
         yield message
     finally:

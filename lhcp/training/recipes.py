@@ -6,7 +6,6 @@ from dataclasses import replace
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
 from lhcp.training.model import ModelConfig
-from lhcp.training.recovery import Recovery
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 
@@ -151,86 +150,4 @@ def paper_1m_cp8() -> Run:
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
     for recipe in (tiny, tiny_cp4, demo, retrieve_tiny, paper_98k, paper_256k_cp8, paper_1m_cp8)
-}
-
-
-def recover_tiny() -> Recovery:
-    """About a minute on one CPU: the picture of a recovery in small, two seeds."""
-    run = replace(
-        demo(),
-        name="recover_tiny",
-        data=DataConfig(),
-        global_batch=1,
-        lighthouse_steps=0,
-        dense_steps=0,
-        baseline=False,
-        cp=1,
-        eval_every=20,
-        eval_sequences=8,
-        checkpoint_every=80,
-    )
-    return Recovery(run=run, splits=("80+80", "110+50"), seeds=(0, 1))
-
-
-def recover_32k() -> Recovery:
-    """26M parameters at 32,768 tokens, three seeds; 15 minutes each on one H200; wants --data.text.
-
-    With a constant rate, as the paper: a decaying one leaves the dense stage nothing.
-    """
-    run = Run(
-        name="recover_32k",
-        model=ModelConfig(
-            dim=512,
-            num_layers=8,
-            num_heads=4,
-            num_kv_heads=4,
-            head_dim=128,
-            hidden_dim=1408,
-            dense_layers=(0, 7),
-        ),
-        # k = N / 32: 2,048 coarsest entries, 128 a stratum.
-        lighthouse=LighthouseConfig(num_levels=3, pool_factor=4, topk=1024, num_strata=16),
-        optim=OptimConfig(lr=1e-3, warmup_steps=100),
-        seqlen=32_768,
-        global_batch=2,
-        lighthouse_steps=0,
-        dense_steps=0,
-        compile=True,
-        eval_every=225,
-        checkpoint_every=225,
-    )
-    return Recovery(run=run, splits=("1350+1350", "2000+700"), seeds=(0, 1, 2))
-
-
-def recover_64k() -> Recovery:
-    """`recover_32k` at 65,536 tokens, one sequence a step, as many tokens in all."""
-    # k = N / 32.
-    lighthouse = LighthouseConfig(num_levels=3, pool_factor=4, topk=2048, num_strata=16)
-    base = recover_32k()
-    run = replace(
-        base.run, name="recover_64k", lighthouse=lighthouse, seqlen=65_536, global_batch=1
-    )
-    return replace(base, run=run)
-
-
-def retrieve_32k() -> Recovery:
-    """`recover_32k` with a quarter of passkey text, for launch/retrieve.py; wants --data.text."""
-    base = recover_32k()
-    return replace(base, run=replace(base.run, name="retrieve_32k", data=DataConfig(passkey=0.25)))
-
-
-def retrieve_16k() -> Recovery:
-    """`retrieve_32k` at 16,384 tokens, four sequences a step, as many tokens in all."""
-    # k = N / 32: 1,024 coarsest entries, 64 a stratum.
-    lighthouse = LighthouseConfig(num_levels=3, pool_factor=4, topk=512, num_strata=16)
-    base = retrieve_32k()
-    run = replace(
-        base.run, name="retrieve_16k", lighthouse=lighthouse, seqlen=16_384, global_batch=4
-    )
-    return replace(base, run=run)
-
-
-RECOVERIES: dict[str, Callable[[], Recovery]] = {
-    recipe.__name__: recipe
-    for recipe in (recover_tiny, recover_32k, recover_64k, retrieve_32k, retrieve_16k)
 }

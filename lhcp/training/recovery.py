@@ -2,9 +2,10 @@
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from lhcp.training.run import Run
 from lhcp.training.stages import Stage, total_steps
 
 DENSE, LIGHTHOUSE = "dense", "lighthouse"
+Part = Literal["all", "dense", "splits"]
+"""Of a seed's arms: all, dense from scratch alone, or the lighthouse stage and its splits alone."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Recovery:
     """Its numbers of steps and its seed are the splits' and the seeds'."""
     splits: tuple[str, ...]
     seeds: tuple[int, ...]
+    part: Part = "all"
+    """Which of a seed's arms; parts can be done side by side, each in a folder of its own."""
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -93,14 +98,16 @@ class Recovery:
         switches = frozenset(s.lighthouse for s in splits)
         dense = Stage(name="baseline", mode="dense", steps=max(totals))
         longest = Stage(name="lighthouse", mode="lighthouse", steps=max(switches))
-        return (
-            Arm(DENSE, (dense,), totals),
+        from_scratch = (Arm(DENSE, (dense,), totals),)
+        in_two_stages = (
             Arm(LIGHTHOUSE, (longest,), switches),
             *(
                 Arm(split.name, self.run_of(split.name).stages, begin=split.lighthouse)
                 for split in splits
             ),
         )
+        parts = {"dense": from_scratch, "splits": in_two_stages}
+        return parts.get(self.part) or (*from_scratch, *in_two_stages)
 
     def run_of(self, arm: str, seed: int = 0) -> Run:
         """Return the run with a seed and the steps of an arm."""
@@ -138,8 +145,8 @@ class Recovery:
         run = self.run
         if run.seed or run.lighthouse_steps or run.dense_steps or run.baseline:
             raise ValueError(
-                "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds and "
-                "--splits in their place, and dense from scratch always"
+                "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds, "
+                "--splits and --part in their place"
             )
         run.check(world_size)
 
@@ -163,11 +170,18 @@ def finished(path: Path) -> dict[str, ArmResult]:
     return found[0]
 
 
-def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) -> None:
+def recover_seed(
+    recovery: Recovery,
+    seed: int,
+    own: Process,
+    teller: Teller,
+    opened: Callable[..., TrainingData] = open_data,
+) -> None:
     """Do all arms of one seed that are not done; write each one's result when it ends.
 
     Every rank calls it, with the seed's folder held. Cut at any moment and called again it goes on
-    from the newest checkpoint.
+    from the newest checkpoint. `opened` is asked for the text, as `open_data` is: whoever does many
+    of the same text need not read all of it each time.
 
     Raises:
         ValueError: the folder has another experiment's checkpoints or results.
@@ -175,7 +189,7 @@ def recover_seed(recovery: Recovery, seed: int, own: Process, teller: Teller) ->
     """
     folder = seed_folder(recovery.run, seed)
     path = recovery_results.path_of(recovery.run.folder, recovery.run.name, seed)
-    data = open_data(recovery.run.data, recovery.run.seqlen, seed, recovery.run.shortest_document)
+    data = opened(recovery.run.data, recovery.run.seqlen, seed, recovery.run.shortest_document)
     for arm in recovery.arms:
         run = recovery.run_of(arm.name, seed)
         done = finished(path)

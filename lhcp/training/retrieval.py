@@ -90,6 +90,17 @@ class Found:
         cells = [cell for row in self.accuracy for cell in row]
         return sum(cells) / len(cells)
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Found":
+        """Return what `to_json` made `record` of, before JSON or after."""
+        own = {k: v for k, v in record.items() if k != "mean"}
+        asked: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record["asked"].items()
+        }
+        own["asked"] = Asked(**asked)
+        own["stages"] = [(mode, steps) for mode, steps in record["stages"]]
+        return cls(**own)
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as a JSON-ready dict, the mean too."""
         return asdict(self) | {"mean": self.mean}

@@ -9,6 +9,8 @@ from lhcp.training.retrieval import Found
 
 CHANCE = 0.1
 """Of one digit in ten."""
+IN_A_LINE = 4
+"""Heat maps beside each other."""
 
 
 def title(found: Found) -> str:
@@ -34,14 +36,18 @@ def table(found: Found) -> str:
 def draw(found: Sequence[Found], path: Path) -> None:
     """Write a PNG with a heat map for each model: depth against context, green where it is right.
 
-    All maps have one scale from 0 to 1.
+    All maps have one scale from 0 to 1, and are four in a line at most.
     """
     # Here, because a machine that trains may have none. Figure needs no display.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 5.5 * len(found), 5.5), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, one in zip(panels, found, strict=True):
+    columns = min(len(found), IN_A_LINE)
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(1.5 + 5.5 * columns, 5.5 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    for axes, one in zip(panels, found, strict=False):
         asked = one.asked
         # A row a depth, a column a context.
         cells = [list(column) for column in zip(*one.accuracy, strict=True)]
@@ -57,7 +63,7 @@ def draw(found: Sequence[Found], path: Path) -> None:
             title(one).replace(": ", "\n", 1) + f"\nmean {one.mean:.3f}, chance {CHANCE:g}",
             fontsize=9,
         )
-    figure.colorbar(image, ax=list(panels), label="share of right digits")
+    figure.colorbar(image, ax=panels, label="share of right digits")
     figure.savefig(path, dpi=120)
 
 

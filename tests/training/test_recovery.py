@@ -17,12 +17,12 @@ import torch
 
 from lhcp.training import checkpoint, recovery_page, recovery_results
 from lhcp.training.data import DataConfig, open_data
+from lhcp.training.experiments import RECOVERIES
 from lhcp.training.history import EvalRecord, History, StepRecord
 from lhcp.training.loop import train
 from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory, build, whole_model
 from lhcp.training.process import Process
-from lhcp.training.recipes import RECOVERIES
 from lhcp.training.recovery import Recovery, Split, recover_seed
 from lhcp.training.recovery_report import bands, compare, spread, training_seconds
 from lhcp.training.recovery_results import ArmResult

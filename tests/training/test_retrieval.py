@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lhcp.training import checkpoint, retrieval, retrieval_report
 from lhcp.training.data import DataConfig, open_data
+from lhcp.training.experiments import RECOVERIES
 from lhcp.training.identity import accepted_changes, identity
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.passkey import DIGITS
-from lhcp.training.recipes import RECOVERIES
 from lhcp.training.retrieval import Asked, Found, retrieve
 from lhcp.training.run import Run
 from lhcp.training.trained import find_checkpoint, trained_run
