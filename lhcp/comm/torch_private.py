@@ -1,4 +1,4 @@
-"""Everything of torch.distributed that is not public, in one file.
+"""Everything of torch.distributed, and the little else of torch, that is not public, in one file.
 
 Each function says what it uses, in which versions that was read, and what happens when it is gone:
 an optional one has a substitute; for a necessary one `UnknownTorch` names it and the versions that
@@ -142,6 +142,16 @@ def recorded_messages() -> str:
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     found = b"" if dump is None else dump()
     return found.decode() if isinstance(found, bytes) else str(found)
+
+
+def keep_stream_busy(cycles: int) -> None:
+    """Let the current stream of the current GPU do nothing for so many clock cycles.
+
+    Uses `torch.cuda._sleep`. Without, the stream goes on at once: slower at most.
+    """
+    sleep = getattr(torch.cuda, "_sleep", None)
+    if sleep is not None:
+        sleep(cycles)
 
 
 FAKE = "fake"

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from lhcp.comm.torch_private import keep_stream_busy
+
 T = TypeVar("T")
 
 NUM_STREAMS = 4
@@ -82,6 +84,6 @@ class CallStreams:
         with torch.cuda.stream(stream):
             if late:
                 # A message's kernel begins about 10 us after what it waits for, others after 4.
-                torch.cuda._sleep(HEAD_START_CYCLES)
+                keep_stream_busy(HEAD_START_CYCLES)
             result = function()
             return Started(result, stream.record_event())
