@@ -1,4 +1,4 @@
-"""Everything of torch.distributed, and the little else of torch, that is not public, in one file.
+"""Everything of torch, mostly torch.distributed, that is not public, in one file.
 
 Each function says what it uses, in which versions that was read, and what happens when it is gone:
 an optional one has a substitute; for a necessary one `UnknownTorch` names it and the versions that
@@ -98,14 +98,25 @@ def resolve_group(name: str) -> dist.ProcessGroup:
 def flat_group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """Return the group of all ranks of a mesh of several axes; None to a rank outside.
 
-    Uses `DeviceMesh._flatten`, which makes the group at its first call: a collective then, for
-    ranks outside too.
+    A collective at its first call, for ranks outside too.
+
+    Raises:
+        UnknownTorch: see `flat_mesh`.
+    """
+    flat = flat_mesh(mesh)
+    return None if mesh.get_coordinate() is None else flat.get_group()
+
+
+def flat_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh of several axes as one of one axis, whose name is all of theirs.
+
+    Uses `DeviceMesh._flatten`, which makes the group at its first call: a collective then.
 
     Raises:
         UnknownTorch: it is gone.
     """
     flat: DeviceMesh = _need(mesh, "_flatten", "DeviceMesh._flatten")()
-    return None if mesh.get_coordinate() is None else flat.get_group()
+    return flat
 
 
 def store_of(group: dist.ProcessGroup) -> dist.Store:

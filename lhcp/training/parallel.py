@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 import lhcp
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.marks import Marks
+from lhcp.comm.torch_private import flat_mesh
 from lhcp.layer.recording import Graphs
 from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
@@ -178,7 +179,7 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
     if run.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-    sharded = shard_weights(model, dtype, mesh["dp", "cp"]._flatten("dp_cp"))
+    sharded = shard_weights(model, dtype, flat_mesh(mesh["dp", "cp"]))
     # Recomputed layers run again just before their backward: one pair of graphs serves them all.
     graphs = lhcp.graphed(model, shared=run.recompute) if by_graph else None
     optimizer = make_optimizer(model, run.optim)
