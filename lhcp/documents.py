@@ -7,8 +7,10 @@ positions settle what belongs together, wherever the sequence is cut: token s, n
 t's document where t - s <= position of t.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lhcp.checks import check_plain, shape_of
 from lhcp.config import LighthouseConfig
+
+T = TypeVar("T")
 
 
 class Documents(NamedTuple):
@@ -26,7 +30,8 @@ class Documents(NamedTuple):
     positions: Tensor
     """[B, n] int32: how many tokens of its document are before a token."""
     whole: Tensor
-    """[B, N] int32, the numbers of all ranks' tokens in the order of the sequence."""
+    """[B, 1, N] int32, the numbers of all ranks' tokens in the order of the sequence; heads share
+    them."""
     limits: Tensor
     """int64 [3] on the CPU, the same on all ranks: see `limits_of`."""
 
@@ -56,8 +61,13 @@ class Packing:
 
     def __str__(self) -> str:
         """Return the documents in words, the same for equal ones."""
-        weights = torch.arange(1, len(self.starts) + 1) * 0x9E3779B97F4A7C1
-        return f"{len(self.starts)} documents of digest {int((self.starts * weights).sum()):x}"
+        return f"{len(self.starts)} documents of digest {self.digest:x}"
+
+    @cached_property
+    def digest(self) -> int:
+        """A number below 2**64, the same on all ranks that were given equal ones."""
+        said = str(self.starts.tolist()).encode()
+        return int.from_bytes(blake2b(said, digest_size=8).digest(), "big")
 
     @property
     def divides_rows(self) -> bool:
@@ -70,7 +80,7 @@ class Packing:
         if key not in self._local:
             # Kept longer than whatever mode this call is made in.
             with torch.inference_mode(False), torch.no_grad():
-                self._local[key] = number_tokens(self.starts, cut, device)
+                self._local[key] = Documents(*map(keep, number_tokens(self.starts, cut, device)))
         return self._local[key]
 
     def check_fits(self, config: LighthouseConfig, num_chunks: int) -> None:
@@ -122,6 +132,38 @@ class Packing:
 
 _READ: Any = WeakIdKeyDictionary()
 """What was read from a tensor that is alive, with its version: once a step, not once a layer."""
+
+
+_MADE: Any = WeakIdKeyDictionary()
+"""What was made of a tensor that `keep` was given, by key, for as long as it is alive."""
+
+
+def keep(x: Tensor) -> Tensor:
+    """Return a tensor of documents, which nobody changes, so that `made_once` keeps what it makes.
+
+    By the tensor itself: a copy of it, such as what a CUDA graph reads, is another.
+    """
+    if not torch.compiler.is_compiling():
+        _MADE.setdefault(x, {})
+    return x
+
+
+def made_once(of: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """Return what `make` makes of a tensor of documents, once for all layers that are given it.
+
+    Args:
+        key: what is made; equal ones are the same.
+        make: does not hold the tensor in what it returns, which would keep it alive.
+    """
+    made = None if torch.compiler.is_compiling() else _MADE.get(of)
+    if made is None:
+        return make()
+    if key not in made:
+        # Kept longer than whatever mode this call is made in.
+        with torch.inference_mode(False), torch.no_grad():
+            made[key] = make()
+    found: T = made[key]
+    return found
 
 
 def read_packing(cu_seqlens: Tensor, batch: int, seqlen: int) -> Packing:
@@ -196,7 +238,7 @@ def number_tokens(starts: Tensor, cut: Cut, device: torch.device) -> Documents:
     own = [slice(c * size, (c + 1) * size) for c in cut.chunks]
     tokens, numbers = (torch.cat([x[:, run] for run in own], 1) for x in (all_tokens, whole))
     positions = (tokens - first[numbers]).int()
-    return Documents(numbers, positions, whole, limits_of(starts, cut))
+    return Documents(numbers, positions, whole[:, None], limits_of(starts, cut))
 
 
 def limits_of(starts: Tensor, cut: Cut) -> Tensor:

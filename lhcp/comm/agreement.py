@@ -7,7 +7,7 @@ each new kind of call, without a collective, so that it needs no GPU and nothing
 
 import json
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,16 @@ class Calls:
     last: Fields = field(default_factory=dict)
     """What the last one asked for."""
 
+    def and_then(self, number: int, fields: Fields) -> "Calls":
+        """Return these calls and one more."""
+        return Calls(self.count + 1, (self.trail * 31 + number) & 0xFFFFF, fields)
+
+    def and_given(self, number: int, fields: Fields) -> "Calls":
+        """Return these calls and what one was given, as a number of 64 bits that depends on it."""
+        # Other bits at each call: all layers are given the same, and in a sum of as many powers of
+        # 31 as there are layers most bits of one number cancel.
+        return self.and_then(number >> self.count % 32, fields)
+
     def since(self, before: "Calls") -> int:
         """Return a number below 2**20 that depends on the calls after those, in their order."""
         made = self.count - before.count
@@ -48,19 +58,13 @@ class _Asked:
     known: dict[Hashable, tuple[int, Fields]] = field(default_factory=dict)
     """Calls that all ranks agreed on: as which of them, and what they ask for."""
     posts: int = 0
-    count: int = 0
-    trail: int = 0
-    last: tuple[int, Fields] = (0, {})
+    calls: Calls = field(default_factory=Calls)
+    given: Calls = field(default_factory=Calls)
+    """Of these, what was given anew: see `note_given`."""
     asking: Fields | None = None
     """What is being compared now."""
     counted: bool = True
     """Whether every call is; a CUDA graph's is not."""
-
-    def note(self, call: tuple[int, Fields]) -> None:
-        """Count a call that is about to be made: the only thing done at every one of them."""
-        self.count += 1
-        self.trail = (self.trail * 31 + call[0]) & 0xFFFFF
-        self.last = call
 
 
 _ASKED: WeakKeyDictionary[dist.ProcessGroup, _Asked] = WeakKeyDictionary()
@@ -96,8 +100,24 @@ def agreed(
         prepared = compared(ranks, prepare, fields)
         asked.known[key] = call = len(asked.known) + 1, fields(prepared)
     if counted:
-        asked.note(call)
+        asked.calls = asked.calls.and_then(*call)
     return prepared
+
+
+def note_given(ranks: Ranks, number: int, fields: Fields) -> None:
+    """Count what every call may be given anew, such as documents, without a comparison.
+
+    Where a rank was given something else, its trail is another from here on: a step's check finds
+    it, and a watchdog names it. Nothing hides it: a graph's calls read it outside of the graph.
+
+    Args:
+        number: of 64 bits that depend on what was given. fields: the same in words.
+    """
+    if ranks.flat is None or ranks.world_size == 1:
+        return
+    asked = _ASKED.setdefault(ranks.flat, _Asked())
+    asked.calls = asked.calls.and_given(number, asked.calls.last)
+    asked.given = asked.given.and_given(number, fields)
 
 
 def agree_on_sizes(ranks: Ranks, sizes: Hashable, said: Callable[[], Fields]) -> None:
@@ -112,19 +132,22 @@ def agree_on_sizes(ranks: Ranks, sizes: Hashable, said: Callable[[], Fields]) ->
 
 
 def leave_uncounted(ranks: Ranks) -> None:
-    """Note that calls of these ranks may be a graph's, which nobody counts."""
+    """Note that calls of these ranks may be a graph's, which nobody counts but for `note_given`."""
     if ranks.flat is not None:
         _ASKED.setdefault(ranks.flat, _Asked()).counted = False
 
 
 def calls_in(group: dist.ProcessGroup | None) -> Calls:
-    """Return what this rank has called so far in a group; none where it may be a CUDA graph's."""
+    """Return what this rank has called so far in a group, and was given last.
+
+    Where calls may be a CUDA graph's, only what was given.
+    """
     asked = _Asked() if group is None else _ASKED.get(group, _Asked())
     if not asked.counted:
-        return Calls()
+        return asked.given
     if (asking := asked.asking) is not None:
-        return Calls(asked.count + 1, 0, asking)
-    return Calls(asked.count, asked.trail, asked.last[1])
+        return Calls(asked.calls.count + 1, 0, asking)
+    return replace(asked.calls, last=asked.given.last | asked.calls.last)
 
 
 def calls_made() -> Calls:

@@ -132,5 +132,5 @@ def dense_attention(
     plan = Call("dense", qkv, choices, more, layer).agreed(ranks, prepare)
     packed = None
     if documents is not None:
-        packed = PackedRows(documents.whole[:, None], documents.limits)
+        packed = PackedRows(documents.whole, documents.limits)
     return carry_out(q, k, v, plan, choices.spans, packed, with_lse)

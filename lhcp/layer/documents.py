@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from lhcp.checks import check_plain, shape_of
-from lhcp.comm.agreement import Fields, agreed
+from lhcp.comm.agreement import Fields, agreed, note_given
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.config import LighthouseConfig
 from lhcp.documents import Cut, Documents, Packing, number_tokens, read_packing
-from lhcp.operators import operator
+from lhcp.operators import operator, pack_words, unpack_words
+
+CU_SEQLENS = "cu_seqlens"
+"""What ranks call it when they compare it."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +41,33 @@ class Bounds:
             TypeError, ValueError: they are no such bounds, or do not fit.
         """
         if torch.compiler.is_compiling():
-            cut = self._cut()
-            rule = [] if self.config is None else _sizes(self.config)
-            return Documents(*_read(self.cu_seqlens, self.q, [*cut[:3], *cut.chunks], rule))
+            return self._in_a_graph("")
         packing, cut = self._read()
         return packing.local(cut, self.q.device) if packing.divides_rows else None
 
     def agreed(self, layer: object) -> Documents | None:
         """Return what `local` does, when ranks were given the same bounds at this layer's first.
 
+        Later ones are not compared, which would cost each step a meeting of the hosts, but noted:
+        see `lhcp.comm.agreement.note_given`.
+
         Raises:
             TypeError, ValueError: as `local`, on any rank; or they differ.
         """
         if torch.compiler.is_compiling():
-            return self.local()
+            alone = self.ranks.world_size == 1
+            return self._in_a_graph("" if alone else pack_words(self.ranks.names))
         key = ("documents", layer, getattr(self.q, "shape", None), str(self.layout), self.config)
-        packing, cut = agreed(self.ranks, key, self._read, _fields)
+        packing, cut = agreed(self.ranks, key, self._read, _fields, counted=False)
+        note_given(self.ranks, packing.digest, _fields((packing, cut)))
         return packing.local(cut, self.q.device) if packing.divides_rows else None
+
+    def _in_a_graph(self, names: str) -> Documents:
+        """Return the documents as torch.compile traces them; `names`: of the ranks that note it."""
+        cut = self._cut()
+        rule = [] if self.config is None else _sizes(self.config)
+        sizes = [*cut[:3], *cut.chunks]
+        return Documents(*_read(self.cu_seqlens, self.q, sizes, rule, names))
 
     def _read(self) -> tuple[Packing, Cut]:
         cut = self._cut()
@@ -74,7 +87,12 @@ class Bounds:
 
 
 def _fields(prepared: tuple[Packing, Cut] | None) -> Fields:
-    return {} if prepared is None else {"cu_seqlens": str(prepared[0])}
+    return {} if prepared is None else {CU_SEQLENS: str(prepared[0])}
+
+
+def _ranks(words: str) -> Ranks:
+    flat, outer, inner = unpack_words(words)
+    return Ranks.from_names((flat, outer, inner))
 
 
 def _sizes(config: LighthouseConfig) -> list[int]:
@@ -82,19 +100,23 @@ def _sizes(config: LighthouseConfig) -> list[int]:
 
 
 def _fake_read(
-    cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int]
+    cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int], names: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens = like.shape[:2]
     numbers, positions = (like.new_empty((batch, tokens), dtype=torch.int32) for _ in range(2))
-    whole = like.new_empty((batch, sizes[1]), dtype=torch.int32)
+    whole = like.new_empty((batch, 1, sizes[1]), dtype=torch.int32)
     return numbers, positions, whole, torch.empty(3, dtype=torch.int64, device="cpu")
 
 
 @operator("documents", _fake_read)
 def _read(
-    cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int]
+    cu_seqlens: Tensor, like: Tensor, sizes: list[int], rule: list[int], names: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read bounds, and number the tokens of a `Cut`; `rule`: sizes of a config, or nothing."""
+    """Read bounds, and number the tokens of a `Cut`.
+
+    `rule`: sizes of a config, or nothing; `names`: of the ranks that note what they are given, or
+    nothing.
+    """
     batch, seqlen, num_chunks, *chunks = sizes
     packing = read_packing(cu_seqlens, batch, seqlen)
     if rule:
@@ -103,6 +125,8 @@ def _read(
             num_levels=num_levels, pool_factor=pool_factor, topk=topk, num_strata=num_strata
         )
         packing.check_fits(config, num_chunks)
+    if names:
+        note_given(_ranks(names), packing.digest, {CU_SEQLENS: str(packing)})
     # Fresh ones: whoever calls an operator may write into what it returns.
     cut = Cut(batch, seqlen, num_chunks, tuple(chunks))
     numbers, positions, whole, limits = number_tokens(packing.starts, cut, like.device)

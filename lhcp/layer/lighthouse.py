@@ -11,6 +11,7 @@ from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
+from lhcp.documents import keep
 from lhcp.layer.call import Call
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given, scored_on
@@ -163,7 +164,7 @@ def sparse_attention(
         if given.documents is not None:
             numbers = numbers_of(selection.entries, given.documents.numbers, geom)
             limits = entry_limits(given.documents.limits, geom)
-            packed = PackedRows(gather_numbers(numbers, ranks, plan.layout), limits)
+            packed = PackedRows(keep(gather_numbers(numbers, ranks, plan.layout)), limits)
     # A quarter of the inputs' memory, not needed again: the gradient goes straight to the tokens.
     del pooled
     out, _ = carry_out(qs, ks, vs, plan, timers, packed)

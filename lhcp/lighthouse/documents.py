@@ -9,6 +9,7 @@ them is a chunk's last token and the other in the next chunk, so nothing here as
 import torch
 from torch import Tensor
 
+from lhcp.documents import made_once
 from lhcp.lighthouse.geometry import Geometry
 
 
@@ -79,7 +80,12 @@ def numbers_of(entries: Tensor, numbers: Tensor, geom: Geometry) -> Tensor:
         [B, Hk, S] int32, ascending along the sequence, for entries are in the order of their last
         tokens.
     """
-    pyramid = torch.cat([of_last_tokens(numbers, i, geom) for i in range(geom.num_levels)], 1)
+    levels = range(geom.num_levels)
+    pyramid = made_once(
+        numbers,
+        ("pyramid", geom),
+        lambda: torch.cat([of_last_tokens(numbers, i, geom) for i in levels], 1),
+    )
     return pyramid[:, None].expand(-1, entries.shape[1], -1).gather(2, entries.long())
 
 
@@ -89,5 +95,9 @@ def entry_limits(limits: Tensor, geom: Geometry) -> Tensor:
     A document has no entries in a chunk where it has no tokens, and of each level at most one for
     each of its tokens: of all levels together at most twice as many, and one a level.
     """
-    documents, longest, reach = limits.unbind()
-    return torch.stack([documents, 2 * longest + geom.num_levels, reach])
+
+    def of_entries() -> Tensor:
+        documents, longest, reach = limits.unbind()
+        return torch.stack([documents, 2 * longest + geom.num_levels, reach])
+
+    return made_once(limits, ("entries", geom), of_entries)

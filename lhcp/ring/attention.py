@@ -34,17 +34,17 @@ def attention(
         (float64 for float64), which carries no gradient; or None.
     """
     if plan.rotation not in SHARE_HEADS:
-        out, lse = RingAttention.apply(q, k, v, plan, spans, *(packed or ()))
+        out, lse = RingAttention.apply(q, k, v, plan, spans, *(packed or (None, None)))
         return out, lse
     left = plan.after_exchange()
     if packed is not None:
         packed = packed.after_exchange(plan, left)
     if plan.sharing_ranks == 1:
-        out, lse = RingAttention.apply(q, k, v, left, spans, *(packed or ()))
+        out, lse = RingAttention.apply(q, k, v, left, spans, *(packed or (None, None)))
         return out, lse
     with spans.span("alltoall", "wait", 0, q.device):
         q, k, v = TokensToHeads.apply(q, k, v, plan, spans)
-    out, lse = RingAttention.apply(q, k, v, left, spans, *(packed or ()))
+    out, lse = RingAttention.apply(q, k, v, left, spans, *(packed or (None, None)))
     with spans.span("alltoall", "wait", 1, q.device):
         out = HeadsToTokens.apply(out, plan, spans)
     if not with_lse:

@@ -23,7 +23,7 @@ class BlockCalls:
         self._chunk = plan.shape.chunk
         self._cuts: Cuts | None = None
         if packed is not None:
-            self._cuts = Cuts(packed.numbers, plan.shape, plan.ranks.rank)
+            self._cuts = Cuts.of(packed.numbers, plan.shape, plan.ranks.rank)
 
     def forward(self, q: Tensor, kv: KV, call: Call, step: Step) -> tuple[Tensor, Tensor]:
         """Attend as `Block.forward`, to keys as they were delivered."""

@@ -12,7 +12,7 @@ Chunks of queries and of keys before them share one document at most. Rows that 
 run of their own, without keys, and keys that meet no row one without rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from lhcp.comm.collectives import all_gathers
 from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
+from lhcp.documents import made_once
 from lhcp.operators import operator
 from lhcp.ring.block.base import Bounds
 from lhcp.ring.heads import kv_copies, part_of_heads
@@ -123,9 +124,24 @@ class Cuts:
         self._before = before.view(values.shape)
         """[B, Hk, own chunks, documents + 1]: rows of the whole sequence with a smaller number than
         the first row's of each chunk, than that plus one, and so on."""
+        self._made: dict[Hashable, Bounds] = {}
+
+    @classmethod
+    def of(cls, numbers: Tensor, shape: AttentionShape, rank: int) -> "Cuts":
+        """Return the cuts of some documents, made once for all layers and directions."""
+        return made_once(numbers, ("cuts", shape, rank), lambda: cls(numbers, shape, rank))
 
     def bounds(self, call: Call, step: Step) -> Bounds:
         """Return the bounds of a call's runs; keys are those of its chunks in ascending order."""
+        heads = step.heads if self._before.shape[1] > 1 else None
+        key = (call, heads, step.keys[slice(*call.kv)])
+        if key not in self._made:
+            # As in `made_once`: later calls read them in other modes.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = self._cut(call, step)
+        return self._made[key]
+
+    def _cut(self, call: Call, step: Step) -> Bounds:
         before = self._before
         if before.shape[1] > 1:
             before = before[:, slice(*step.heads)]

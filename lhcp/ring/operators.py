@@ -86,13 +86,24 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: RingPlan, spans: Spans, *packed: Tensor
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: RingPlan,
+        spans: Spans,
+        numbers: Tensor | None,
+        limits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend as `ring_forward`; `packed`: fields of `PackedRows`, or nothing."""
+        """Attend as `ring_forward`; `numbers`, `limits`: of `PackedRows`, or None.
+
+        Not as many tensors as there are: without a gradient torch.compile mixes those up.
+        """
+        packed = [] if numbers is None or limits is None else [numbers, limits]
         if goes_through_operators(spans):
-            out, lse = _forward(q, k, v, list(packed), *plan.pack())
+            out, lse = _forward(q, k, v, packed, *plan.pack())
         else:
-            out, lse = ring_forward(q, KV(k, v), plan, spans, _packed_rows(list(packed)))
+            out, lse = ring_forward(q, KV(k, v), plan, spans, _packed_rows(packed))
         ctx.save_for_backward(q, k, v, out, lse, *packed)
         ctx.mark_non_differentiable(lse)
         ctx.plan, ctx.spans = plan, spans
@@ -109,4 +120,4 @@ class RingAttention(torch.autograd.Function):
             out, lse, *packed = saved
             inputs = BackwardInputs(grads[0], q, KV(k, v), out, lse)
             dq, dk, dv = ring_backward(inputs, ctx.plan, ctx.spans, _packed_rows(packed))
-        return dq, dk, dv, None, None, *(None for _ in saved[2:])
+        return dq, dk, dv, None, None, None, None

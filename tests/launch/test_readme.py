@@ -15,7 +15,9 @@ from lhcp.testing.ranks import RankPool
 from tests import llama
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-ONCE, STEP, FSDP2, DDP, TP, HF, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ONCE, STEP, FSDP2, DDP, TP, HF, *_ = BLOCKS
+(DOCUMENTS,) = [block for block in BLOCKS if "num_docs" in block]
 SEQLEN, BATCH, CP = 256, 4, 2
 
 THIRD_AXIS = {
@@ -81,3 +83,32 @@ def test_the_lines_of_a_stack_train_as_one_rank(
             program = program.replace(stands, becomes)
     for found in ranks.run(run, 4, program, 1 if stack == "tp_fsdp2" else 2):
         assert found == pytest.approx(on_one_rank, rel=1e-12)
+
+
+def run_documents(group: Any) -> bool:
+    """Run README's lines for packed documents, and hold them against one rank."""
+    cp = lhcp.ContextParallel(group)
+    config = lhcp.LighthouseConfig.fit(SEQLEN, 4)
+    cu_seqlens = torch.tensor([0, 40, 111, SEQLEN, SEQLEN + 150, 2 * SEQLEN], dtype=torch.int32)
+    q, k, v = (torch.randn(2, SEQLEN, 2, 8, dtype=torch.float64) for _ in range(3))
+    for x in (q, k, v):
+        dist.broadcast(x, 0, group=group)
+    seen: list[Any] = []
+    scope: dict[str, Any] = {
+        "cp": cp,
+        "batch": {"input_ids": tokens()[:2], "labels": tokens()[:2]},
+        "cu_seqlens": cu_seqlens,
+        "model": lambda *given: seen.append(given),
+        "attend": cp.attention(config),
+        **{name: lhcp.shard(x, group) for name, x in zip("qkv", (q, k, v), strict=True)},
+    }
+    exec(DOCUMENTS, scope)
+    whole = lhcp.lighthouse_attention(q, k, v, config=config, cu_seqlens=cu_seqlens)
+    (ids, positions, bounds), *_ = seen
+    assert torch.equal(bounds, cu_seqlens) and ids.shape == (2, positions.shape[1])
+    return torch.allclose(scope["o"], lhcp.shard(whole, group), rtol=1e-12, atol=1e-12)
+
+
+def test_the_lines_for_packed_documents_run(ranks: RankPool) -> None:
+    """Fails if a line does not run, or a layer's output is not that of one rank."""
+    assert all(ranks.run(run_documents, 4))

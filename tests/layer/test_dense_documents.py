@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lhcp
 from lhcp import reference
+from lhcp.layer.module import Mode
 from lhcp.reference_documents import documents
-from lhcp.testing.inputs import qkv
+from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from tests.distributed.test_messages import MessageRecorder
 
@@ -68,6 +69,21 @@ def test_recomputed() -> None:
 
     for starts in CUTS:
         assert_same(answers(attend, bounds(*starts)), of_oracle(bounds(*starts)))
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_compiled_without_a_gradient(mode: Mode) -> None:
+    """Fails if an evaluation, or a call whose inputs want no gradient, does not compile."""
+    config, seqlen = small_config(num_strata=4)
+    layer = lhcp.LighthouseAttention(config)
+    layer.mode = mode
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    q, k, v = (torch.randn(1, seqlen, 2, 8) for _ in range(3))
+    for given in (bounds(0, 30, seqlen), None):
+        wanted = layer(q, k, v, cu_seqlens=given)
+        assert torch.equal(compiled(q, k, v, cu_seqlens=given), wanted)
+        with torch.no_grad():
+            assert torch.equal(compiled(q, k, v, cu_seqlens=given), wanted)
 
 
 @pytest.mark.parametrize(

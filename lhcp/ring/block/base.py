@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class BackwardInputs(NamedTuple):
     """[B, H, Sq], of the whole attention too."""
 
 
-class Bounds(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Bounds:
     """Runs of a call's queries, and of its keys, that attend to one another and to nothing else.
 
     In flash-attn's form, with the rows of a batch laid end to end: run i is of queries q[i] to
@@ -52,6 +54,12 @@ class Bounds(NamedTuple):
     def all_meet(self) -> bool:
         """Whether runs of queries and of keys are the same ones, so that each query meets a key."""
         return self.q is self.kv
+
+    @cached_property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """How many queries and keys of each run are attended with: none where either is empty."""
+        num_q, num_kv = self.q.diff(), self.kv.diff()
+        return num_q.where(num_kv > 0, 0), num_kv.where(num_q > 0, 0)
 
 
 @dataclass(frozen=True)

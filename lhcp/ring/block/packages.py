@@ -96,9 +96,8 @@ def _fa4_varlen(bounds: Bounds) -> dict[str, Any]:
         return given
     # It reads keys where a run has none. So none are used where either is empty; what it does not
     # use it does not write.
-    num_q, num_kv = bounds.q.diff(), bounds.kv.diff()
-    used = {"seqused_q": num_q.where(num_kv > 0, 0), "seqused_k": num_kv.where(num_q > 0, 0)}
-    return given | used
+    used_q, used_kv = bounds.used
+    return given | {"seqused_q": used_q, "seqused_k": used_kv}
 
 
 def _gradients(inputs: BackwardInputs, bounds: Bounds) -> Grads:
