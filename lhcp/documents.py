@@ -58,6 +58,7 @@ class Packing:
         self.seqlen = seqlen
         self._fits: set[tuple[LighthouseConfig, int]] = set()
         self._local: dict[tuple[Cut, torch.device], Documents] = {}
+        self._limits: dict[Cut, tuple[int, ...]] = {}
 
     def __str__(self) -> str:
         """Return the documents in words, the same for equal ones."""
@@ -82,6 +83,12 @@ class Packing:
             with torch.inference_mode(False), torch.no_grad():
                 self._local[key] = Documents(*map(keep, number_tokens(self.starts, cut, device)))
         return self._local[key]
+
+    def limits(self, cut: Cut) -> tuple[int, ...]:
+        """Return `limits_of` these documents; found once."""
+        if cut not in self._limits:
+            self._limits[cut] = tuple(limits_of(self.starts, cut).tolist())
+        return self._limits[cut]
 
     def check_fits(self, config: LighthouseConfig, num_chunks: int) -> None:
         """Check that each stratum can expand all windows in which a document begins.

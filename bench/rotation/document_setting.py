@@ -162,11 +162,14 @@ class Setting:
                     self.without[arm] = str(error)
         return arms
 
-    def graphs(self) -> tuple[dict[str, Run], list[Any]]:
-        """Return the layer as CUDA graphs, recorded, and what to release."""
+    def graphs(self, launched: dict[str, Spread]) -> tuple[dict[str, Run], list[Any]]:
+        """Return the layer as CUDA graphs, recorded, of what is short; and what to release."""
         arms, recorded = {}, []
         for mean in (None, *self.starts):
-            name = f"{'plain' if mean is None else f'packed {mean}'} graph"
+            of = "plain" if mean is None else f"packed {mean}"
+            if launched[of].median >= self.args.graphs_below:
+                continue
+            name = f"{of} graph"
             layer = self.layer()
             graphs = lhcp.graphed([layer], always=True)
             run = call(layer, self.inputs, **self.given(mean))
@@ -200,8 +203,8 @@ class Setting:
                 except (RuntimeError, AssertionError, TypeError) as error:
                     self.without[name] = f"{type(error).__name__}: {error}"
         found = in_turn(arms, first, ranks, device, args.repeats)
-        if device.type == "cuda" and found["plain"].median < args.graphs_below:
-            arms, recorded = self.graphs()
+        if device.type == "cuda":
+            arms, recorded = self.graphs(found)
             first = {name: first_samples(run, ranks, device) for name, run in arms.items()}
             found |= in_turn(arms, first, ranks, device, args.repeats)
             for graphs in recorded:

@@ -48,8 +48,9 @@ class Bounds:
     def agreed(self, layer: object) -> Documents | None:
         """Return what `local` does, when ranks were given the same bounds at this layer's first.
 
-        Later ones are not compared, which would cost each step a meeting of the hosts, but noted:
-        see `lhcp.comm.agreement.note_given`.
+        Later ones are compared where their limits are new, on which messages depend. The others are
+        noted, see `lhcp.comm.agreement.note_given`: comparing them would cost each step a meeting
+        of the hosts.
 
         Raises:
             TypeError, ValueError: as `local`, on any rank; or they differ.
@@ -59,7 +60,7 @@ class Bounds:
             return self._in_a_graph("" if alone else pack_words(self.ranks.names))
         key = ("documents", layer, getattr(self.q, "shape", None), str(self.layout), self.config)
         packing, cut = agreed(self.ranks, key, self._read, _fields, counted=False)
-        note_given(self.ranks, packing.digest, _fields((packing, cut)))
+        _tell(self.ranks, packing, cut)
         return packing.local(cut, self.q.device) if packing.divides_rows else None
 
     def _in_a_graph(self, names: str) -> Documents:
@@ -88,6 +89,14 @@ class Bounds:
 
 def _fields(prepared: tuple[Packing, Cut] | None) -> Fields:
     return {} if prepared is None else {CU_SEQLENS: str(prepared[0])}
+
+
+def _tell(ranks: Ranks, packing: Packing, cut: Cut) -> None:
+    """Compare limits that are new with the other ranks, and note all that is given."""
+    said = _fields((packing, cut))
+    limits = ("limits", cut[:3], packing.limits(cut))
+    agreed(ranks, limits, lambda: None, lambda _: said, counted=False)
+    note_given(ranks, packing.digest, said)
 
 
 def _ranks(words: str) -> Ranks:
@@ -125,9 +134,9 @@ def _read(
             num_levels=num_levels, pool_factor=pool_factor, topk=topk, num_strata=num_strata
         )
         packing.check_fits(config, num_chunks)
-    if names:
-        note_given(_ranks(names), packing.digest, {CU_SEQLENS: str(packing)})
     # Fresh ones: whoever calls an operator may write into what it returns.
     cut = Cut(batch, seqlen, num_chunks, tuple(chunks))
+    if names:
+        _tell(_ranks(names), packing, cut)
     numbers, positions, whole, limits = number_tokens(packing.starts, cut, like.device)
     return numbers, positions, whole, limits

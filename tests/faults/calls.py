@@ -17,6 +17,9 @@ from tests.faults.runs import Outcome
 WORLD, TIMEOUT = 3, 2.0
 BY_NCCL = torch.cuda.device_count() >= WORLD
 CONFIG, SEQLEN = small_config(num_strata=6)
+LONG = torch.tensor([0, SEQLEN - 1, SEQLEN], dtype=torch.int32)
+# A document a chunk: keys travel to nobody, where those of the long one do.
+SHORT = torch.arange(0, SEQLEN + 1, SEQLEN // 6, dtype=torch.int32)
 
 
 def attend(x: Tensor, grad: bool = True, **choices: object) -> Tensor:
@@ -36,6 +39,8 @@ def step(rank: int, folder: Path, fault: str) -> None:
     with lhcp.Watchdog(timeout=TIMEOUT) as watchdog:
         for scale in (0.1, 0.3):
             attend(x, scale=scale).sum().backward()
+        if fault == "documents":
+            attend(x, scale=0.1, cu_seqlens=LONG).sum().backward()
         watchdog.at("forward", 6)
         time.sleep(0.3)
         go_astray(folder)
@@ -46,6 +51,8 @@ def step(rank: int, folder: Path, fault: str) -> None:
             attend(x, scale=scale, config=replace(CONFIG, topk=2 * CONFIG.topk))
         elif fault == "gradient":
             attend(x, scale=0.2, grad=not astray)
+        elif fault == "documents":
+            out = attend(x, scale=scale, cu_seqlens=SHORT if astray else LONG)
         elif fault == "known call" and astray:
             out = attend(x, scale=0.3)
         else:

@@ -273,6 +273,12 @@ FAULTS = [
                 ("the ranks' attention calls differ: ", "config.topk: "),
             ),
             (
+                "other documents",
+                "documents",
+                "shorter ones than the others, at a call that all ranks know",
+                ("the ranks' attention calls differ: ", "(cu_seqlens: 6 documents of digest "),
+            ),
+            (
                 "a gradient that others do not want",
                 "gradient",
                 "inputs without a gradient, in a call that is new to all",

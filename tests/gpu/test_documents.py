@@ -224,6 +224,23 @@ def test_nothing_leaks(backend: str) -> None:
         assert not moved[docs != docs[token]].any() and moved[docs == docs[token]].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_serves_every_layer(backend: str) -> None:
+    """Fails if bounds that a first layer made are written over, or others', when a later one reads
+    them."""
+    usable(backend)
+    inputs, kept = draw(2, 2), bounds("random", 2).cuda()
+    layers = [lhcp.LighthouseAttention(None, backend=backend) for _ in range(3)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [answer(lambda *x, of=of: of(*x, cu_seqlens=kept), inputs) for of in layers]
+        fresh = answer(lambda *x: layers[0](*x, cu_seqlens=kept.clone()), inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for results in found:
+        assert all(map(torch.equal, results, fresh))
+
+
 def test_auto_takes_a_backend_that_can() -> None:
     inputs, cu_seqlens = draw(1, 1), bounds("random", 1)
     check(
