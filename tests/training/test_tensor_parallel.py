@@ -157,7 +157,7 @@ def test_bfloat16_errs_as_on_one_rank(one_rank: None, run_ranks: RunRanks, small
     """Fails if partial sums of cut layers lose more than rounding does anyway.
 
     Near the start equal bytes have nearly equal logits, so that their rounding does not average out
-    over a text: a loss is off by some 1e-4 of itself, up or down by seed.
+    over a text: a loss is off by some 1e-3 of itself, up or down by seed, on any ranks.
     """
     model = replace(small_run.model, dim=256, head_dim=32, hidden_dim=384, num_layers=4)
     run = replace(small_run, model=model, global_batch=1, dtype="fp32")
