@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,31 +72,49 @@ class Nodes:
         """Run one torchrun over all namespaces, `ranks` in each; return what the first printed.
 
         Raises:
-            RuntimeError: a node failed or took too long; the message ends with all nodes' output.
+            RuntimeError: as `run`.
+        """
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(self.names)))
+        common = ("--master-addr", self.address(0), "--master-port", str(port), *arguments)
+        ranked = ("--nproc-per-node", str(ranks), *common)
+        commands = [
+            (*launcher, "--node-rank", str(node), *ranked) for node in range(len(self.names))
+        ]
+        return self.run(commands, timeout)
+
+    def run(
+        self,
+        commands: Sequence[Sequence[str]],
+        timeout: float,
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
+        """Run one command in each namespace, at once; return what the first one's printed.
+
+        Args:
+            commands: as many as there are namespaces.
+            timeout: seconds for all of them.
+            variables: of their environment, beside this process's.
+
+        Raises:
+            RuntimeError: one failed or took too long; the message ends with the output of all.
         """
         env = os.environ | {
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            **(variables or {}),
         }
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in self.names]
             launched = [
                 subprocess.Popen(
-                    [
-                        *("ip", "netns", "exec", name),
-                        *(sys.executable, "-m", "torch.distributed.run"),
-                        *("--nnodes", str(len(self.names)), "--node-rank", str(node)),
-                        *("--nproc-per-node", str(ranks)),
-                        *("--master-addr", self.address(0), "--master-port", str(port)),
-                        *arguments,
-                    ],
+                    ["ip", "netns", "exec", name, *command],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=env,
                     cwd=ROOT,
                 )
-                for node, (name, output) in enumerate(zip(self.names, outputs, strict=True))
+                for name, command, output in zip(self.names, commands, outputs, strict=True)
             ]
             try:
                 codes = _wait(launched, timeout)

@@ -98,7 +98,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients that the forward made, times that of the loss."""
         *made, like = ctx.saved_tensors
+        # Rounded on the way out: a wide product of weight's gradient would be held as well.
         dhidden, dweight, dbias = (
-            None if x is None else (x * grads[0]).to(like.dtype) for x in made
+            None if x is None else torch.mul(x, grads[0], out=torch.empty_like(x, dtype=like.dtype))
+            for x in made
         )
         return dhidden, dweight, dbias, None, None, None

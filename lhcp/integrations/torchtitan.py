@@ -5,7 +5,8 @@
         lhcp.integrations.torchtitan.whole_sequences
 
 torchtitan cuts the sequence, shifts labels, and scales loss and gradients itself, and its order
-"headtail" is our zigzag. Nothing of its classes is changed.
+"headtail" is our zigzag. Nothing of its classes is changed. It packs documents into sequences: the
+second override makes each sequence one text; `"documents": true` in the first keeps them apart.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import derive, override
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -30,13 +32,23 @@ from lhcp.comm.agreement import agreed
 from lhcp.comm.layout import LayoutName
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
+from lhcp.documents import cu_seqlens_from_position_ids
 from lhcp.integrations.positions import first_wrong
 from lhcp.layer.module import LighthouseAttention
 
 WHOLE = (
     "name lhcp.integrations.torchtitan.whole_sequences in override.imports, which makes each "
-    "sequence one text, to which attention reaches from end to end"
+    'sequence one text, to which attention reaches from end to end, or pass "documents": true to '
+    "lhcp.integrations.torchtitan.attention, which keeps documents apart"
 )
+
+ORDER = (
+    'Where the order of tokens differs, pass layout: "zigzag" for torchtitan\'s "headtail", '
+    '"contiguous" for its None'
+)
+
+_READ: Any = WeakIdKeyDictionary()
+"""The documents of positions that are alive: read once a step, not once a layer."""
 
 
 class InnerAttention(Module):
@@ -51,11 +63,14 @@ class InnerAttention(Module):
         dense: bool
         """Dense until `lhcp.set_mode` says otherwise."""
         layout: LayoutName
+        documents: bool
+        """Whether attention ends where positions restart."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.scores: dict[str, Tensor] = {}
+        self.cu_seqlens: Tensor | None = None
         self.known: set[tuple[int, ...]] = set()
         self.token = object()
 
@@ -68,15 +83,23 @@ class InnerAttention(Module):
             self.layer.mode = "dense"
         super().parallelize(parallel_dims)
 
-    def check(self, positions: Tensor | None) -> None:
-        """Check that positions are the global ones of this rank's tokens.
+    def read(self, positions: Tensor | None) -> None:
+        """Read documents of positions, or check that those are the global ones of this rank.
 
-        On a CPU at every call, else at the first of each shape; not inside torch.compile.
+        They are checked on a CPU at every call, else at the first of each shape, and not inside
+        torch.compile.
 
         Raises:
-            ValueError: they are not; on every rank where the shape is new.
+            ValueError: they are not, or restart otherwise than documents do; on every rank where
+                the shape is new.
         """
+        self.cu_seqlens = None
         if torch.compiler.is_compiling():
+            if self.config.documents:
+                raise ValueError(
+                    "documents are read by the host, which torch.compile cannot: leave compilation "
+                    "off, or make sequences whole (lhcp.integrations.torchtitan.whole_sequences)"
+                )
             return
         mine = local(positions) if positions is not None else None
         shape = () if mine is None else tuple(mine.shape)
@@ -87,16 +110,19 @@ class InnerAttention(Module):
             if mine is None:
                 raise ValueError(f"the data has no positions: {WHOLE}")
             wrong = first_wrong(mine, self.cp)
-            if wrong is not None:
+            if wrong is not None and not self.config.documents:
                 raise ValueError(
-                    f"positions: {wrong}. Where documents are packed, lhcp has no mask between "
-                    f'them: {WHOLE}. Where the order differs, pass layout: "zigzag" for '
-                    'torchtitan\'s "headtail", "contiguous" for its None'
+                    f"positions: {wrong}. Where documents are packed, nobody said whether they are "
+                    f"one text: {WHOLE}. {ORDER}"
                 )
 
         fields = {"call": "torchtitan", "positions": str(list(shape))}
         agreed(self.cp.ranks, (self.token, shape), prepare, lambda _: fields)
         self.known.add(shape)
+        if self.config.documents and positions is not None and mine is not None:
+            if positions not in _READ:
+                _READ[positions] = documents_of(self.cp.unshard(mine), self.cp)
+            self.cu_seqlens = _READ[positions]
 
     def keep(self, _module: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:
         """Keep projections from before a norm, to be scored in place of q and k."""
@@ -119,7 +145,8 @@ class InnerAttention(Module):
         if scale is not None and scale != q_BLNH.shape[-1] ** -0.5:
             raise ValueError(f"scale={scale}: must be head_dim ** -0.5, or None")
         scores, self.scores = self.scores, {}
-        out: Tensor = self.layer(q_BLNH, k_BLNH, v_BLNH, **scores)
+        cu_seqlens, self.cu_seqlens = self.cu_seqlens, None
+        out: Tensor = self.layer(q_BLNH, k_BLNH, v_BLNH, cu_seqlens=cu_seqlens, **scores)
         return out
 
 
@@ -139,9 +166,34 @@ class GroupedAttention(GQAttention):
 
     def forward(self, x_BLD: Tensor, attention_masks: Any, positions: Any = None) -> Tensor:
         """Attend as torchtitan's, from projections to the projection of the output."""
-        self.inner_attention.check(positions)
+        self.inner_attention.read(positions)
         out: Tensor = super().forward(x_BLD, attention_masks, positions)
         return out
+
+
+def documents_of(positions: Tensor, cp: ContextParallel) -> Tensor:
+    """Return the documents of whole sequences whose positions begin at 0 in each of them.
+
+    Args:
+        positions: integers [B, N].
+        cp: the ranks that were asked for their parts.
+
+    Returns:
+        cu_seqlens, int32 [num_docs + 1] on the CPU.
+
+    Raises:
+        ValueError: positions neither count on nor begin anew at 0.
+    """
+    restart = positions == 0
+    restart[:, 1:] |= positions[:, 1:] == positions[:, :-1] + 1
+    if not bool(restart.all()):
+        row, token = (~restart).nonzero()[0].tolist()
+        raise ValueError(
+            f"positions: token {token} of sequence {row} has {int(positions[row, token])}, as the "
+            f"{cp.layout} parts of {cp.world_size} ranks are put together: must be one more than "
+            f"the token before it, or 0 where a document begins. {ORDER}"
+        )
+    return cu_seqlens_from_position_ids(positions)
 
 
 def local(x: Tensor) -> Tensor:
@@ -157,6 +209,7 @@ def attention(
     layout: LayoutName = "zigzag",
     dense_layers: Collection[int] = (),
     dense: bool = False,
+    documents: bool = False,
     **sizes: Any,
 ) -> Any:
     """Let all layers of a decoder attend with lhcp.
@@ -167,6 +220,9 @@ def attention(
             None, of parallelism.context_parallel_load_balancer.
         dense_layers: layers that stay dense; negative ones count from the end.
         dense: all layers, for the second stage.
+        documents: whether the documents that torchtitan packs into a sequence are kept apart, as
+            its own attention does; the ranks of a sequence then gather its positions once a step.
+            False where sequences are whole.
         sizes: fields of `lhcp.LighthouseConfig`.
 
     Raises:
@@ -188,7 +244,11 @@ def attention(
                 "must be GQAttention over FlexAttention, as in Llama 3 and Qwen3"
             )
         replaced = InnerAttention.Config(
-            sizes=config, dense=i in stay, layout=layout, sharding_config=_sharding(inner)
+            sizes=config,
+            dense=i in stay,
+            layout=layout,
+            documents=documents,
+            sharding_config=_sharding(inner),
         )
         layer.attention = derive(own, GroupedAttention.Config, inner_attention=replaced)
     return cfg

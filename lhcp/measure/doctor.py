@@ -14,13 +14,15 @@ from lhcp.cost.tables import built_in
 from lhcp.layer.module import LighthouseAttention
 from lhcp.layer.plan import choose_backend, choose_kernels, why_not
 from lhcp.measure.examine import Facts, Trouble, differences, hardware, own_troubles, software
-from lhcp.measure.links import gather_rate, link, pair_rates
+from lhcp.measure.links import gather_rate, islands, link, pair_rates
 from lhcp.measure.rank_values import gathered, slowest
 from lhcp.measure.runs import Recorder, differentiable, take_sample
 from lhcp.ring.shape import AttentionShape
 
 SLOW_PAIR = 0.5
 """Of the pairs' median rate: a slower pair is named."""
+QUICK = 0.25
+"""Of the quickest pair's rate: ranks that no pair with as much joins are of different nodes."""
 MOST_PAIRS = 16
 """Ranks up to which each pair is measured alone."""
 
@@ -144,6 +146,19 @@ def _links(ranks: Ranks, device: torch.device) -> tuple[list[str], list[Trouble]
     middle = median(rates.values())
     low, high = min(rates.values()) / 1e9, max(rates.values()) / 1e9
     lines.append(f"pairs, one at a time: {low:.2f} to {high:.2f} GB/s, median {middle / 1e9:.2f}")
+    groups = islands(rates, QUICK)
+    if len(groups) > 1:
+        across = [rate for (a, b), rate in rates.items() if not any({a, b} <= {*g} for g in groups)]
+        said = ", ".join(map(str, groups))
+        return lines, [
+            Trouble(
+                f"links between the ranks {said} are slow: {max(across) / 1e9:.3f} GB/s at most, "
+                f"where others have {high:.2f}",
+                "If these are nodes, cp ranks of one node share a sequence best; across nodes, put "
+                "them on a mesh of two axes with rotation='hierarchical' or 'hybrid'. On one node "
+                "look at `nvidia-smi topo -m`",
+            )
+        ]
     slow = {pair: rate for pair, rate in rates.items() if rate < SLOW_PAIR * middle}
     if not slow:
         return lines, []

@@ -1,6 +1,6 @@
 """Links between ranks: latency and bandwidth of messages, posted as rotations post them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 
 import torch
@@ -102,3 +102,18 @@ def pair_rates(
             seconds = seconds_of(run, device, 3)
         found[pair] = num_bytes / slowest(seconds, ranks)
     return found
+
+
+def islands(rates: Mapping[tuple[int, int], float], share: float) -> list[list[int]]:
+    """Return the ranks that quick pairs join, directly or through others, in order.
+
+    Args:
+        rates: of each pair of ranks.
+        share: of the quickest pair's rate; a pair that has less is not quick.
+    """
+    quick = [pair for pair, rate in rates.items() if rate >= share * max(rates.values())]
+    found = [{rank} for rank in sorted({rank for pair in rates for rank in pair})]
+    for pair in quick:
+        joined = set[int]().union(*(island for island in found if island & set(pair)))
+        found = [joined, *(island for island in found if not island & joined)]
+    return sorted(map(sorted, found))

@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "compile": "how it is computed: up to rounding the same",
     "graphs": "how it is computed: up to rounding the same",
     "recompute": "how it is computed: up to rounding the same",
+    "offload": "where activations wait",
     "lighthouse_steps": "what is to come; the stages that are done are compared",
     "dense_steps": "what is to come; the stages that are done are compared",
     "baseline": "another run beside it",

@@ -5,12 +5,15 @@ Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_d
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lhcp.config import LighthouseConfig
@@ -227,14 +230,21 @@ class Decoder(nn.Module):
         config: Sizes.
         attention: Makes the attention of a layer; see `AttentionFactory`.
         recompute: Whether the backward recomputes each layer instead of keeping its activations.
+        offload: Whether what is recomputed from, the input of each layer, waits in the host's
+            memory meanwhile.
     """
 
     def __init__(
-        self, config: ModelConfig, attention: AttentionFactory, *, recompute: bool = False
+        self,
+        config: ModelConfig,
+        attention: AttentionFactory,
+        *,
+        recompute: bool = False,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute, self.offload = recompute, offload
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(
             DecoderLayer(config, attention(dense), always_dense=dense)
@@ -259,7 +269,10 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cu_seqlens, use_reentrant=False)
+                layer = partial(block, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
+                with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+                    # What the function holds, which all layers share, stays where it is.
+                    x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = block(x, cos, sin, cu_seqlens)
         logits: Tensor = self.head(self.norm(x))

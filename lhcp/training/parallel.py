@@ -170,7 +170,7 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
     by_graph = wants_graphs(run, device)
     timers = None if by_graph or run.compile else lhcp.Timers()
     factory = attention_factory(run, placement.cp_group, timers)
-    model = Decoder(run.model, factory, recompute=run.recompute)
+    model = Decoder(run.model, factory, recompute=run.recompute, offload=run.offload)
     model.initialize(run.seed)
     model.to(device)
     if run.tp > 1:

@@ -66,6 +66,9 @@ class Run:
     not timed then, nor in compiled blocks."""
     recompute: bool = False
     """Recompute each block in the backward instead of keeping its activations."""
+    offload: bool = False
+    """With recompute: keep what each block is recomputed from in the host's memory; the copies
+    take a GPU the time of its link to the host."""
 
     eval_every: int = 100
     """Steps between held-out evaluations."""
@@ -203,6 +206,11 @@ class Run:
             raise ValueError(
                 f"model.vocab_size={self.model.vocab_size}: the text is read as bytes, which need "
                 "at least 256"
+            )
+        if self.offload and not self.recompute:
+            raise ValueError(
+                "offload=True: the inputs of recomputed blocks are kept on the host, so that it "
+                "needs recompute=True (--recompute)"
             )
         if not 0 <= self.rotation_budget < math.inf:
             raise ValueError(

@@ -59,7 +59,7 @@ def diagnose_layers(
     rows = [[r.spread_q, r.spread_k, r.near_ties, r.overlap or 0.0] for r in reports.values()]
     if not rows:
         return []
-    # Ranks of one sequence have equal reports, so this is the mean over sequences.
+    # Ranks of one sequence have equal reports, or each of its heads, so this is the mean over all.
     total = torch.tensor(rows, dtype=torch.float64, device=place.device)
     dist.all_reduce(total)
     means = (total / dist.get_world_size()).tolist()

@@ -1,5 +1,6 @@
 """torchtitan's own modules on one rank; on two ranks it trains in launch/test_readme_titan.py."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,38 @@ def test_scores_are_taken_before_a_norm_of_q_and_k(family: str) -> None:
         assert "score_q" not in seen
 
 
+def test_documents_are_attended_to_alone() -> None:
+    """Fails if a token sees another document: torchtitan's own attention on each one alone."""
+    config = decoder().layers[0].attention
+    config.inner_attention = ScaledDotProductAttention.Config()
+    own = config.build()
+    ours = titan.attention(decoder(), dense=True, documents=True, **SIZES).layers[0].attention
+    module, x = build(ours), tokens()
+    own.init_states()
+    own.load_state_dict(module.state_dict())
+    bounds = [[0, 7, 150, SEQLEN], [0, SEQLEN - 1, SEQLEN]]
+    places = [torch.cat([torch.arange(n) for n in torch.tensor(b).diff().tolist()]) for b in bounds]
+    found = module(x, None, torch.stack(places))
+    for row, ends in enumerate(bounds):
+        for begin, end in pairwise(ends):
+            alone = own(x[row : row + 1, begin:end], None, torch.arange(end - begin)[None])
+            error = (found[row, begin:end] - alone[0]).norm()
+            assert error <= 1e-5 * alone.norm()
+
+
+def test_documents_are_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if each layer makes the ranks gather positions and wait for them."""
+    config = titan.attention(decoder(), documents=True, **SIZES)
+    layers, asked = [build(layer.attention) for layer in config.layers], []
+    own = titan.documents_of
+    monkeypatch.setattr(titan, "documents_of", lambda *x: asked.append(x) or own(*x))
+    for step in range(2):
+        places = (POSITIONS % (100 + step)).repeat(2, 1)
+        for layer in layers:
+            layer(tokens(), None, places)
+        assert len(asked) == step + 1
+
+
 def test_layers_and_stages_are_asked_for_by_number() -> None:
     """Fails if a dense layer is another than meant, or the second stage is not dense."""
 
@@ -105,8 +138,11 @@ def test_layers_and_stages_are_asked_for_by_number() -> None:
 
 def test_documents_masks_and_other_attentions_are_refused() -> None:
     module = build(titan.attention(decoder(), **SIZES).layers[0].attention)
-    with pytest.raises(ValueError, match=r"holds 100 there.*whole_sequences"):
+    with pytest.raises(ValueError, match=r"holds \[?100\]? there.*whole_sequences.*documents"):
         module(tokens(), None, POSITIONS % 100)
+    kept = build(titan.attention(decoder(), documents=True, **SIZES).layers[0].attention)
+    with pytest.raises(ValueError, match=r"token 100 of sequence 1 has 7, .* one more than"):
+        kept(tokens(), None, torch.cat((POSITIONS, POSITIONS % 100 + 7 * (POSITIONS > 99))))
     with pytest.raises(ValueError, match=r"no positions.*whole_sequences"):
         module(tokens(), None, None)
     with pytest.raises(ValueError, match="attention_masks must be None"):

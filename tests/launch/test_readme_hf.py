@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 
 BECOMES = {
-    "model = Model(attention=lambda: cp.attention(config))\n": "",
+    "model = Model(attention=lambda: cp.attention(config))": "",
     'lhcp.set_mode(model, "lighthouse", dense_layers=(0, 1, -2, -1))': "",
     "model.blocks": "model.model.layers",
     'model(batch["input_ids"], batch["position_ids"])': "model(**batch).logits",

@@ -54,6 +54,17 @@ def test_the_command_trains_as_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_documents_that_are_kept_apart_train_as_on_one_rank(tmp_path: Path) -> None:
+    """Fails if ranks read other documents of their parts than one rank does of the whole."""
+    pytest.importorskip("torchtitan")
+    ((_, (loss, norm, *_)),) = numbers(run(tmp_path, 1, "1", "documents", "kept"))
+    ((_, (whole, *_)),) = numbers(run(tmp_path, 1, "1"))
+    assert abs(whole - loss) > 1e-4
+    for _, (first, first_norm, *_) in numbers(run(tmp_path, 2, "1", "documents", "kept")):
+        assert (first, first_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+
+
+@pytest.mark.slow
 def test_documents_are_refused_where_nobody_said_that_they_are_one_text(tmp_path: Path) -> None:
     """Fails if torchtitan's masks between documents are dropped in silence."""
     pytest.importorskip("torchtitan")

@@ -1,7 +1,7 @@
 """README's command for torchtitan, on real text and CPUs: for torchrun.
 
-Arguments: the number of steps, and "documents" to leave out the override that makes
-sequences whole.
+Arguments: the number of steps; "documents" to leave out the override that makes sequences whole,
+"kept" to have documents kept apart too.
 
 torchtitan 0.3 is for GPUs and a torch after 2.13. What a CPU, gloo or torch 2.13 lacks of what it
 calls beside its model is put in its place here, before it is imported.
@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +108,7 @@ class NoTokenizer(BaseTokenizer):
         return 256
 
 
-def config_of(ranks: int, steps: int, documents: bool) -> Any:
+def config_of(ranks: int, steps: int, words: Collection[str]) -> Any:
     """README's command line, with a model and data of a size for CPUs."""
     (command,) = re.findall(r"^torchrun .* torchtitan\.train (.*?)```", README, re.DOTALL | re.M)
     becomes = {
@@ -118,8 +118,10 @@ def config_of(ranks: int, steps: int, documents: bool) -> Any:
         '"topk": 1536': '"topk": 16, "num_strata": 8',
         '"dense_layers": [0, 1, -2, -1]': '"dense_layers": [0]',
     }
-    if documents:
+    if "documents" in words:
         becomes["lhcp.integrations.torchtitan.whole_sequences"] = ""
+    if "kept" in words:
+        becomes['"topk": 16'] = '"documents": true, "topk": 16'
     for stands, other in becomes.items():
         assert stands in command, stands
         command = command.replace(stands, other)
@@ -149,9 +151,9 @@ def same_start(model: torch.nn.Module) -> None:
         parameter.copy_(drawn)
 
 
-def main(steps: int, documents: bool) -> None:
+def main(steps: int, words: Collection[str]) -> None:
     """Train; print the modes of the layers, first loss and grad norm, and where the loss ends."""
-    trainer = config_of(int(os.environ["WORLD_SIZE"]), steps, documents).build()
+    trainer = config_of(int(os.environ["WORLD_SIZE"]), steps, words).build()
     (model,) = trainer.model_parts
     same_start(model)
     for module in model.modules():
@@ -192,4 +194,4 @@ def main(steps: int, documents: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "documents" in sys.argv)
+    main(int(sys.argv[1]), sys.argv[2:])

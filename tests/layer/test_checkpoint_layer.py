@@ -1,12 +1,14 @@
 """torch.utils.checkpoint around the layer: equal gradients; what a policy keeps is not redone."""
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -40,31 +42,43 @@ def keep_attention_and_selection(context: Any, op: Any, *args: Any, **kwargs: An
 
 
 class Checkpointed(nn.Module):
-    """A block under torch.utils.checkpoint."""
+    """A block under torch.utils.checkpoint; offloaded, its inputs wait on the host."""
 
-    def __init__(self, block: nn.Module, selective: bool) -> None:
+    def __init__(self, block: nn.Module, selective: bool, offloaded: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.offloaded = block, offloaded
         self.choices = {}
         if selective:
             contexts = partial(create_selective_checkpoint_contexts, keep_attention_and_selection)
             self.choices["context_fn"] = contexts
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return checkpoint(self.block, *inputs, use_reentrant=False, **self.choices)
+        with save_on_cpu(pin_memory=True) if self.offloaded else nullcontext():
+            return checkpoint(self.block, *inputs, use_reentrant=False, **self.choices)
 
 
-@pytest.mark.parametrize("selective", [False, True], ids=["all", "selective"])
+@pytest.mark.parametrize(
+    ("selective", "offloaded"),
+    [(False, False), (True, False), (False, True)],
+    ids=["all", "selective", "offloaded"],
+)
 @pytest.mark.parametrize("place", PLACES)
-def test_equal_gradients_and_what_is_done_again(place: Place, selective: bool) -> None:
+def test_equal_gradients_and_what_is_done_again(
+    place: Place, selective: bool, offloaded: bool
+) -> None:
     block, inputs, dout = make_block(place)
     plain, exact = answer(block, inputs, dout), exact_answer(block, inputs, dout)
     for i, results in enumerate(
-        zip(answer(Checkpointed(block, selective), inputs, dout), plain, exact, strict=True)
+        zip(
+            answer(Checkpointed(block, selective, offloaded), inputs, dout),
+            plain,
+            exact,
+            strict=True,
+        )
     ):
         assert_within_budget(f"result {i}", *results)
 
-    out = Checkpointed(block, selective)(*inputs)
+    out = Checkpointed(block, selective, offloaded)(*inputs)
     with Calls() as calls:
         out.backward(dout)
     assert calls.count["ring_backward"] == calls.count["gather_backward"] == 1

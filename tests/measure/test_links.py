@@ -24,3 +24,11 @@ def test_a_noisy_link_is_not_endlessly_fast(
     found = links.latency_and_rate(make, large, Ranks(), torch.device("cpu"))
     assert found[1] == pytest.approx(rate, rel=2e-3)
     assert 0 <= found[0] <= short
+
+
+def test_ranks_that_quick_pairs_join_are_one_node() -> None:
+    """Fails if nodes are merged, or one slow pair of a node divides it."""
+    two = {(0, 1): 4.0, (0, 2): 0.1, (0, 3): 0.1, (1, 2): 0.1, (1, 3): 0.2, (2, 3): 3.0}
+    assert links.islands(two, 0.25) == [[0, 1], [2, 3]]
+    assert links.islands(two | {(1, 3): 1.0}, 0.25) == [[0, 1, 2, 3]]
+    assert links.islands({(0, 1): 4.0, (0, 2): 0.1, (1, 2): 0.1}, 0.25) == [[0, 1], [2]]

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,3 +251,39 @@ def test_metadata_cannot_point_outside(saved: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(checkpoint.UnsafeCheckpointError, match="outside its folder"):
         checkpoint.TensorReader(path).read_metadata()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_two_ranks_to_four_to_one(
+    one_rank: None, run_ranks: RunRanks, small_run: Run, tmp_path: Path
+) -> None:
+    """Fails if a step after a change of ranks is another, from lighthouse into dense too: it is
+    that of the ranks which wrote the checkpoint."""
+    run = replace(small_run, out=str(tmp_path / "out"), checkpoint_every=1, keep_checkpoints=9)
+    two, four = replace(run, cp=2), replace(run, cp=4)
+    assert run_ranks(2, first_steps, two, 3) == [(0, [1, 2, 3])] * 2
+    on_two = run_ranks(2, next_losses, replace(two, out=copied(run, tmp_path / "two")), 4)[0]
+    assert run_ranks(4, next_losses, four, 4)[0] == pytest.approx(on_two, rel=1e-5)
+    on_four = run_ranks(4, next_losses, replace(four, out=copied(run, tmp_path / "four")), 5)[0]
+    assert next_losses(None, run, 5) == pytest.approx(on_four, rel=1e-5)
+
+
+def copied(run: Run, to: Path) -> str:
+    shutil.copytree(run.folder, to)
+    return str(to)
+
+
+def first_steps(group: object, run: Run, last: int) -> tuple[int, list[int]]:
+    watcher = Silent(stop_after=last + 1)
+    with pytest.raises(InterruptedError):
+        do(run, watcher)
+    return watcher.started_at, [int(step) for step, *_ in watcher.numbers[:-1]]
+
+
+def next_losses(group: object, run: Run, step: int) -> tuple[float, ...]:
+    """Return the numbers of step `step`, which is the next one, and do it for the folder."""
+    watcher = Silent(stop_after=step + 1)
+    with pytest.raises(InterruptedError) if step < 5 else nullcontext():
+        do(run, watcher)
+    assert watcher.started_at == step - 1
+    return watcher.numbers[0]

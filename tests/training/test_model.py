@@ -5,9 +5,11 @@ from math import prod
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lhcp import LighthouseAttention, LighthouseConfig
+from lhcp.training import model as model_file
 from lhcp.training.model import (
     Decoder,
     ModelConfig,
@@ -66,11 +68,31 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_recomputing_changes_no_gradient() -> None:
     tokens, positions = torch.arange(16)[None], torch.arange(16)
     grads = []
-    for recompute in (False, True):
-        model = small(recompute=recompute)
+    for options in ({}, {"recompute": True}, {"recompute": True, "offload": True}):
+        model = small(**options)
         model(tokens, positions).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
-    assert all(map(torch.equal, *grads))
+    assert all(map(torch.equal, grads[0], grads[1]))
+    assert all(map(torch.equal, grads[0], grads[2]))
+
+
+def test_only_inputs_of_layers_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if offloading also copies what all layers share, or a layer's input stays."""
+    packed: list[tuple[int, ...]] = []
+
+    def watching(pin_memory: bool) -> saved_tensors_hooks:
+        def pack(x: Tensor) -> Tensor:
+            packed.append(tuple(x.shape))
+            return x
+
+        return saved_tensors_hooks(pack, lambda x: x)
+
+    monkeypatch.setattr(model_file, "save_on_cpu", watching)
+    model = small(recompute=True, offload=True)
+    logits = model(torch.arange(16)[None], torch.arange(16))
+    assert [shape for shape in packed if 0 not in shape] == [(1, 16, SMALL.dim)] * SMALL.num_layers
+    logits.sum().backward()
+    assert len(packed) == SMALL.num_layers or all(0 in x for x in packed[SMALL.num_layers :])
 
 
 def test_tied_head_is_the_embedding() -> None:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lhcp.layer.mode import set_mode
 from lhcp.training import checkpoint
+from lhcp.training.data import open_data
 from lhcp.training.model import Joined
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
+from lhcp.training.stages import Stage
+from lhcp.training.step import train_step
 from lhcp.training.training_state import tensors_of
 from tests.training.test_checkpoint import Silent, do, stop_and_go_on
 from tests.training.test_loss_scale import both_modes, on_one_rank, sgd_run
@@ -131,3 +135,37 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         replace(small_run, **changes).check(world_size)
+
+
+SEEDS = range(6)
+
+
+def first_losses(group: object, run: Run) -> list[float]:
+    """Return the loss of the first step from each of several seeds, on the same text."""
+    data = open_data(run.data, run.seqlen, run.seed)
+    stages = (Stage(name="only", mode="lighthouse", steps=1),)
+    found = []
+    for seed in SEEDS:
+        trainee = build(replace(run, seed=seed), torch.device("cpu"))
+        set_mode(trainee.model, "lighthouse")
+        found.append(train_step(run, trainee, data.train, stages, 0).loss)
+    return found
+
+
+@pytest.mark.slow
+def test_bfloat16_errs_as_on_one_rank(one_rank: None, run_ranks: RunRanks, small_run: Run) -> None:
+    """Fails if partial sums of cut layers lose more than rounding does anyway.
+
+    Near the start equal bytes have nearly equal logits, so that their rounding does not average out
+    over a text: a loss is off by some 1e-3 of itself, up or down by seed, on any ranks.
+    """
+    model = replace(small_run.model, dim=256, head_dim=32, hidden_dim=384, num_layers=4)
+    run = replace(small_run, model=model, global_batch=1, dtype="fp32")
+    exact, one = (
+        torch.tensor(first_losses(None, replace(run, dtype=dtype))) for dtype in ("fp32", "bf16")
+    )
+    cut = torch.tensor(run_ranks(4, first_losses, replace(run, dtype="bf16", cp=2, tp=2))[0])
+    rms = {
+        name: (x - exact).square().mean().sqrt().item() for name, x in (("one", one), ("cut", cut))
+    }
+    assert 0 < rms["cut"] <= 2 * rms["one"], rms
