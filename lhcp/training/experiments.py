@@ -139,7 +139,6 @@ def knobs_16k() -> Knobs:
             "model.dense-layers 0 1 2 3 4 5 6 7",
             "lighthouse.scorer dilated",
             "lighthouse.topk 256",
-            "model.rope after_gather",
             "lighthouse.topk 1024",
             "lighthouse.pool-factor 2",
             "lighthouse.pool-factor 8, lighthouse.topk 256",
