@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from lhcp.training import knobs_page
+from lhcp.training import knobs_page, knobs_results
 from lhcp.training.experiments import KNOBS
 from lhcp.training.knobs import Knobs, turn_knobs
 from lhcp.training.process import Process, run_to_exit
@@ -35,7 +35,7 @@ def main(arguments: Arguments, own: Process) -> None:
     turn_knobs(arguments, own, Progress(shown=own.rank == 0))
     if arguments.page and own.rank == 0:
         # Knobs that other processes have done are shown too.
-        rows = knobs_page.read([arguments.run.folder])
+        rows = knobs_results.read([arguments.run.folder])
         print(f"page: {knobs_page.write(rows, arguments.run.folder)}", flush=True)
 
 

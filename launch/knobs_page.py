@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from lhcp.console import escape_unprintable
-from lhcp.training import knobs_page
+from lhcp.training import knobs_page, knobs_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Merge, write, and print the page."""
-    page = knobs_page.write(knobs_page.read(arguments.results), arguments.page)
+    page = knobs_page.write(knobs_results.read(arguments.results), arguments.page)
     print(page.read_text(encoding="utf-8"))
     print(f"page: {page}", flush=True)
 

@@ -239,16 +239,6 @@ def scatter(
     return out.to(o.dtype)
 
 
-def turn_at(x: Tensor, rope: Tensor, places: Tensor) -> Tensor:
-    """Turn rows of x [B, S, H, D] as tokens `places` [B, Hk, S] are by rope [N, 2, D / 2]."""
-    out = []
-    for h in range(x.shape[2]):
-        cos, sin = rope[places[:, h * places.shape[1] // x.shape[2]]].unbind(2)
-        first, second = x[:, :, h].tensor_split(2, -1)
-        out.append(torch.cat([first * cos - second * sin, first * sin + second * cos], -1))
-    return torch.stack(out, 2)
-
-
 def lighthouse_attention(
     q: Tensor,
     k: Tensor,
@@ -260,7 +250,6 @@ def lighthouse_attention(
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    rope: Tensor | None = None,
 ) -> Tensor:
     """Lighthouse attention of the whole sequence on one device.
 
@@ -271,8 +260,6 @@ def lighthouse_attention(
         selection: entries to use in place of step 2 and 3.
         score_q, score_k: [B, N, H, E], [B, N, Hk, E], what to score on in place of q and k.
         cu_seqlens: documents, as in `documents`; None: each row is one.
-        rope: cosines and sines of the tokens, [N, 2, D / 2]: q and k are raw, and entries turned at
-            the last token that they cover.
 
     Returns:
         [B, N, H, D], dtype of q, differentiable through everything but the selection.
@@ -292,10 +279,9 @@ def lighthouse_attention(
             sq, sk = token_scores(score_q, score_k, v, config, scale, docs)
             selection = select(sq, sk, config, docs)
     qs, ks, vs = (gather(x, selection, config, docs) for x in (q, k, v))
-    last, of_entries = last_tokens(selection, config), None
-    if rope is not None:
-        qs, ks = (turn_at(x, rope, last) for x in (qs, ks))
+    of_entries = None
     if docs is not None:
+        last = last_tokens(selection, config)
         of_entries = docs[:, None].expand(-1, last.shape[1], -1).gather(2, last)
         of_entries = of_entries.repeat_interleave(q.shape[2] // last.shape[1], dim=1)
     o = causal_attention(qs, ks, vs, scale, of_entries)

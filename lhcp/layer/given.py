@@ -22,15 +22,13 @@ class Given(NamedTuple):
     score_k: Tensor | None = None
     valid: Tensor | None = None
     documents: Documents | None = None
-    rope: Tensor | None = None
-    """float32 [n, 2, D / 2] or [B, n, 2, D / 2]: q and k are raw, and turned after the gather."""
 
     @property
     def asked(self) -> tuple[tuple[str, Hashable], ...]:
         """What ranks must agree on of it."""
         given = tuple(
             (f"{name} given", getattr(self, name) is not None)
-            for name in ("selection", "documents", "rope")
+            for name in ("selection", "documents")
         )
         scores = (getattr(x, "shape", None) for x in (self.score_q, self.score_k))
         return *given, *zip(("score_q", "score_k"), scores, strict=True)

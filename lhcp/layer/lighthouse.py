@@ -23,7 +23,6 @@ from lhcp.lighthouse.autograd import GatherSubsequence
 from lhcp.lighthouse.documents import entry_limits, numbers_of
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
-from lhcp.lighthouse.rope import of_entries, turn_entries
 from lhcp.lighthouse.score import SCORERS, ScoreInputs
 from lhcp.lighthouse.select import Selection
 from lhcp.operators import pack_integers
@@ -157,9 +156,6 @@ def sparse_attention(
     with timers.span("gather", "compute", 0, q.device):
         sizes = (integers, kernels, given.positions)
         qs, ks, vs = GatherSubsequence.apply(q, k, v, *pooled, *selection, *sizes)
-        if given.rope is not None:
-            turned_by = of_entries(given.rope, selection.entries, geom)
-            qs, ks = (turn_entries(x, turned_by) for x in (qs, ks))
         packed = None
         if given.documents is not None:
             numbers = numbers_of(selection.entries, given.documents.numbers, geom)

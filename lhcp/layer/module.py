@@ -105,7 +105,6 @@ class LighthouseAttention(nn.Module):
         score_k: Tensor | None = None,
         valid: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        rope: Tensor | None = None,
     ) -> Tensor:
         """Attend: q [B, N / W, H, D], k and v [B, N / W, Hk, D] -> [B, N / W, H, D].
 
@@ -113,26 +112,19 @@ class LighthouseAttention(nn.Module):
         for both modes; the others are for the lighthouse mode: the dense one does not use them, nor
         need it: padding is at the end, which nobody before sees.
 
-        With `rope`, float32 [N / W, 2, D / 2] or [B, N / W, 2, D / 2], the cosines and sines of
-        this rank's tokens, q and k are raw in lighthouse mode, and each gathered entry is turned at
-        the last token that it covers: a variant, see METHOD. The dense mode takes no `rope`: it
-        wants q and k turned, as ever.
-
         Raises:
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
             RuntimeError: the layer was made for one rank before this process joined others.
         """
         if self._made_alone:
             self._check_alone()
-        if rope is not None:
-            self._check_rope(rope, q)
         documents = None
         if cu_seqlens is not None:
             # Before a graph, whose input they are: it would keep those that it was recorded with.
             config = self.config if self._mode == "lighthouse" else None
             bounds = Bounds(cu_seqlens, q, self.ranks, self.layout, config)
             documents = bounds.agreed(self._token)
-        given = Given(selection, score_q, score_k, valid, documents, rope)
+        given = Given(selection, score_q, score_k, valid, documents)
         if self.graphs is None:
             out = self.attend(q, k, v, given)
         else:
@@ -189,24 +181,6 @@ class LighthouseAttention(nn.Module):
             f"{self.config}, mode={self._mode!r}, world_size={self.ranks.world_size}, "
             f"layout={c.layout!r}, rotation={rotation!r}, backend={c.backend!r}"
         )
-
-    def _check_rope(self, rope: Tensor, q: Tensor) -> None:
-        """Check what raw q and k are to be turned by.
-
-        Raises:
-            ValueError: the mode is dense, or the shape does not fit q.
-        """
-        if self._mode == "dense":
-            raise ValueError(
-                "rope is for lighthouse mode, which turns entries after the gather: in dense mode "
-                "turn q and k before the call"
-            )
-        own = (q.shape[1], 2, q.shape[3] // 2)
-        if tuple(rope.shape) not in (own, (q.shape[0], *own)):
-            raise ValueError(
-                f"rope is {list(rope.shape)}: q of {list(q.shape)} needs {list(own)} or "
-                f"{[q.shape[0], *own]}"
-            )
 
     def _check_alone(self) -> None:
         """Check that a layer that was made without a group, and before there were any, is alone.

@@ -50,7 +50,6 @@ ADDED: Identity = {
     "data.passkey": 0.0,
     "data.documents": False,
     "data.restart_positions": False,
-    "model.rope": "before_pooling",
 }
 """What younger fields were in runs of before there were such fields."""
 

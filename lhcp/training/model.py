@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +50,6 @@ class ModelConfig:
     tied: bool = False
     """Whether the output head is the embedding's weight."""
     norm_eps: float = 1e-5
-    rope: Literal["before_pooling", "after_gather"] = "before_pooling"
-    """Whether lighthouse layers pool q and k that are turned, as published, or raw ones, and turn
-    each gathered entry at the last token that it covers. Dense attention is the same."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
@@ -165,21 +161,12 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.dim, kv_width, bias=False)
         self.out = nn.Linear(width, config.dim, bias=False)
         self.core = core
-        self.after_gather = config.rope == "after_gather"
 
-    def qkv(
-        self, x: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Return q [B, n, H, D], k and v [B, n, Hk, D] of x [B, n, dim], and what goes with them.
-
-        Of cut heads, this rank's own. With them goes nothing, or what the core turns raw q and k
-        by.
-        """
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [B, n, H, D], k and v [B, n, Hk, D] of x [B, n, dim]; of cut heads, its own."""
         parts = (*self.qk.parts(x), self.v(x))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        if self.after_gather and self.core.mode == "lighthouse":
-            return q, k, v, {"rope": torch.stack((cos[..., 0, 0, :], sin[..., 0, 1, :]), -2)}
-        return rotate(q, cos, sin), rotate(k, cos, sin), v, {}
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class SwiGLU(nn.Module):
@@ -214,10 +201,9 @@ class DecoderLayer(nn.Module):
         """Return x [B, n, dim] after this layer."""
         # Here and not in a module of its own: where the core is a CUDA graph, torch.compile ends a
         # graph of its own at it, and another one in each module around it.
-        q, k, v, given = self.attention.qkv(self.attention_norm(x), cos, sin)
-        if cu_seqlens is not None:
-            given["cu_seqlens"] = cu_seqlens
-        o = self.attention.core(q, k, v, **given)
+        q, k, v = self.attention.qkv(self.attention_norm(x), cos, sin)
+        core = self.attention.core
+        o = core(q, k, v) if cu_seqlens is None else core(q, k, v, cu_seqlens=cu_seqlens)
         x = x + self.attention.out(o.flatten(-2))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out

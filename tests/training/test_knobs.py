@@ -10,7 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lhcp.training import knobs_page, recovery_results, retrieval_report
+from lhcp.training import knobs_page, knobs_results, recovery_results, retrieval_report
 from lhcp.training.data import DataConfig
 from lhcp.training.experiments import KNOBS
 from lhcp.training.history import EvalRecord, StepRecord
@@ -112,7 +112,7 @@ def test_each_knob_is_done_once(knobs: Knobs) -> None:
     turn_knobs(knobs, OWN, second)
     turn_knobs(knobs, OWN, third)
     assert (second.steps, third.steps) == (4, 0)
-    rows = knobs_page.read([knobs.run.folder])
+    rows = knobs_results.read([knobs.run.folder])
     assert list(rows) == ["base", "lighthouse.topk-16", "model.dense-layers"]
     found = read_answers(held.folder)[0]
     assert found.asked == knobs.asked and found == Found.from_json(
@@ -160,18 +160,21 @@ def test_numbers_of_two_knobs(tmp_path: Path) -> None:
             path = tmp_path / name / f"made_seed{result.seed}.jsonl"
             recovery_results.add(path, result)
             recovery_results.add(path, replace(result, arm="lighthouse"))
-    rows = knobs_page.read([tmp_path])
+    rows = knobs_results.read([tmp_path])
     base, more = rows["base"], rows["topk-8"]
-    assert knobs_page.label(base, base) == "base" and knobs_page.label(more, base) == "topk=8"
-    assert knobs_page.differences(more, base) == [-0.25]
+    assert knobs_results.label(base, base) == "base" and knobs_results.label(more, base) == "topk=8"
+    assert knobs_results.differences(more, base) == [-0.25]
     assert knobs_page.cells(more, base) == [
         *("topk=8", "48", "1: 1.250", "-0.250", "2.000", "3.500", "-0.500"),
         *("1.0000 / 2.0000", "30", "-"),
     ]
     page = knobs_page.write(rows, tmp_path / "page")
     assert "0: 1.000, 1: 1.500" in page.read_text()
-    (picture,) = re.findall(r"\]\((.*png)\)", page.read_text())
-    assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
+    assert "Seeds of the base lie 0.500 apart" in page.read_text()
+    pictures = re.findall(r"\]\((.*png)\)", page.read_text())
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
     record = json.loads(page.with_suffix(".json").read_text())
     assert [s["less_base"] for s in record["knobs"]] == [[0.0, 0.0], [-0.25]]
 
@@ -179,10 +182,10 @@ def test_numbers_of_two_knobs(tmp_path: Path) -> None:
 def test_a_place_without_a_base_is_named(tmp_path: Path) -> None:
     """Fails if knobs are compared with nothing."""
     with pytest.raises(FileNotFoundError, match=r"no results of knobs\.py"):
-        knobs_page.read([tmp_path])
+        knobs_results.read([tmp_path])
     recovery_results.add(tmp_path / "other" / "made_seed0.jsonl", made(0, 8, 1.0, 0.0))
     with pytest.raises(FileNotFoundError, match="no finished split of the run without a change"):
-        knobs_page.read([tmp_path])
+        knobs_results.read([tmp_path])
 
 
 def test_many_maps_stand_in_lines(tmp_path: Path) -> None:

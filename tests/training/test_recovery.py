@@ -188,6 +188,22 @@ def test_more_splits_take_what_is_there(recovery: Recovery) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_parts_side_by_side_are_one_recovery(recovery: Recovery, tmp_path: Path) -> None:
+    """Fails if a part trains the other's arms, or both together are not the whole."""
+    whole = do(replace(recovery, splits=("2+2",)), Teller())
+    parts, places = {}, []
+    for part, steps in (("dense", 4), ("splits", 4)):
+        run = replace(recovery.run, out=str(tmp_path / part))
+        teller = Teller()
+        parts |= do(replace(recovery, run=run, splits=("2+2",), part=part), teller)
+        assert teller.steps == steps
+        places.append(run.folder)
+    assert untimed(parts) == untimed(whole)
+    merged = recovery_results.merge(recovery_results.find(places))
+    assert [r.arm for r in merged] == ["dense", "lighthouse", "2+2"] and len(compare(merged)) == 1
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_switch_that_left_no_checkpoint_is_named(recovery: Recovery) -> None:
     do(recovery, Teller())
     with pytest.raises(ValueError, match=r"step-00000001: no whole checkpoint.*another --out"):
