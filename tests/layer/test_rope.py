@@ -15,7 +15,7 @@ from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from lhcp.training.model import Decoder, ModelConfig, rope_table
 from tests.cases import LAYOUTS
-from tests.layer.test_graphs import Again
+from tests.layer.graphs import Again
 
 CONFIG, SEQLEN = small_config(num_strata=8)
 HEADS, KV_HEADS = 4, 2
