@@ -154,3 +154,9 @@ class Posts:
             rank != self.rank and peer.where is not None and peer.where.end not in ("", "left")
             for rank, peer in enumerate(self._peers)
         )
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every other rank has said its last word, or cannot any more."""
+        others = [one for one in self.heard() if one.rank != self.rank]
+        return all(one.gone or (one.where is not None and one.where.end) for one in others)

@@ -174,6 +174,11 @@ class _Mind:
         """Seconds since this rank made a mark or a call."""
         return self.posts.clock.now - self._moved_at
 
+    @property
+    def _grace(self) -> float:
+        """Seconds in which a rank that is well must have moved, or been heard."""
+        return (MISSED + 1) * self.posts.beat
+
     def quiet(self) -> None:
         """Decide nothing from now on: the main thread does, unless all is being said already."""
         self._quiet.set()
@@ -216,14 +221,13 @@ class _Mind:
     def _must_end(self) -> bool:
         """Whether this rank has waited in vain."""
         posts, marks = self.posts, self.marks
-        grace = MISSED * posts.beat + posts.beat
         others = [one for one in posts.heard() if one.rank != posts.rank]
-        if self._still > grace and posts.anybody_ended:
+        if self._still > self._grace and posts.anybody_ended:
             return True
         if marks.place.number == 0:
             # Nobody says how far it is: a rank that was heard and is silent is all that shows.
             silent = [one.silent for one in others if one.where is not None and not one.where.end]
-            return self._still > grace and max(silent, default=0) > marks.timeout
+            return self._still > self._grace and max(silent, default=0) > marks.timeout
         return self._still > marks.place.limit and not excused(marks.place, others, marks.timeout)
 
     def _say(self) -> None:
@@ -234,15 +238,16 @@ class _Mind:
         if posts.lost or posts.clock.now - posts.answered > posts.silence:
             self._on_stall(f"{rank} ends: {posts.without_store()}; {waits}")
             return
-        seconds = max(posts.beat, 0.3) if posts.anybody_ended else max(4 * posts.beat, 1.2)
         posts.last_word(place, "stalled", "")
-        # The first to end does so last: a launcher ends the others when one is gone.
-        self._wait(seconds)
+        # An exit breaks the messages of others: nobody ends before all that live have said theirs,
+        # and heard this one's. And a launcher ends the others when one is gone.
+        self._wait(max(self._grace + 2 * posts.beat, 3.0), lambda: posts.all_ended)
+        self._wait(max(posts.beat, 0.3))
         heard = posts.heard()
         self._on_stall(f"{rank} ends, after {waits}: {in_words(heard)}")
 
-    def _wait(self, seconds: float) -> None:
-        """Let time go by, in which the other thread posts and reads."""
+    def _wait(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Let time go by, in which the other thread posts and reads; until it is enough."""
         until = self.posts.clock.now + seconds
-        while self.posts.clock.tick() < until:
+        while self.posts.clock.tick() < until and not enough():
             time.sleep(self.posts.beat / 4)

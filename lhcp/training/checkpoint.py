@@ -82,7 +82,7 @@ def require_finite(state: dict[str, Any], step: int, folder: Path) -> None:
         rank, names = next(iter(bad.items()))
         raise FloatingPointError(
             f"after step {step} {names[0]} is not finite on rank {rank} ({len(names)} tensors "
-            f"there, ranks {list(bad)}): no checkpoint is written, {newest_in(folder)}; resume "
+            f"there, ranks {list(bad)}): no checkpoint is written; {newest_in(folder)}; resume "
             "from there with a lower --optim.lr or more warm-up"
         )
 
@@ -90,7 +90,7 @@ def require_finite(state: dict[str, Any], step: int, folder: Path) -> None:
 def newest_in(folder: Path) -> str:
     """Say which checkpoint of a folder is the newest; every rank calls it."""
     there = checkpoints_in(folder)
-    return f"{there[0]} stays the newest" if there else f"and {folder} has none before it"
+    return f"{there[0]} stays the newest" if there else f"{folder} has none before it"
 
 
 def save(

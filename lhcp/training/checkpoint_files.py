@@ -1,6 +1,6 @@
 """The files of a checkpoint: their digests, whether they are whole, and which may be dropped.
 
-`complete.json` lists every file with its size and SHA-256, and has a digest of its own. Each rank
+`complete.json` lists every file with its size and digest, and has a digest of its own. Each rank
 digests the files that it wrote, right after it wrote them: it alone knows what they should hold,
 on shared storage its own are those that it still has in memory, and all ranks read at once. What is
 read back later, to resume or before older ones are dropped, is divided over the ranks.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lhcp.training.digests import digest_of, is_as_written
 from lhcp.training.together import NO_SPACE, gather, together
 
 COMPLETE = "complete.json"
@@ -28,7 +29,7 @@ UNFINISHED = ".unfinished"
 NAME = re.compile(r"step-(\d{8,})")
 
 Files = dict[str, tuple[int, str]]
-"""Name -> size and SHA-256; "" where a checkpoint of an older version has none."""
+"""Name -> size and digest; "" where a checkpoint of an older version has none."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -84,12 +85,8 @@ def text_digest(text: str) -> str:
 
 def describe(folder: Path, names: Iterable[str]) -> Files:
     """Return the size and the digest of each file."""
-    found = {}
-    for name in sorted(names):
-        with open(folder / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[name] = ((folder / name).stat().st_size, digest)
-    return found
+    paths = [folder / name for name in sorted(names)]
+    return {path.name: (path.stat().st_size, digest_of(path)) for path in paths}
 
 
 def disk_is_full(folder: Path) -> bool:
@@ -124,7 +121,7 @@ def own_trouble(path: Path, rank: int, world_size: int) -> str:
             if there != size:
                 return f"{name} has {there} bytes of {size}"
             mine = index % world_size == rank and digest
-            if mine and describe(path, [name])[name][1] != digest:
+            if mine and not is_as_written(path / name, digest):
                 return f"{name} is not as it was written: its digest differs"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is not there"

@@ -33,6 +33,8 @@ class StepRecord:
     """Model FLOPs over what the GPUs could do in bf16; None: not known."""
     documents: int | None = None
     """Documents of the global batch, each part of one that a sequence has; None: text runs on."""
+    skipped: bool = False
+    """Whether the weights stayed as they were, because loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "accept": "what may differ",
     "timeout": "how long ranks wait",
     "debug": "what is logged",
+    "on_bad_step": "what is done where a run would end",
     "cp": "the mesh",
     "tp": "the mesh",
     "layout": "the mesh",

@@ -1,7 +1,7 @@
 """The training loop: from the newest checkpoint through the stages in order."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from lhcp.training.stopping import Stop, Stopped, stoppable
 
 FIRST_STEPS = 3
 """Of a stage: in them layers are compiled, kernels tuned and graphs recorded."""
+BAD_STEPS = 3
+"""Steps in a row that may be skipped."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,14 @@ def train_until(
         stage = stage_at(stages, done)
         set_mode(trainee.model, stage.mode)
         marks.patience = SLOW if done < settled else 1.0
-        record = train_step(run, trainee, data.train, stages, done, stop)
+        # So many skipped ones in a row are not bad luck: the next one says what is wrong.
+        last = history.steps[-BAD_STEPS:]
+        hopeless = len(last) == BAD_STEPS and all(one.skipped for one in last)
+        strict = replace(run, on_bad_step="stop") if hopeless else run
+        try:
+            record = train_step(strict, trainee, data.train, stages, done, stop)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {checkpoint.newest_in(folder)}") from error
         history.steps.append(record)
         watcher.on_step(record, stages)
         done += 1

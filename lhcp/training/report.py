@@ -70,6 +70,7 @@ class Progress:
         packed = "" if record.documents is None else f"documents {record.documents:>3}  "
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
+            f"{'NOT FINITE, SKIPPED  ' if record.skipped else ''}"
             f"grad {record.grad_norm:6.3f}  {record.tokens_per_second:>7,.0f} tok/s  "
             f"{packed}rotation {share_of(record.rotation_share)}{use_of(record)}  "
             f"ETA {left // 60}:{left % 60:02d}"

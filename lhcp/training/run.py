@@ -93,6 +93,9 @@ class Run:
     timeout: float = TIMEOUT
     """Seconds that ranks wait for one another in a forward, a backward or an optimiser step; four
     times that in a save, an evaluation or the first steps of a stage, and five to start."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: the run ends and says what was
+    the first such tensor, or the step is not taken, up to three in a row."""
     debug: bool = False
     """Whether torch keeps the last messages and serves them, with all stacks, to a browser: its
     flight recorder and debug server (port 25999 of rank 0's machine), for hunting a hang."""

@@ -14,6 +14,7 @@ from lhcp.comm.agreement import Calls, calls_in
 from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
+from lhcp.training.bad_numbers import first_not_finite
 from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
@@ -130,8 +131,9 @@ def train_step(
     `stop` is told how many ranks were asked to stop, with the sum that the loss needs anyway.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite, on all ranks alike; the weights
-            are still those before the step.
+        FloatingPointError: the loss or the gradient is not finite, on all ranks alike, and the run
+            does not skip such steps; the weights are still those before the step. The message names
+            the first tensor that is not, found by a second pass over the batch.
         ValueError: ranks made different attention calls; as much.
     """
     begin = time.perf_counter()
@@ -161,15 +163,23 @@ def train_step(
     if stop is not None:
         stop.hear(asked)
     stage = stage_at(stages, step).name
-    if not torch.tensor((loss, norm)).isfinite().all():
+    skipped = not bool(torch.tensor((loss, norm)).isfinite().all())
+    if skipped and run.on_bad_step == "stop":
+        trainee.marks.at("search", step + 1, patience=SLOW)
+        trainee.optimizer.zero_grad()
+        where = first_not_finite(trainee.model, lambda: backward(run, trainee, data, step))
+        lower = f"a lower --optim.lr (now {rate:g}) or more warm-up"
+        # No rate has done anything yet.
+        advice = f"go on with {lower}" if step else "see the text, the weights and the sizes"
         raise FloatingPointError(
-            f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; resume "
-            f"from the last checkpoint with a lower --optim.lr (now {rate:g}) or more warm-up"
+            f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; the first "
+            f"was {where}; {advice}"
         )
     trainee.marks.at("optimiser", step + 1)
-    if norm > run.optim.clip:
-        torch._foreach_mul_(cut + shared, run.optim.clip / norm)
-    trainee.optimizer.step()
+    if not skipped:
+        if norm > run.optim.clip:
+            torch._foreach_mul_(cut + shared, run.optim.clip / norm)
+        trainee.optimizer.step()
     seconds = time.perf_counter() - begin
     tokens = run.global_batch * run.seqlen
     waited_share = None if timers is None else waited / dist.get_world_size() / seconds
@@ -185,6 +195,7 @@ def train_step(
         peak_gib=peak_gib(trainee.placement.device),
         mfu=utilization(run, stage_at(stages, step).mode, tokens / seconds, trainee.placement),
         documents=data.size(step, run.global_batch).num_documents,
+        skipped=skipped,
     )
 
 

@@ -10,12 +10,16 @@ import torch
 import lhcp
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import as_ranks
+from lhcp.cost import choose as choosing
 from lhcp.cost.calibration import Host, Link
-from lhcp.cost.tables import CPU
+from lhcp.cost.choose import CANDIDATES, choose, play
+from lhcp.cost.clocks import Clocks, Setting
+from lhcp.cost.tables import CALIBRATIONS, CPU, H200
 from lhcp.layer.plan import Choices, fastest_rotation, make_plan
 from lhcp.ring.shape import AttentionShape
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
+from tests.cost.shapes import BASE, total
 
 FAST = Link(latency=0.0, bandwidth=1e15)
 # Gathers that cost a second a message, or neighbours that do.
@@ -94,3 +98,29 @@ def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             fastest_rotation(*arguments, SLOW_NEIGHBOURS.text)
     (record,) = caplog.records
     assert "allgather" in record.getMessage() and "slow neighbours" in record.getMessage()
+
+
+def test_choice_follows_the_machine() -> None:
+    """Fails if `choose` does not take the shortest prediction, or hides the others."""
+    large = replace(BASE, seqlen=2**20, layout=make_layout("zigzag", 32), node_size=8)
+    for shape in (BASE, large):
+        for calibration in CALIBRATIONS.values():
+            rotation, reason = choose(shape, calibration)
+            assert choose(shape, calibration) == (rotation, reason)
+            times = {r: total(r, shape, calibration) for r in CANDIDATES}
+            assert times[rotation] == min(times.values())
+            assert all(r in reason for r in times) and calibration.name in reason
+    assert choose(replace(BASE, node_size=None), CPU, ("alltoall",))[0] == "alltoall"
+
+
+def test_choosing_plays_each_candidate_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if choosing costs more than a play a candidate and direction: ranks do it at once."""
+    played = []
+
+    def counted(rotation: str, setting: Setting, **options: bool) -> Clocks:
+        played.append((rotation, setting.direction, options))
+        return play(rotation, setting, **options)
+
+    monkeypatch.setattr(choosing, "play", counted)
+    choose(BASE, H200)
+    assert played == [(name, d, {}) for name in CANDIDATES for d in ("forward", "backward")]

@@ -7,10 +7,7 @@ from tests.distributed.fuzz import checked, draw
 
 TIERS = [
     pytest.param(range(120), id="0-119"),
-    *(
-        pytest.param(range(first, first + 200), id=f"{first}-{first + 199}", marks=pytest.mark.slow)
-        for first in range(1000, 1600, 200)
-    ),
+    pytest.param(range(1000, 1200), id="1000-1199", marks=pytest.mark.slow),
     *(
         pytest.param(range(first, first + 500), id=f"{first}-{first + 499}", marks=pytest.mark.soak)
         for first in range(10_000, 15_000, 500)

@@ -78,7 +78,8 @@ def absent(folder: Path) -> Outcome:
 
 def frozen_at_start(folder: Path) -> Outcome:
     """Freeze one of two ranks when they have met, and not connected."""
-    ranks = start(folder, [two(folder)] * 2, program=["-m", "tests.faults.freezes"])
+    words = two(folder, "--timeout", "3")
+    ranks = start(folder, [words] * 2, program=["-m", "tests.faults.freezes"])
     ranks.frozen.add(1)
     return ranks.end()
 

@@ -8,14 +8,17 @@ from tests.faults.provoke import goes_on_after
 from tests.faults.rows import FAULTS, Fault, silent
 
 QUICK = ("a rank is killed", "a rank is frozen")
-"""In each commit's tests; all others have minutes."""
+"""In each commit's tests."""
+ALONE = ("rank 0, which keeps the store, is frozen", "a rank is frozen as ranks connect")
+"""What no test of a part provokes, beside calls that differ; they have minutes."""
 
 
 def tier(fault: Fault) -> object:
+    """Return a fault in its tier; those of soak have tests of the part that says so, elsewhere."""
     if fault.name in QUICK:
         return pytest.param(fault, id=fault.name)
-    soak = "torchrun" in fault.name
-    return pytest.param(fault, id=fault.name, marks=pytest.mark.soak if soak else pytest.mark.slow)
+    slow = fault.world == 3 or fault.name in ALONE
+    return pytest.param(fault, id=fault.name, marks=pytest.mark.slow if slow else pytest.mark.soak)
 
 
 @pytest.mark.parametrize("fault", [tier(fault) for fault in FAULTS])

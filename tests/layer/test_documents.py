@@ -18,7 +18,7 @@ from lhcp.lighthouse.kernel_set import QKV
 from lhcp.reference_documents import documents
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
-from tests.layer.test_graphs import Again, with_graphs
+from tests.layer.graphs import Again, with_graphs
 
 CONFIG, SEQLEN = small_config(num_strata=8, picks=4)
 CUTS = ([9, 40], [1, 2, 77, 78, 130], [3, 4, 5, 6, 7], [64, 128, 200], [100, 101])

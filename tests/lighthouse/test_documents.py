@@ -18,7 +18,11 @@ from lhcp.testing.inputs import qkv, small_config
 from tests.lighthouse.test_stages import SIZE_IDS, SIZES, as_reference, in_chunks
 
 BATCH = 3
-SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
+SEEDS = [
+    *range(2),
+    *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3)),
+    *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(4, 20)),
+]
 
 
 def random_documents(config: LighthouseConfig, seqlen: int, seed: int) -> Tensor:

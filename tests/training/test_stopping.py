@@ -87,7 +87,9 @@ def start(*arguments: str, ranks: int = 0, restarts: int = 0, **how: Any) -> sub
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     torchrun += ["--max-restarts", str(restarts), "--monitor-interval", "0.2"]
     command = [sys.executable, *(torchrun if ranks else []), "-m", "lhcp", "train", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # What a machine has beside its own packages stays in reach.
+    path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -171,7 +173,8 @@ def ranks_of(agent: int) -> list[int]:
 @pytest.mark.parametrize(
     ("ranks", "kills", "seed"),
     [
-        *(pytest.param(2, 2, seed, marks=pytest.mark.slow) for seed in range(3)),
+        pytest.param(2, 2, 0, marks=pytest.mark.slow),
+        *(pytest.param(2, 2, seed, marks=pytest.mark.soak) for seed in (1, 2)),
         *(pytest.param(4, 3, seed, marks=pytest.mark.soak) for seed in range(5)),
     ],
 )

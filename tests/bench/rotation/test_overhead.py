@@ -7,9 +7,8 @@ import pytest
 from lhcp.ring.rotation import NAMES
 from tests.bench.commands import SMALL, TORCHRUN, last_json
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_overhead_on_ranks(tmp_path: Path) -> None:
     """Fails if the card, a rotation, the timeline or the last line is missing."""
     png = tmp_path / "timeline.png"
@@ -32,7 +31,17 @@ def test_overhead_on_ranks(tmp_path: Path) -> None:
     assert png.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("rotation", NAMES)
+SLOW = ("p2p", "hybrid")
+"""One of one axis and one of two; the others differ in what other tests of the ring ask."""
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.soak)
+        for name in NAMES
+    ],
+)
 def test_ranks_in_turn(rotation: str) -> None:
     """Fails if a rotation cannot run without messages, or costs less than its share of the work."""
     document = last_json(
