@@ -78,7 +78,7 @@ def calibrate(
     large_message: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """Measure on all ranks at once; the result is rank 0's, the links' the slowest rank's.
+    """Measure on all ranks at once; what is kept of blocks, merges and links is the slowest's.
 
     Args:
         ranks: of two axes, with several ranks a node: the links inside and across are measured
@@ -90,12 +90,15 @@ def calibrate(
     cuda = device.type == "cuda"
     name = choose_backend(grid.backend, grid.dtype, grid.head_dim, device).name
     say(f"blocks of {name}: {len(grid.seqlens)} causal, {len(grid.queries) * len(grid.keys)} full")
-    square = [(n, *block_seconds(name, grid, n, n, CAUSAL, device)) for n in sorted(grid.seqlens)]
-    full = [
-        (n, m, *block_seconds(name, grid, n, m, FULL, device))
-        for n in sorted(grid.queries)
-        for m in sorted(grid.keys)
-    ]
+
+    def timed(queries: int, keys: int, mask: Mask) -> tuple[float, float]:
+        """Time a block on all ranks at once: the slowest sets the pace, as in an attention."""
+        barrier(ranks, device)
+        forward, backward = block_seconds(name, grid, queries, keys, mask, device)
+        return slowest(forward, ranks), slowest(backward, ranks)
+
+    square = [(n, *timed(n, n, CAUSAL)) for n in sorted(grid.seqlens)]
+    full = [(n, m, *timed(n, m, FULL)) for n in sorted(grid.queries) for m in sorted(grid.keys)]
     tiny = torch.zeros(1, device=device)
     large_merge, merged_bytes = merge_of_three(grid, device, 2**16 if cuda else 2**12)
     nothing = Link(latency=0.0, bandwidth=1e18)
@@ -110,7 +113,7 @@ def calibrate(
         square=tuple(square),
         full=tuple(full),
         copy_bandwidth=copy_bandwidth(device),
-        merge_bandwidth=merged_bytes / seconds_of(large_merge, device),
+        merge_bandwidth=merged_bytes / slowest(seconds_of(large_merge, device), ranks),
         launch=launched_seconds(lambda: tiny.add_(1), device),
         inner=nothing,
         outer=nothing,
