@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import lhcp
+from lhcp.comm.mesh import as_ranks
+from lhcp.ring.heads import SHARE_HEADS, TWO_AXES
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_within_budget
@@ -118,13 +121,16 @@ def run_a_graph_at_other_lengths(group: Any, mode: str, rotation: str, dynamic: 
     The third lengths are equal again: that the ranks go on is part of it.
     """
     torch._dynamo.reset()
-    own = dist.new_group(range(4))
+    if rotation in TWO_AXES:
+        own = as_ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local")))
+    else:
+        own = as_ranks(dist.new_group(range(4)))
     config, seqlen = small_config(num_strata=8)
     layer = lhcp.LighthouseAttention(config, own, rotation=rotation)
     layer.mode = mode  # type: ignore[assignment]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     said = []
-    for times in (1, 3 if own.rank() == 1 else 2, 4):
+    for times in (1, 3 if own.rank == 1 else 2, 4):
         q, k, v, _ = (lhcp.shard(x, own) for x in qkv(times * seqlen, num_kv_heads=4))
         try:
             out = compiled(q.requires_grad_(), k, v)
@@ -139,7 +145,11 @@ def run_a_graph_at_other_lengths(group: Any, mode: str, rotation: str, dynamic: 
     "dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"]
 )
 @pytest.mark.parametrize(
-    ("mode", "rotation"), [("lighthouse", "p2p"), ("dense", "allgather"), ("dense", "alltoall")]
+    ("mode", "rotation"),
+    [
+        *(("lighthouse", "p2p"), ("dense", "allgather"), ("dense", "alltoall")),
+        *(("lighthouse", "hybrid"), ("dense", "hybrid_context_first")),
+    ],
 )
 def test_lengths_of_graphs_are_compared(
     ranks: RankPool, mode: str, rotation: str, dynamic: bool
@@ -148,7 +158,7 @@ def test_lengths_of_graphs_are_compared(
     for first, other, third in ranks.run(run_a_graph_at_other_lengths, 4, mode, rotation, dynamic):
         assert first == "" and third == ""
         assert "ranks were asked for different things: " in other and "on rank 1" in other
-        assert ("exchanged by each rank" if rotation == "alltoall" else "seqlen: ") in other
+        assert ("exchanged by each rank" if rotation in SHARE_HEADS else "seqlen: ") in other
 
 
 @pytest.mark.parametrize("what", ["scale", "config.topk"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from lhcp.comm import sharding
 from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
-from lhcp.comm.mesh import Group, as_ranks
+from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.context import loss as losses
 from lhcp.context.batch import WholeBatch, describe, prepare
@@ -46,7 +46,7 @@ class ContextParallel:
 
     def __init__(
         self,
-        group: Group = None,
+        group: Group | Ranks = None,
         *,
         layout: LayoutName = "zigzag",
         rotation: str | Calibration = "auto",

@@ -8,7 +8,7 @@ import torch
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration, Host, Link
 from lhcp.layer.plan import choose_backend
-from lhcp.measure.clock import copy_bandwidth, seconds_of
+from lhcp.measure.clock import copy_bandwidth, launched_seconds, seconds_of
 from lhcp.measure.links import link, long_message, round_the_ring
 from lhcp.measure.rank_values import barrier, gathered, slowest
 from lhcp.measure.rates import byte_compute, collective_factors, host_seconds
@@ -45,8 +45,8 @@ def block_seconds(
     q = torch.randn(1, queries, *row, dtype=grid.dtype, device=device)
     kv = KV(*torch.randn(2, 1, keys, *row, dtype=grid.dtype, device=device))
     inputs = BackwardInputs(torch.randn_like(q), q, kv, *block.forward(q, kv, mask, scale))
-    forward = seconds_of(lambda: block.forward(q, kv, mask, scale), device, grid.repeats)
-    backward = seconds_of(lambda: block.backward(inputs, mask, scale), device, grid.repeats)
+    forward = launched_seconds(lambda: block.forward(q, kv, mask, scale), device, grid.repeats)
+    backward = launched_seconds(lambda: block.backward(inputs, mask, scale), device, grid.repeats)
     return forward, backward
 
 
@@ -78,7 +78,7 @@ def calibrate(
     large_message: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """Measure on all ranks at once; the result is rank 0's, the links' the slowest rank's.
+    """Measure on all ranks at once; what is kept of blocks, merges and links is the slowest's.
 
     Args:
         ranks: of two axes, with several ranks a node: the links inside and across are measured
@@ -90,12 +90,15 @@ def calibrate(
     cuda = device.type == "cuda"
     name = choose_backend(grid.backend, grid.dtype, grid.head_dim, device).name
     say(f"blocks of {name}: {len(grid.seqlens)} causal, {len(grid.queries) * len(grid.keys)} full")
-    square = [(n, *block_seconds(name, grid, n, n, CAUSAL, device)) for n in sorted(grid.seqlens)]
-    full = [
-        (n, m, *block_seconds(name, grid, n, m, FULL, device))
-        for n in sorted(grid.queries)
-        for m in sorted(grid.keys)
-    ]
+
+    def timed(queries: int, keys: int, mask: Mask) -> tuple[float, float]:
+        """Time a block on all ranks at once: the slowest sets the pace, as in an attention."""
+        barrier(ranks, device)
+        forward, backward = block_seconds(name, grid, queries, keys, mask, device)
+        return slowest(forward, ranks), slowest(backward, ranks)
+
+    square = [(n, *timed(n, n, CAUSAL)) for n in sorted(grid.seqlens)]
+    full = [(n, m, *timed(n, m, FULL)) for n in sorted(grid.queries) for m in sorted(grid.keys)]
     tiny = torch.zeros(1, device=device)
     large_merge, merged_bytes = merge_of_three(grid, device, 2**16 if cuda else 2**12)
     nothing = Link(latency=0.0, bandwidth=1e18)
@@ -110,8 +113,8 @@ def calibrate(
         square=tuple(square),
         full=tuple(full),
         copy_bandwidth=copy_bandwidth(device),
-        merge_bandwidth=merged_bytes / seconds_of(large_merge, device),
-        launch=seconds_of(lambda: tiny.add_(1), device),
+        merge_bandwidth=merged_bytes / slowest(seconds_of(large_merge, device), ranks),
+        launch=launched_seconds(lambda: tiny.add_(1), device),
         inner=nothing,
         outer=nothing,
         host=measured_host(grid, name, device),
@@ -147,8 +150,6 @@ def with_links(
     inner = measured_link(near, ranks, device, large)
     # Across, all ranks of a node send at once, as in a rotation.
     outer = inner if near is ranks else measured_link(Ranks(ranks.outer), ranks, device, large)
-    # Posting it is the host's.
-    inner, outer = (replace(one, latency=max(0.0, one.latency - message)) for one in (inner, outer))
     host = replace(calibration.host, message=message)
     return replace(calibration, inner=inner, outer=outer, host=host)
 
@@ -159,9 +160,11 @@ def measured_link(ranks: Ranks, everyone: Ranks, device: torch.device, large: in
     All rings are measured at once, and the slowest one's is returned on every rank.
     """
     barrier(everyone, device)
-    of_link = link(ranks, device, large)
+    of_link = link(ranks, device, large, launched_seconds)
     latency, rate = of_link["latency_us"] / 1e6, 1e9 * of_link["gb_s"]
-    gather_factor, alltoall_factor, empty = collective_factors(ranks, device, rate, large)
+    gather_factor, alltoall_factor, empty = collective_factors(
+        ranks, device, rate, large, launched_seconds
+    )
     # All of it: the gathers' bandwidth is what remains of their time beside it.
     hop = max(0.0, empty - latency) / (ranks.world_size - 1)
     found = Link(

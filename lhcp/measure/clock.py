@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
+from lhcp.layer.recorder import CudaRecorder
+
 Run = Callable[[], Any]
+
+IN_A_GRAPH = 10
+"""Calls of a graph that is timed."""
 
 # Several times the L2 of any GPU so far, so that what a run reads is not left there by another.
 BEYOND_CACHE = 2**28
@@ -33,6 +38,30 @@ def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
 def seconds_of(run: Run, device: torch.device, repeats: int = 7) -> float:
     """Return the median seconds of a call; three unmeasured before."""
     return statistics.median([elapsed(run, device) for _ in range(repeats + 3)][3:])
+
+
+def launched_seconds(run: Run, device: torch.device, repeats: int = 7) -> float:
+    """Return the seconds of a call among ten whose launching costs nothing: those of a CUDA graph.
+
+    A short kernel or message takes its host longer than its GPU. On a CPU as `seconds_of`.
+
+    Args:
+        run: what a graph can hold; of a message, the same on every rank.
+    """
+    if device.type != "cuda":
+        return seconds_of(run, device, repeats)
+
+    def row() -> tuple[()]:
+        for _ in range(IN_A_GRAPH):
+            run()
+        return ()
+
+    # Kernels are compiled, and NCCL connects, in what is not recorded.
+    row()
+    torch.cuda.synchronize(device)
+    _, replay = CudaRecorder().record(row)
+    found = [elapsed(replay, device) for _ in range(min(repeats, 5) + 1)]
+    return statistics.median(found[1:]) / IN_A_GRAPH
 
 
 def sustained_seconds(run: Run, device: torch.device, least: float) -> float:

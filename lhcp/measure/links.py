@@ -11,17 +11,23 @@ from lhcp.comm.mesh import Ranks
 from lhcp.measure.clock import Run, seconds_of
 from lhcp.measure.rank_values import barrier, slowest
 
+Clock = Callable[[Run, torch.device, int], float]
+"""(run, device, repeats) -> seconds of a run."""
+
 
 def long_message(device: torch.device) -> int:
     """Return the bytes of a message that gives the bandwidth: 64 MiB on a GPU, 4 MiB on a CPU."""
     return 2**26 if device.type == "cuda" else 2**22
 
 
-def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[str, float]:
+def link(
+    ranks: Ranks, device: torch.device, large: int | None = None, clock: Clock = seconds_of
+) -> dict[str, float]:
     """Measure latency and bandwidth of messages round the ring of ranks, all ranks at once.
 
     Args:
         large: bytes of the long message; None: `long_message`.
+        clock: `seconds_of` as the host posts them, or `launched_seconds`.
 
     Returns:
         latency_us, gb_s: of the slowest rank; a message takes latency + bytes / bandwidth.
@@ -32,7 +38,7 @@ def link(ranks: Ranks, device: torch.device, large: int | None = None) -> dict[s
         post = round_the_ring(num_bytes, ranks, device)
         return lambda: post().wait()
 
-    latency, rate = latency_and_rate(run, large, ranks, device)
+    latency, rate = latency_and_rate(run, large, ranks, device, clock)
     return {"latency_us": 1e6 * latency, "gb_s": rate / 1e9}
 
 
@@ -45,7 +51,11 @@ def round_the_ring(num_bytes: int, ranks: Ranks, device: torch.device) -> Callab
 
 
 def latency_and_rate(
-    make: Callable[[int], Run], large: int, ranks: Ranks, device: torch.device
+    make: Callable[[int], Run],
+    large: int,
+    ranks: Ranks,
+    device: torch.device,
+    clock: Clock = seconds_of,
 ) -> tuple[float, float]:
     """Measure seconds without bytes, and bytes a second, of what make(bytes) returns."""
 
@@ -53,7 +63,7 @@ def latency_and_rate(
         run = make(num_bytes)
         run()
         dist.barrier(group=ranks.flat)
-        return slowest(seconds_of(run, device, repeats), ranks)
+        return slowest(clock(run, device, repeats), ranks)
 
     # A short one that waits for a core takes a scheduler's tick, 4 ms, where others take a tenth of
     # it. Many cost nothing and leave the median less to chance; ticks that stay are the latency.

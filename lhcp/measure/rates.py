@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lhcp.comm.collectives import Rows, Works, all_gathers, all_to_alls
 from lhcp.comm.mesh import Ranks
 from lhcp.measure.clock import seconds_of
-from lhcp.measure.links import latency_and_rate, round_the_ring
+from lhcp.measure.links import Clock, latency_and_rate, round_the_ring
 from lhcp.measure.rank_values import slowest
 
 
@@ -71,12 +71,13 @@ def byte_compute(
 
 
 def collective_factors(
-    ranks: Ranks, device: torch.device, rate: float, large: int
+    ranks: Ranks, device: torch.device, rate: float, large: int, clock: Clock
 ) -> tuple[float, float, float]:
     """Measure gathers and all-to-alls, four at once as rotations post them, over messages.
 
     Args:
-        rate: bytes a second of neighbour messages; large: bytes of one rank's part.
+        rate: bytes a second of neighbour messages; large: bytes of one rank's part; clock: as in
+            `lhcp.measure.links.link`.
 
     Returns:
         time of a gather over that of as many bytes from neighbours; the same of an all-to-all;
@@ -104,6 +105,6 @@ def collective_factors(
 
         return run
 
-    latency, gathered = latency_and_rate(gather, large, ranks, device)
-    _, exchanged = latency_and_rate(all_to_all, large, ranks, device)
+    latency, gathered = latency_and_rate(gather, large, ranks, device, clock)
+    _, exchanged = latency_and_rate(all_to_all, large, ranks, device, clock)
     return rate / (gathered * (world - 1)), rate / (exchanged * (world - 1)), latency

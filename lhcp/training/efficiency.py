@@ -4,7 +4,8 @@ import torch
 
 from lhcp.layer.module import Mode
 from lhcp.training.model import flops_per_token
-from lhcp.training.parallel import Placement, compute_dtype
+from lhcp.training.parallel import compute_dtype
+from lhcp.training.placement import Placement
 from lhcp.training.run import Run
 
 PEAKS = {

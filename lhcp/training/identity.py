@@ -24,6 +24,8 @@ MAY_CHANGE = {
     "tp": "the mesh",
     "layout": "the mesh",
     "rotation": "how it is computed: up to rounding the same",
+    "nodes": "the mesh",
+    "calibration": "how it is computed: up to rounding the same",
     "backend": "how it is computed: up to rounding the same",
     "kernels": "how it is computed: up to rounding the same",
     "accumulate": "how it is computed: up to rounding the same",

@@ -8,43 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import lhcp
-from lhcp.comm.layout import LayoutName
 from lhcp.comm.marks import Marks
 from lhcp.comm.torch_private import flat_mesh
 from lhcp.layer.recording import Graphs
 from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
+from lhcp.training.placement import (
+    Placement,
+    chosen_rotation,
+    make_mesh,
+    place,
+    sequence_axes,
+    wants_graphs,
+)
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 from lhcp.training.tensor_parallel import cut, cut_rows, is_cut
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The sequences, and those of their tokens, that this rank holds."""
-
-    device: torch.device
-    dp_rank: int
-    dp_size: int
-    tp_size: int
-    """The ranks that hold the same tokens, each for its heads."""
-    cp_group: dist.ProcessGroup | None
-    """The ranks that share a sequence; None where one rank holds it whole."""
-    positions: torch.Tensor
-    """int64 [n], global positions of this rank's tokens, on `device`."""
-    layout: LayoutName
-    restart_positions: bool
-    """Whether RoPE's positions begin at 0 in each document."""
-
-    def rope_positions(self, seqlen: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """Return the positions that RoPE turns by: int64 [n], or [B, n] where documents restart."""
-        if cu_seqlens is None or not self.restart_positions:
-            return self.positions
-        return lhcp.positions(seqlen, self.cp_group, self.layout, self.device, cu_seqlens)
 
 
 @dataclass(frozen=True)
@@ -69,37 +51,18 @@ class Trainee:
             self.graphs.release()
 
 
-def make_mesh(run: Run, device: torch.device) -> DeviceMesh:
-    """Lay the ranks out as dp x cp x tp: neighbours share a layer, and those next a sequence."""
-    shape = (dist.get_world_size() // (run.cp * run.tp), run.cp, run.tp)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
-
-
-def place(run: Run, mesh: DeviceMesh, device: torch.device) -> Placement:
-    """Return what this rank of the run's mesh holds."""
-    group = mesh["cp"].get_group() if run.cp > 1 else None
-    positions = lhcp.positions(run.seqlen, group, layout=run.layout).to(device)
-    return Placement(
-        device,
-        dp_rank=mesh["dp"].get_local_rank(),
-        dp_size=mesh["dp"].size(),
-        tp_size=run.tp,
-        cp_group=group,
-        positions=positions,
-        layout=run.layout,
-        restart_positions=run.data.restart_positions,
-    )
-
-
 def attention_factory(
-    run: Run, group: dist.ProcessGroup | None, timers: lhcp.Timers | None = None
+    run: Run, placement: Placement | None = None, timers: lhcp.Timers | None = None
 ) -> AttentionFactory:
-    """Return what makes one layer's attention on `group`; see `AttentionFactory`."""
+    """Return what makes one layer's attention; see `AttentionFactory`.
 
+    Args:
+        placement: whose ranks share a sequence; None: this one has it whole.
+    """
     cp = lhcp.ContextParallel(
-        group,
+        None if placement is None else placement.ranks,
         layout=run.layout,
-        rotation=run.rotation,
+        rotation="auto" if placement is None else placement.rotation,
         backend=run.backend,
         kernels=run.kernels,
         timers=timers,
@@ -130,17 +93,6 @@ def compute_dtype(run: Run, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def wants_graphs(run: Run, device: torch.device) -> bool:
-    """Return whether the attention runs as CUDA graphs.
-
-    Raises:
-        ValueError: they are asked for where there is no GPU.
-    """
-    if run.graphs == "on" and device.type != "cuda":
-        raise ValueError(f"graphs='on': CUDA graphs need a GPU, and this run is on {device.type}")
-    return run.graphs != "off" and device.type == "cuda"
-
-
 def check_kernels(run: Run, device: torch.device) -> None:
     """Check that the run's kernels run on the device.
 
@@ -165,11 +117,12 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
         ValueError: the kernels or CUDA graphs that the run asks for are not for this device.
     """
     check_kernels(run, device)
-    mesh = make_mesh(run, device)
-    placement = place(run, mesh, device)
+    rotation = chosen_rotation(run, device)
+    mesh = make_mesh(run, rotation, device)
+    placement = place(run, rotation, mesh, device)
     by_graph = wants_graphs(run, device)
     timers = None if by_graph or run.compile else lhcp.Timers()
-    factory = attention_factory(run, placement.cp_group, timers)
+    factory = attention_factory(run, placement, timers)
     model = Decoder(run.model, factory, recompute=run.recompute, offload=run.offload)
     model.initialize(run.seed)
     model.to(device)
@@ -179,7 +132,7 @@ def build(run: Run, device: torch.device, marks: Marks | None = None) -> Trainee
     if run.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-    sharded = shard_weights(model, dtype, flat_mesh(mesh["dp", "cp"]))
+    sharded = shard_weights(model, dtype, flat_mesh(mesh["dp", *sequence_axes(mesh)]))
     # Recomputed layers run again just before their backward: one pair of graphs serves them all.
     graphs = lhcp.graphed(model, shared=run.recompute) if by_graph else None
     optimizer = make_optimizer(model, run.optim)
@@ -194,6 +147,6 @@ def whole_model(run: Run, trainee: Trainee) -> Decoder | None:
         return None
     for name, rows in cut_rows(trainee.model).items():
         state[name] = state[name][rows.argsort()]
-    model = Decoder(run.model, attention_factory(run, None))
+    model = Decoder(run.model, attention_factory(run))
     model.load_state_dict(state)
     return model.to(trainee.placement.device)

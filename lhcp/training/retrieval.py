@@ -138,7 +138,7 @@ def ask(trainee: Trainee, run: Run, asked: Asked, context: int, depth: float) ->
     """Return the share of right digits of one cell, on all ranks alike."""
     drawn = [asked_at(asked.seed, depth, trial, context) for trial in range(asked.trials)]
     placement = trainee.placement
-    positions = lhcp.positions(context, placement.cp_group, layout=run.layout)
+    positions = lhcp.positions(context, placement.ranks, layout=run.layout)
     positions = positions.to(placement.device)
     right = 0
     for part in batches(drawn, asked.batch):

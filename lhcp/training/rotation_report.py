@@ -13,7 +13,7 @@ def measure_rotation(run: Run, trainee: Trainee) -> dict[str, str | float]:
         where no sequence is shared, or the run gives it no time.
     """
     placement = trainee.placement
-    if placement.cp_group is None or not run.rotation_budget:
+    if placement.ranks.world_size == 1 or not run.rotation_budget:
         return {}
     rows: dict[str, str | float] = {}
     for stage, config in (("lighthouse", run.lighthouse), ("dense", None)):
@@ -25,9 +25,9 @@ def measure_rotation(run: Run, trainee: Trainee) -> dict[str, str | float]:
             head_dim=run.model.head_dim,
             batch=run.global_batch // placement.dp_size // run.accumulate,
             dtype=compute_dtype(run, placement.device),
-            group=placement.cp_group,
+            group=placement.ranks,
             layout=run.layout,
-            rotation=run.rotation,
+            rotation=placement.rotation,
             backend=run.backend,
             kernels=run.kernels,
             device=placement.device,

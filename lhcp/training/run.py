@@ -50,6 +50,12 @@ class Run:
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     rotation: str = "auto"
     """How kv travels between the ranks of a sequence; the names are lhcp.ring_attention's."""
+    nodes: int = 0
+    """Nodes that the ranks of one sequence are on, for the rotations that tell them apart; 0: as
+    the launcher started them, LOCAL_WORLD_SIZE ranks on each."""
+    calibration: str = ""
+    """The table by which rotation "auto" is chosen, of several nodes too: a file of lhcp calibrate,
+    or "H200", "B200", "cpu"; empty: the built-in one, of rotations that know no nodes."""
     backend: str = "auto"
     """The block attention; the names are lhcp.ring_attention's."""
     kernels: str = "auto"
@@ -150,6 +156,11 @@ class Run:
                 f"cp={self.cp}: must divide the {ranks}, for example one of {fits}, or start a "
                 f"multiple of {self.cp * self.tp} ranks (torchrun --nproc-per-node)"
             )
+        if self.nodes < 0 or (self.nodes and self.cp % self.nodes):
+            raise ValueError(
+                f"nodes={self.nodes}: must divide the cp={self.cp} ranks of a sequence; 0 takes "
+                "them as they were started"
+            )
         dp = left // self.cp
         if self.accumulate < 1 or self.global_batch % (dp * self.accumulate):
             unit = dp * max(self.accumulate, 1)
@@ -201,6 +212,11 @@ class Run:
         for name in ("seqlen", "global_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.calibration and self.rotation != "auto":
+            raise ValueError(
+                f"calibration={self.calibration!r}: chooses the rotation, and "
+                f"rotation={self.rotation!r} is asked for by name; leave out one"
+            )
         if self.profile < 0:
             raise ValueError(f"profile={self.profile}: must not be negative; 0 is none")
         if self.sample_bytes < 0:

@@ -90,7 +90,7 @@ def watched(run: Run, trainee: Trainee) -> Iterator[dict[int, SelectionReport]]:
                 q,
                 k,
                 config,
-                group=trainee.placement.cp_group,
+                group=trainee.placement.ranks,
                 layout=run.layout,
                 v=v,
                 kernels=run.kernels,

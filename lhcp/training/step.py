@@ -18,7 +18,8 @@ from lhcp.training.bad_numbers import first_not_finite
 from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
-from lhcp.training.parallel import Placement, Trainee
+from lhcp.training.parallel import Trainee
+from lhcp.training.placement import Placement
 from lhcp.training.run import SLOW, Run
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
@@ -144,14 +145,14 @@ def train_step(
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate
     trainee.optimizer.zero_grad()
-    before = calls_in(trainee.placement.cp_group)
+    before = calls_in(trainee.placement.ranks.flat)
     share = backward(run, trainee, data, step)
     waited = 0.0 if timers is None else timers.rotation_share(1.0)
     asked = 0.0 if stop is None else stop.asked
     cut, shared = own_gradients(trainee)
     tp = trainee.placement.tp_size
     square = squared_norm(cut) + squared_norm(shared) / tp
-    calls = calls_in(trainee.placement.cp_group)
+    calls = calls_in(trainee.placement.ranks.flat)
     trail = float(calls.since(before) & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
     shares = (share / tp, waited, asked, square, trail, trail * trail)

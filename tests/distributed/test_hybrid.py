@@ -8,6 +8,7 @@ import torch
 
 import lhcp
 from lhcp.comm.layout import LayoutName
+from lhcp.ring.heads import TWO_AXES
 from lhcp.ring.rotation.alltoall import sum_copies
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
@@ -122,7 +123,7 @@ def test_equals_one_rank(ranks: RankPool, mesh: Mesh, rotation: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rotation", HYBRIDS)
+@pytest.mark.parametrize("rotation", TWO_AXES)
 @pytest.mark.parametrize("mesh", ON_MORE, ids=str)
 def test_equals_one_rank_on_more(eight_ranks: RankPool, mesh: Mesh, rotation: str) -> None:
     """Fails as above, where both axes have several ranks and differ."""

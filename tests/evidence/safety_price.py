@@ -127,7 +127,7 @@ def price(run: Run, own: Process, rounds: int, page: Page) -> dict[str, Any]:
     without, with_ = (statistics.median(times[arm]) for arm in ("without", "with"))
     marks = Watchdog(timeout=600)
     layers = sum(isinstance(m, LighthouseAttention) for m in trainee.model.modules())
-    ranks = Ranks(trainee.placement.cp_group)
+    ranks = Ranks(trainee.placement.ranks.flat)
     agreed(ranks, "priced", lambda: None, lambda _: {})
     assert dist.group.WORLD is not None
     store = store_of(dist.group.WORLD)

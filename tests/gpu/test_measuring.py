@@ -9,7 +9,9 @@ import torch
 
 import lhcp
 from lhcp.comm.mesh import Ranks
+from lhcp.measure.clock import launched_seconds, seconds_of
 from lhcp.measure.doctor import Patient, examine
+from lhcp.measure.rates import host_seconds
 from tests.gpu.problems import LayerProblem
 from tests.gpu.test_graphs import Model
 
@@ -30,6 +32,17 @@ def test_the_doctor_sees_the_gpu() -> None:
     said = str(found)
     assert "backend   cpu         cannot: inputs are on cuda" in said and "taken: " in said
     assert "of which its host launches for" in said
+
+
+def test_a_graph_is_timed_without_its_host() -> None:
+    """Fails if a short kernel's time is that of its launch, or a long one's another in a graph."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    small, large = (torch.zeros(n, device=device) for n in (1, 2**28))
+    assert launched_seconds(lambda: small.add_(1), device) < 0.7 * host_seconds(
+        lambda: small.add_(1), device
+    )
+    plain = seconds_of(lambda: large.add_(1), device)
+    assert 0.8 < launched_seconds(lambda: large.add_(1), device) / plain < 1.25
 
 
 def test_a_budget_is_kept_with_compiling_in_it() -> None:

@@ -26,8 +26,10 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 4, 8
 CPU = torch.device("cpu")
 
 
-def groups_of(group: dist.ProcessGroup, rotation: str) -> Ranks:
-    """All ranks; for rotations of two axes as two nodes."""
+def groups_of(group: dist.ProcessGroup | Ranks, rotation: str) -> Ranks:
+    """All ranks; for rotations of two axes as two nodes, or as those that they are on."""
+    if isinstance(group, Ranks):
+        return group
     if rotation not in TWO_AXES:
         return as_ranks(group)
     world = dist.get_process_group_ranks(group)
@@ -36,18 +38,23 @@ def groups_of(group: dist.ProcessGroup, rotation: str) -> Ranks:
 
 
 def make_job(
-    ranks: Ranks, rotation: str, layout: LayoutName, dtype: torch.dtype, lighthouse: bool
+    ranks: Ranks,
+    rotation: str,
+    layout: LayoutName,
+    dtype: torch.dtype,
+    lighthouse: bool,
+    heads: int = HEADS,
 ) -> Job:
     config, tokens = small_config(num_strata=8) if lighthouse else (None, 192)
     entries = tokens if config is None else config.subsequence_length(tokens)
-    q = torch.empty(2, 1, HEADS, HEAD_DIM, dtype=dtype)
+    q = torch.empty(2, 1, heads, HEAD_DIM, dtype=dtype)
     local = entries // ranks.world_size
     plan = make_plan(q, q[:, :, :KV_HEADS], ranks, Choices(layout, rotation), tokens=local)
     return Job(
         config=config,
         tokens=tokens,
         entries=entries,
-        heads=(HEADS, KV_HEADS),
+        heads=(heads, KV_HEADS),
         head_dim=HEAD_DIM,
         batch=2,
         dtype=dtype,
@@ -58,11 +65,15 @@ def make_job(
 
 
 def count(
-    group: dist.ProcessGroup, rotation: str, layout: LayoutName, dtype: torch.dtype
+    group: dist.ProcessGroup | Ranks,
+    rotation: str,
+    layout: LayoutName,
+    dtype: torch.dtype,
+    heads: int = HEADS,
 ) -> dict[Any, Any]:
     """Post every run's messages on this rank and count them and the block calls."""
     ranks = groups_of(group, rotation)
-    job = make_job(ranks, rotation, layout, dtype, lighthouse=False)
+    job = make_job(ranks, rotation, layout, dtype, lighthouse=False, heads=heads)
     local = job.entries // ranks.world_size
     spans = Recorder(CPU)
     found: dict[Any, Any] = {"shape": job.plan.shape}
@@ -118,7 +129,26 @@ def test_messages_and_blocks(
     ranks: RankPool, rotation: str, layout: LayoutName, dtype: torch.dtype, world: int
 ) -> None:
     """Fails if C sends, if M attends, if M and T differ in a message, or if the model miscounts."""
-    for rank, found in enumerate(ranks.run(count, world, rotation, layout, dtype)):
+    check_counts(ranks.run(count, world, rotation, layout, dtype), rotation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rotation", TWO_AXES)
+@pytest.mark.parametrize(("nodes", "inner"), [(2, 3), (3, 2), (2, 4), (4, 2)], ids=str)
+def test_messages_on_more_nodes(
+    eight_ranks: RankPool, nodes: int, inner: int, rotation: str, layout: LayoutName
+) -> None:
+    """Fails if the model miscounts an axis where kv heads are on several ranks, or rings longer."""
+    # 24 query heads divide over 2, 3 and 4 ranks, their 4 kv heads not over 3.
+    asked = (rotation, layout, torch.float32, 24)
+    check_counts(eight_ranks.run(count, nodes * inner, *asked, num_nodes=nodes), rotation)
+
+
+def check_counts(by_rank: list[dict[Any, Any]], rotation: str) -> None:
+    """Hold what ranks counted against one another's runs and against the model."""
+    world = len(by_rank)
+    for rank, found in enumerate(by_rank):
         for phase in ("forward", "backward"):
             real, real_blocks = found["real", phase]
             assert found["compute", phase] == ([], real_blocks)
@@ -127,7 +157,7 @@ def test_messages_and_blocks(
             expected = traffic(rotation, found["shape"], phase, rank)  # type: ignore[arg-type]
             assert sum(size for _, _, size in real) == expected.num_bytes
             assert len(real) == expected.num_messages
-            # Two nodes of two ranks, or one of all.
+            # Several nodes, or one of all.
             size = found["shape"].node_size or world
             across = [
                 sum(n for to, n in one.items() if to // size != rank // size)

@@ -110,6 +110,22 @@ def test_a_run_goes_on_with_other_ranks(
     assert meshed == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_over_nodes_goes_on_on_one_rank_and_on_them(
+    one_rank: None, run_ranks: RunRanks, small_run: Run, tmp_path: Path
+) -> None:
+    """Fails if a checkpoint depends on nodes, or two such runs differ in a bit."""
+    _, losses = go_on(None, replace(small_run, out=str(tmp_path / "one")))
+    over_nodes = replace(small_run, cp=4, nodes=2, rotation="hybrid")
+    assert run_ranks(4, stop_and_go_on, replace(over_nodes, out=str(tmp_path)), 3)[0] == [True] * 4
+    stopped = tmp_path / "stopped"
+    for step in ("step-00000004", "step-00000005"):
+        shutil.rmtree(stopped / step)
+    started, alone = go_on(None, replace(small_run, out=str(stopped)))
+    assert started == 2
+    assert alone == pytest.approx(losses, rel=1e-4)
+
+
 def test_another_run_is_refused(one_rank: None, small_run: Run, tmp_path: Path) -> None:
     run = replace(small_run, out=str(tmp_path))
     do(run, Silent())

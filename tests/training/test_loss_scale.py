@@ -9,6 +9,7 @@ import torch
 
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
+from lhcp.ring.heads import TWO_AXES
 from lhcp.training.data import open_data
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
@@ -63,7 +64,27 @@ def test_step_does_not_depend_on_the_mesh(
     run_ranks: Callable[..., list[Any]],
 ) -> None:
     meshed = replace(sgd_run, cp=cp, accumulate=accumulate)
-    for result in run_ranks(dp * cp, both_modes, meshed):
-        for mode, expected in on_one_rank.items():
-            for name, values in expected.items():
+    equal(on_one_rank, run_ranks(dp * cp, both_modes, meshed))
+
+
+@pytest.mark.parametrize(
+    "rotation",
+    [pytest.param(name, marks=() if name == "hybrid" else pytest.mark.slow) for name in TWO_AXES],
+)
+def test_step_does_not_depend_on_nodes(
+    rotation: str,
+    sgd_run: Run,
+    on_one_rank: dict[str, dict[str, list[float]]],
+    run_ranks: Callable[..., list[Any]],
+) -> None:
+    """Fails if the ranks of a sequence over two nodes do something else than one rank does."""
+    over_nodes = replace(sgd_run, cp=4, nodes=2, rotation=rotation)
+    equal(on_one_rank, run_ranks(4, both_modes, over_nodes))
+
+
+def equal(expected: dict[str, Any], results: list[Any]) -> None:
+    """Check that each rank's losses and norms are those expected."""
+    for result in results:
+        for mode, of_mode in expected.items():
+            for name, values in of_mode.items():
                 assert result[mode][name] == pytest.approx(values, rel=3e-6), (mode, name)

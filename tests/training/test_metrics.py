@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from lhcp.comm.mesh import Ranks
 from lhcp.training import efficiency
 from lhcp.training.data import DataConfig, open_data
 from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.loop import train
 from lhcp.training.metrics import NAME, JsonLines, scalars, written
 from lhcp.training.model import flops_per_token
-from lhcp.training.parallel import Placement, build
+from lhcp.training.parallel import build
+from lhcp.training.placement import Placement
 from lhcp.training.report import Progress, use_of
 from lhcp.training.run import Run
 
@@ -130,7 +132,7 @@ def test_a_profile_names_the_stages(run: Run) -> None:
 
 def placed(device: str, dp: int) -> Placement:
     where = torch.device(device)
-    return Placement(where, 0, dp, None, torch.zeros(0), "zigzag", False)
+    return Placement(where, 0, dp, 1, Ranks(), "auto", torch.zeros(0), "zigzag", False)
 
 
 def test_mfu_is_of_the_models_flops(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

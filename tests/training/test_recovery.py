@@ -265,5 +265,5 @@ def test_recipe_fits(name: str) -> None:
     # So that differences to dense are those at its end.
     assert len(totals) == 1
     with torch.device("meta"):
-        model = Decoder(recovery.run.model, attention_factory(recovery.run, None))
+        model = Decoder(recovery.run.model, attention_factory(recovery.run))
     assert name == "recover_tiny" or round(num_parameters(model) / 1e6) == 26

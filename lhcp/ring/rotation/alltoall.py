@@ -58,7 +58,8 @@ def tokens_to_heads(x: Tensor, sharing: Sharing) -> Tensor:
     chunks = received.unflatten(2, (layout.chunks_per_rank, -1)).movedim(2, 1).flatten(0, 1)
     owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
     order = [rank * layout.chunks_per_rank + slot for rank, slot in owners]
-    return chunks[order].movedim(0, 1).flatten(1, 2).contiguous()
+    # Views, not an index: a list becomes a tensor on the host, which no graph may copy.
+    return torch.cat([chunks[i] for i in order], 1)
 
 
 def heads_to_tokens(x: Tensor, sharing: Sharing) -> Tensor:
@@ -66,7 +67,7 @@ def heads_to_tokens(x: Tensor, sharing: Sharing) -> Tensor:
     layout = sharing.layout
     chunks = x.unflatten(1, (layout.num_chunks, -1)).movedim(1, 0)
     order = [chunk for rank in range(layout.world_size) for chunk in layout.chunks(rank)]
-    by_rank = chunks[order].unflatten(0, (layout.world_size, -1))
+    by_rank = torch.stack([chunks[i] for i in order]).unflatten(0, (layout.world_size, -1))
     sent = by_rank.movedim(1, 2).flatten(2, 3).contiguous()
     return sharing.swap(sent, back=True)
 
