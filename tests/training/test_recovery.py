@@ -18,6 +18,7 @@ from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory, build, whole_model
 from lhcp.training.process import Process
 from lhcp.training.recovery import Recovery, Split, recover_seed
+from lhcp.training.recovery_report import compare
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
