@@ -50,7 +50,7 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     bounds = torch.tensor([0, 5, seqlen, 2 * seqlen], dtype=torch.int32)
     rule = [config.num_levels, config.pool_factor, config.topk, config.num_strata]
     return {
-        "documents": (bounds, q, [2, seqlen, 1, 0], rule),
+        "documents": (bounds, q, [2, seqlen, 1, 0], rule, ""),
         "pool_and_score of documents": (q, k, v, sizes, True, "torch", positions),
         "score_tensors of documents": (q, k, sizes, "torch", positions),
         "select of documents": (sq, sk, sizes, "torch", positions),
