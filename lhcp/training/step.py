@@ -100,19 +100,33 @@ def squared_norm(grads: Sequence[Tensor]) -> Tensor | float:
     return torch.nn.utils.get_total_norm(grads).double().square() if grads else 0.0
 
 
-def check_trails(calls: Calls, total: float, squares: float, step: int) -> None:
-    """Check that all ranks made the same attention calls in a step; with CUDA graphs nobody counts.
+def astray(placement: Placement, trail: int) -> tuple[float, float]:
+    """Return two numbers that add up to 0 over the ranks of a sequence whose trails are equal.
+
+    Ranks of other sequences may be given other documents, so the ranks' trails as they are cannot
+    be told from one sum over all.
+    """
+    of_sequence = dist.get_world_size() // placement.dp_size
+    weight = 1 - of_sequence if dist.get_rank() % of_sequence == 0 else 1
+    return float(weight * trail), float(weight * trail * trail)
+
+
+def check_trails(placement: Placement, calls: Calls, sums: Sequence[float], step: int) -> None:
+    """Check that the ranks of each sequence made the same attention calls in a step.
 
     Args:
-        calls: this rank's so far, in the group that shares its sequence.
-        total: of all ranks, the sum of a number below 2**12 that depends on their calls.
-        squares: the sum of its squares: equal numbers, and no others, have the least.
+        calls: this rank's so far, in the group that shares its sequence. With CUDA graphs nobody
+            counts them.
+        sums: of all ranks' `astray`, whose trails are below 2**12.
 
     Raises:
-        ValueError: they did not, on all ranks; it says who is where.
+        ValueError: they did not, on all ranks of all sequences; it says who is where.
     """
-    if dist.get_world_size() * squares != total * total:
-        said = calls_in_words(dict(enumerate(gather(calls))))
+    if any(sums):
+        sequences: dict[int, dict[int, Calls]] = {}
+        for rank, (sequence, made) in enumerate(gather((placement.dp_rank, calls))):
+            sequences.setdefault(sequence, {})[rank] = made
+        said = "; ".join(filter(None, map(calls_in_words, sequences.values())))
         raise ValueError(
             f"step {step + 1}: {said}. Messages of equal sizes were read as others than they are: "
             "the step is not taken. Every rank must attend alike, whatever its data"
@@ -135,7 +149,7 @@ def train_step(
         FloatingPointError: the loss or the gradient is not finite, on all ranks alike, and the run
             does not skip such steps; the weights are still those before the step. The message names
             the first tensor that is not, found by a second pass over the batch.
-        ValueError: ranks made different attention calls; as much.
+        ValueError: ranks of a sequence made different attention calls; as much.
     """
     begin = time.perf_counter()
     timers = trainee.timers
@@ -153,13 +167,11 @@ def train_step(
     tp = trainee.placement.tp_size
     square = squared_norm(cut) + squared_norm(shared) / tp
     calls = calls_in(trainee.placement.ranks.flat)
-    trail = float(calls.since(before) & 0xFFF)
+    trails = astray(trainee.placement, calls.since(before) & 0xFFF)
     # The one point of a step at which the host waits for the GPU.
-    shares = (share / tp, waited, asked, square, trail, trail * trail)
-    loss, waited, asked, square_sum, trails, trail_squares = sum_over_ranks(
-        shares, trainee.placement.device
-    )
-    check_trails(calls, trails, trail_squares, step)
+    shares = (share / tp, waited, asked, square, *trails)
+    loss, waited, asked, square_sum, *sums = sum_over_ranks(shares, trainee.placement.device)
+    check_trails(trainee.placement, calls, sums, step)
     norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
