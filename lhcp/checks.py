@@ -131,6 +131,26 @@ def check_valid(valid: Tensor, q: Tensor) -> None:
         )
 
 
+def check_finite(name: str, x: Tensor, whose: str) -> None:
+    """Check that x [B, n, heads, D] has no infinity and no NaN; the host waits for its device.
+
+    Args:
+        whose: of which rank it is, in words.
+
+    Raises:
+        ValueError: it has; the message has how many, and the first.
+    """
+    bad = ~x.detach().isfinite()
+    if not bool(bad.any()):
+        return
+    row, token, head, dim = first = bad.nonzero()[0].tolist()
+    raise ValueError(
+        f"{name} of {whose} has {int(bad.sum())} of {x.numel()} values that are not finite, the "
+        f"first {x[row, token, head, dim].item()} at {first}, [sequence, token of the rank, head, "
+        "dim]"
+    )
+
+
 def check_scale(scale: float | None) -> None:
     """Check that the factor of the logits is a plain number, or None for the default.
 

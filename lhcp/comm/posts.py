@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from lhcp.comm.agreement import calls_made
+from lhcp.comm.trail import calls_made
 from lhcp.comm.whereabouts import End, Heard, Place, Whereabouts
 
 MISSED = 4

@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from lhcp.comm.agreement import calls_made
 from lhcp.comm.marks import Marks
 from lhcp.comm.posts import MISSED, Members, Posts, Timing
 from lhcp.comm.torch_private import copy_of, is_fake, store_of
+from lhcp.comm.trail import calls_made
 from lhcp.comm.whereabouts import End, Whereabouts, excused, guilty, in_words
 
 STATUS = 124

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from lhcp.comm.agreement import Calls, Fields
+from lhcp.comm.trail import Calls, Fields
 
 End = Literal["", "left", "failed", "cut off", "stalled"]
 """How a rank ended: it did not; it was done; an error of its own; an error of a message, as when
@@ -35,7 +35,7 @@ class Whereabouts:
     calls: int = 0
     """Attention calls made so far."""
     trail: int = 0
-    """As of `lhcp.comm.agreement.Calls`."""
+    """As of `lhcp.comm.trail.Calls`."""
     beat: int = 0
     """Of each post another: a rank that posts the same one has stopped."""
     still: float = 0.0

@@ -38,6 +38,8 @@ class ContextParallel:
         rotation, backend, kernels, timers: of every layer made here, as in
             `lhcp.LighthouseAttention`.
         ignore_index: the label of tokens that have none, in `shard` and in the losses.
+        debug: of every layer and of `sdpa`, as in `lhcp.ring_attention`; `shard` then compares
+            every batch.
 
     Raises:
         TypeError, ValueError: the group is none, this rank is not in it, or no layout has this
@@ -54,11 +56,12 @@ class ContextParallel:
         kernels: str = "auto",
         timers: Spans | None = None,
         ignore_index: int = -100,
+        debug: bool = False,
     ) -> None:
         self.ranks = as_ranks(group, two_axes=by_name(rotation))
         self.cut = make_layout(layout, self.ranks.world_size)
         self.ignore_index = ignore_index
-        self.choices = Choices(layout, rotation, backend, kernels, timers=timers)
+        self.choices = Choices(layout, rotation, backend, kernels, timers=timers, debug=debug)
         self._agreed = False
 
     @property
@@ -113,6 +116,7 @@ class ContextParallel:
             kernels=c.kernels,
             scale=scale,
             timers=c.timers,
+            debug=c.debug,
         )
 
     def sdpa(
@@ -160,6 +164,7 @@ class ContextParallel:
             scale=scale,
             cu_seqlens=cu_seqlens,
             timers=c.spans,
+            debug=c.debug,
         )
         return out.transpose(1, 2)
 
@@ -220,7 +225,7 @@ class ContextParallel:
         - other tensors are cut where their second axis has N tokens; all else is kept.
 
         At its first batch the ranks compare what they hold, since a sampler that gives each rank
-        other sequences is an error that nothing else shows; a collective then, never again.
+        other sequences is an error that nothing else shows; never again, but with `debug` at each.
 
         Args:
             batch: a whole tensor, or a mapping of whole tensors.
@@ -250,7 +255,7 @@ class ContextParallel:
             self.cut.check_seqlen(ready.seqlen)
             return ready
 
-        if self._agreed:
+        if self._agreed and not self.choices.debug:
             ready = make()
         else:
             ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r))

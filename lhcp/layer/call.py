@@ -1,5 +1,6 @@
 """`Call`: what one call of an attention asks for, and that all ranks ask for the same."""
 
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
@@ -8,9 +9,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lhcp.comm.agreement import Fields, agreed
+from lhcp.checks import check_finite
+from lhcp.comm.agreement import agreed, agreed_each_time, compared
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.torch_private import resolve_group
+from lhcp.comm.trail import Fields
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.plan import Choices
@@ -39,7 +42,7 @@ def agree_while_tracing(group: str, *said: str | int | float | None) -> None:
         said: names and values, in turn.
 
     Raises:
-        ValueError: as `lhcp.comm.agreement.compare`.
+        ValueError: as `lhcp.comm.comparison.compare`.
     """
     values = zip(said[::2], said[1::2], strict=True)
     fields = {str(name): str(value) for name, value in values}
@@ -50,6 +53,18 @@ def agree_while_tracing(group: str, *said: str | int | float | None) -> None:
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
 agree_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def warn_of_a_graph() -> None:
+    """Warn that a call that is to be debugged becomes part of a graph."""
+    warnings.warn(
+        "debug=True: this call becomes part of a graph, of torch.compile or of CUDA. Ranks compare "
+        "what it is made for; its runs are neither compared nor looked through: debug without it",
+        stacklevel=3,
+    )
+
+
+warn_of_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,44 @@ class Call:
         Raises:
             TypeError, ValueError, ImportError: as `lhcp.comm.agreement.agreed`.
         """
-        if ranks.world_size == 1:
-            return prepare()
         if torch.compiler.is_compiling():
             prepared = prepare()
-            agree_while_tracing(ranks.names[0], *self.constants(prepared))
+            if self.choices.debug:
+                warn_of_a_graph()
+            if ranks.world_size > 1:
+                agree_while_tracing(ranks.names[0], *self.constants(prepared))
             return prepared
-        return agreed(ranks, self.key, prepare, self.fields)
+        if not self.debugged:
+            return agreed(ranks, self.key, prepare, self.fields)
+
+        def look() -> P:
+            prepared = prepare()
+            for name, x in zip("qkv", self.qkv, strict=True):
+                check_finite(name, x, _whose(ranks))
+            return prepared
+
+        return agreed_each_time(ranks, self.key, look, self.fields, self.layer)
+
+    def look_at(self, out: Tensor, ranks: Ranks) -> None:
+        """Check, where the call is debugged, that its output is finite on every rank.
+
+        Raises:
+            ValueError: it is not, on all ranks.
+        """
+        if self.debugged:
+            said = {"output": f"of a {self.mode} call"}
+            compared(ranks, lambda: check_finite("the output", out, _whose(ranks)), lambda _: said)
+
+    @property
+    def debugged(self) -> bool:
+        """Whether it is compared, and looked through, whatever was agreed on before."""
+        if not self.choices.debug or torch.compiler.is_compiling():
+            return False
+        q = self.qkv[0]
+        if isinstance(q, Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
+            warn_of_a_graph()
+            return False
+        return True
 
     @property
     def key(self) -> Hashable:
@@ -88,7 +134,7 @@ class Call:
             (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else type(x)
             for x in self.qkv
         )
-        names = (str(c.layout), rotation, str(c.backend), str(c.kernels), repr(c.scale))
+        names = (str(c.layout), rotation, str(c.backend), str(c.kernels), repr(c.scale), c.debug)
         return self.layer, self.mode, tensors, names, self.more, self.with_gradient
 
     def constants(self, prepared: Prepared) -> tuple[str | int | float | None, ...]:
@@ -98,7 +144,7 @@ class Call:
         """
         c = self.choices
         said: list[str | int | float | None] = ["mode", self.mode, "dtype", str(self.qkv[0].dtype)]
-        said += ["layout", c.layout, "kernels", c.kernels, "scale", c.scale]
+        said += ["layout", c.layout, "kernels", c.kernels, "scale", c.scale, "debug", c.debug]
         said += ["a gradient", "wanted" if self.with_gradient else "not wanted"]
         for name, taken in prepared.chosen.items():
             said += [name, taken]
@@ -132,6 +178,7 @@ class Call:
             "backend": str(c.backend),
             "kernels": str(c.kernels),
             "scale": repr(c.scale),
+            "debug": repr(c.debug),
             "a gradient": "wanted" if self.with_gradient else "not wanted",
         }
         for name, value in self.more:
@@ -141,3 +188,7 @@ class Call:
             else:
                 said[name] = repr(value)
         return said | ({} if prepared is None else prepared.chosen)
+
+
+def _whose(ranks: Ranks) -> str:
+    return f"rank {ranks.rank} of {ranks.world_size}"

@@ -29,6 +29,7 @@ class RingOptions(TypedDict, total=False):
     scale: float | None
     cu_seqlens: Tensor | None
     timers: Spans
+    debug: bool
 
 
 @overload
@@ -62,6 +63,7 @@ def ring_attention(
     return_lse: bool = False,
     cu_seqlens: Tensor | None = None,
     timers: Spans = UNTIMED,
+    debug: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend densely and exactly over a sequence that is sharded over ranks (arXiv 2310.01889).
 
@@ -86,6 +88,12 @@ def ring_attention(
             beginning a document. On the CPU; or on the device, from where it is copied once for as
             long as this tensor lives. The same on every rank.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
+        debug: compare every call with the other ranks', its number too, before its first message,
+            and check that q, k, v and the output are finite. What differs, or is not, is a
+            ValueError on all ranks at that call. It costs each call two meetings of the ranks'
+            hosts through the group's store (three with documents) and four waits for the device.
+            Backwards are not looked at; nor are graphs of torch.compile or of CUDA as they run,
+            but as they are made, which a warning says.
 
     Returns:
         out [B, N / W, H, D] in the dtype of q; with return_lse also lse [B, H, N / W], natural log,
@@ -96,11 +104,11 @@ def ring_attention(
             anything is sent.
         ImportError: an explicit backend's package is missing.
     """
-    choices = Choices(layout, rotation, backend, scale=scale, timers=timers)
+    choices = Choices(layout, rotation, backend, scale=scale, timers=timers, debug=debug)
     ranks = as_ranks(group, two_axes=by_name(rotation))
     documents = None
     if cu_seqlens is not None:
-        documents = Bounds(cu_seqlens, q, ranks, layout).agreed(None)
+        documents = Bounds(cu_seqlens, q, ranks, layout).agreed(None, debug)
     out, lse = dense_attention(
         (q, k, v), ranks, choices, Mask(causal), documents, with_lse=return_lse
     )
@@ -129,8 +137,11 @@ def dense_attention(
         return plan
 
     more = (("mask", mask), ("documents given", documents is not None), ("lse", with_lse))
-    plan = Call("dense", qkv, choices, more, layer).agreed(ranks, prepare)
+    call = Call("dense", qkv, choices, more, layer)
+    plan = call.agreed(ranks, prepare)
     packed = None
     if documents is not None:
         packed = PackedRows(documents.whole, documents.limits)
-    return carry_out(q, k, v, plan, choices.spans, packed, with_lse)
+    out, lse = carry_out(q, k, v, plan, choices.spans, packed, with_lse)
+    call.look_at(out, ranks)
+    return out, lse

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lhcp.checks import check_plain, shape_of
-from lhcp.comm.agreement import Fields, agreed, note_given
+from lhcp.comm.agreement import agreed, compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
+from lhcp.comm.trail import Fields, note_given
 from lhcp.config import LighthouseConfig
 from lhcp.documents import Cut, Documents, Packing, number_tokens, read_packing
 from lhcp.operators import operator, pack_words, unpack_words
@@ -45,12 +46,12 @@ class Bounds:
         packing, cut = self._read()
         return packing.local(cut, self.q.device) if packing.divides_rows else None
 
-    def agreed(self, layer: object) -> Documents | None:
+    def agreed(self, layer: object, debug: bool = False) -> Documents | None:
         """Return what `local` does, when ranks were given the same bounds at this layer's first.
 
         Later ones are compared where their limits are new, on which messages depend. The others are
-        noted, see `lhcp.comm.agreement.note_given`: comparing them would cost each step a meeting
-        of the hosts.
+        noted, see `lhcp.comm.trail.note_given`: comparing them would cost each step a meeting
+        of the hosts. With `debug` they meet.
 
         Raises:
             TypeError, ValueError: as `local`, on any rank; or they differ.
@@ -59,7 +60,10 @@ class Bounds:
             alone = self.ranks.world_size == 1
             return self._in_a_graph("" if alone else pack_words(self.ranks.names))
         key = ("documents", layer, getattr(self.q, "shape", None), str(self.layout), self.config)
-        packing, cut = agreed(self.ranks, key, self._read, _fields, counted=False)
+        if debug:
+            packing, cut = compared(self.ranks, self._read, _fields)
+        else:
+            packing, cut = agreed(self.ranks, key, self._read, _fields, counted=False)
         _tell(self.ranks, packing, cut)
         return packing.local(cut, self.q.device) if packing.divides_rows else None
 

@@ -64,6 +64,7 @@ def lighthouse_attention(
     valid: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     timers: Spans = UNTIMED,
+    debug: bool = False,
 ) -> Tensor:
     """Attend by Lighthouse attention (arXiv 2605.06554) over a sequence that ranks share.
 
@@ -98,6 +99,7 @@ def lighthouse_attention(
             padding is a document, or several. At most topk / num_strata windows of pool_factor
             tokens of a stratum may hold a document's first token.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
+        debug: as in `lhcp.ring_attention`.
 
     Returns:
         [B, N / W, H, D] in the dtype of q, differentiable in q, k and v.
@@ -107,11 +109,11 @@ def lighthouse_attention(
             anything is sent.
         ImportError: an explicit backend's package is missing.
     """
-    choices = Choices(layout, rotation, backend, kernels, scale, timers)
+    choices = Choices(layout, rotation, backend, kernels, scale, timers, debug)
     ranks = as_ranks(group, two_axes=by_name(rotation))
     documents = None
     if cu_seqlens is not None:
-        documents = Bounds(cu_seqlens, q, ranks, layout, config).agreed(None)
+        documents = Bounds(cu_seqlens, q, ranks, layout, config).agreed(None, debug)
     given = Given(selection, score_q, score_k, valid, documents)
     return sparse_attention(QKV(q, k, v), config, ranks, choices, given)
 
@@ -167,7 +169,8 @@ def sparse_attention(
     with timers.span("scatter", "compute", 0, q.device):
         back = ScatterPlan(integers, kernels, ranks, plan.layout)
         scattered: Tensor = ScatterBack.apply(out, *selection, back, timers, given.positions)
-        return scattered
+    call.look_at(scattered, ranks)
+    return scattered
 
 
 def prepare(

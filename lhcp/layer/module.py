@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lhcp.checks import check_scale
-from lhcp.comm.agreement import leave_uncounted
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
+from lhcp.comm.trail import leave_uncounted
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import dense_attention
@@ -42,6 +42,8 @@ class LighthouseAttention(nn.Module):
         layout: "zigzag" or "contiguous".
         rotation, backend, kernels, scale: as in `lhcp.lighthouse_attention`.
         timers: an `lhcp.Timers` shared by all layers, or None.
+        debug: as in `lhcp.ring_attention`; ranks whose layers take turns differently are told so
+            too, by the order of the layers' first calls. Graphs of `lhcp.graphed` are not used.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LighthouseAttention(nn.Module):
         kernels: str = "auto",
         scale: float | None = None,
         timers: Spans | None = None,
+        debug: bool = False,
     ) -> None:
         super().__init__()
         # Here, because a module makes a parameter its own.
@@ -67,6 +70,7 @@ class LighthouseAttention(nn.Module):
         self.kernels = kernels
         self.scale = scale
         self.timers = UNTIMED if timers is None else timers
+        self.debug = debug
         self._token = object()
         self.graphs: Graphs | None = None
         """Of `lhcp.graphed`."""
@@ -91,7 +95,13 @@ class LighthouseAttention(nn.Module):
     def choices(self) -> Choices:
         """What the layer was asked for, as its attributes say now."""
         return Choices(
-            self.layout, self.rotation, self.backend, self.kernels, self.scale, self.timers
+            self.layout,
+            self.rotation,
+            self.backend,
+            self.kernels,
+            self.scale,
+            self.timers,
+            self.debug,
         )
 
     def forward(
@@ -123,7 +133,7 @@ class LighthouseAttention(nn.Module):
             # Before a graph, whose input they are: it would keep those that it was recorded with.
             config = self.config if self._mode == "lighthouse" else None
             bounds = Bounds(cu_seqlens, q, self.ranks, self.layout, config)
-            documents = bounds.agreed(self._token)
+            documents = bounds.agreed(self._token, self.debug)
         given = Given(selection, score_q, score_k, valid, documents)
         if self.graphs is None:
             out = self.attend(q, k, v, given)
@@ -169,6 +179,8 @@ class LighthouseAttention(nn.Module):
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         if self.timers is not UNTIMED:
             return graphs.as_it_is("timers measure each call", attend, tensors)
+        if self.debug:
+            return graphs.as_it_is("debugging looks at each call", attend, tensors)
         leave_uncounted(self.ranks)
         asked = (self.config, self.choices, names, autocast)
         return graphs.call(attend, tensors, self._token, Kind(self._mode, self.ranks, asked))

@@ -65,6 +65,8 @@ class Choices:
     """Factor of the logits; None: D ** -0.5."""
     timers: Spans | None = None
     """What measures; None: nothing. No object, since torch 2.11 traces none that is a default."""
+    debug: bool = False
+    """Whether ranks compare every call, and look through its tensors for what is not finite."""
 
     @property
     def spans(self) -> Spans:

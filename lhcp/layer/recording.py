@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.comm.agreement import told
+from lhcp.comm.comparison import told
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.recorder import CudaRecorder, Recorder, Watch
 

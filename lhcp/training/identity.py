@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lhcp.comm.agreement import compare
+from lhcp.comm.comparison import compare
 from lhcp.comm.mesh import Ranks
 from lhcp.training.files import Manifest
 from lhcp.training.run import Run
@@ -18,7 +18,7 @@ MAY_CHANGE = {
     "out": "where it is kept",
     "accept": "what may differ",
     "timeout": "how long ranks wait",
-    "debug": "what is logged",
+    "debug": "what is compared and logged",
     "on_bad_step": "what is done where a run would end",
     "cp": "the mesh",
     "tp": "the mesh",

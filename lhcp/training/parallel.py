@@ -66,6 +66,7 @@ def attention_factory(
         backend=run.backend,
         kernels=run.kernels,
         timers=timers,
+        debug=run.debug,
     )
     return lambda always_dense: cp.attention(None if always_dense else run.lighthouse)
 

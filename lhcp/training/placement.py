@@ -128,11 +128,13 @@ def wants_graphs(run: Run, device: torch.device) -> bool:
     """Return whether the attention runs as CUDA graphs.
 
     Raises:
-        ValueError: they are asked for where there is no GPU.
+        ValueError: they are asked for where there is no GPU, or where each call is debugged.
     """
     if run.graphs == "on" and device.type != "cuda":
         raise ValueError(f"graphs='on': CUDA graphs need a GPU, and this run is on {device.type}")
-    return run.graphs != "off" and device.type == "cuda"
+    if run.graphs == "on" and run.debug:
+        raise ValueError("graphs='on' with debug, which looks at each call: take 'auto' or 'off'")
+    return run.graphs != "off" and device.type == "cuda" and not run.debug
 
 
 def _started_together() -> int:

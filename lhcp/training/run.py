@@ -103,7 +103,9 @@ class Run:
     """What becomes of a step whose loss or gradient is not finite: the run ends and says what was
     the first such tensor, or the step is not taken, up to three in a row."""
     debug: bool = False
-    """Whether torch keeps the last messages and serves them, with all stacks, to a browser: its
+    """Whether ranks compare every attention call, and look through its tensors for what is not
+    finite, which ends the run there (`lhcp.ContextParallel(debug=True)`: slower, and no CUDA
+    graphs); and torch keeps the last messages and serves them, with all stacks, to a browser: its
     flight recorder and debug server (port 25999 of rank 0's machine), for hunting a hang."""
     accept: tuple[str, ...] = ()
     """Differences from the run that wrote the checkpoint to go on with all the same, as its refusal

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lhcp.comm.agreement import Calls, calls_in
+from lhcp.comm.trail import Calls, calls_in
 from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode

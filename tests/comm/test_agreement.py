@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lhcp
-from lhcp.comm.agreement import compare
+from lhcp.comm.comparison import compare
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.torch_private import store_of
 from lhcp.testing.inputs import small_config

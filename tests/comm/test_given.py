@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 import lhcp
-from lhcp.comm.agreement import Calls, calls_in, leave_uncounted
 from lhcp.comm.mesh import Ranks
+from lhcp.comm.trail import Calls, calls_in, leave_uncounted
 from lhcp.comm.whereabouts import calls_in_words
 from lhcp.documents import read_packing
 from lhcp.testing.ranks import RankPool
