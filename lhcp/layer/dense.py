@@ -88,8 +88,8 @@ def ring_attention(
             beginning a document. On the CPU; or on the device, from where it is copied once for as
             long as this tensor lives. The same on every rank.
         timers: an `lhcp.Timers` to measure steps with; not used under torch.compile.
-        debug: compare every call with the other ranks', its number too, before its first message,
-            and check that q, k, v and the output are finite. What differs, or is not, is a
+        debug: on all ranks: compare every call with the others', its number too, before its first
+            message, and check that q, k, v and the output are finite. What differs, or is not, is a
             ValueError on all ranks at that call. It costs each call two meetings of the ranks'
             hosts through the group's store (three with documents) and four waits for the device.
             Backwards are not looked at; nor are graphs of torch.compile or of CUDA as they run,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lhcp
-from lhcp.comm.comparison import compare
-from lhcp.comm.mesh import Ranks
 from lhcp.comm.torch_private import store_of
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
@@ -143,20 +140,3 @@ def test_what_was_agreed_is_asked_once_and_forgotten(ranks: RankPool) -> None:
         # Others may not have dropped their second post yet; nobody has made a fourth.
         assert f"3/{rank}" in kept and f"2/{rank}" not in kept
         assert numbers <= {"2", "3"}
-
-
-def late(group: Any) -> str:
-    own = dist.new_group(range(WORLD))
-    store_of(own).set_timeout(timedelta(seconds=2))
-    if own.rank() == 2:
-        return ""
-    with pytest.raises(ValueError) as error:
-        compare(Ranks(own), {"call": "x"})
-    return str(error.value)
-
-
-def test_a_rank_that_does_not_come_is_named(ranks: RankPool) -> None:
-    """Fails if ranks that wait for another do not say for whom."""
-    said = ranks.run(late, WORLD)
-    for rank in (0, 1, 3):
-        assert said[rank].startswith("ranks [2] of 4 did not make this call within the timeout")

@@ -110,7 +110,7 @@ def debug_on_one(group: Any) -> str:
 def test_debug_on_one_rank_alone_is_named(ranks: RankPool) -> None:
     """Fails if the ranks that are debugged wait for posts of the others."""
     for said in ranks.run(debug_on_one, WORLD):
-        assert "different things: debug: False on rank 0, True on rank 2." in said
+        assert "different things: debug: False on rank 0, True on rank 2" in said
 
 
 def spoilt(group: Any, mode: Mode, name: str, value: float) -> tuple[str, str]:
