@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import lhcp
+from lhcp.comm.trail import calls_in
 from lhcp.layer.module import Mode
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
@@ -198,3 +200,26 @@ def test_what_is_traced_says_that_it_is_not_looked_at(ranks: RankPool, mode: Mod
     """Fails if a compiled layer breaks, or passes for one that is looked at."""
     for said, right in ranks.run(traced, WORLD, mode):
         assert len(said) == 1 and right
+
+
+def gradients(group: Any, mode: Mode, recomputed: bool) -> tuple[bool, list[int]]:
+    """Whether gradients are the bits of those without debug; the calls that ranks counted."""
+    own, found, counts = dist.new_group(range(WORLD)), [], []
+    for debug in (False, True):
+        layers = two_layers(own, mode, debug)
+        before = calls_in(own).count
+        q, k, v = (x.requires_grad_() for x in inputs(own))
+        x = q
+        for layer in layers:
+            x = checkpoint(layer, x, k, v, use_reentrant=False) if recomputed else layer(x, k, v)
+        found.append(torch.autograd.grad(x.sum(), (q, k, v)))
+        counts.append(calls_in(own).count - before)
+    return all(map(torch.equal, *found)), counts
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_as_without(ranks: RankPool, mode: Mode, recomputed: bool) -> None:
+    """Fails if looking changes a result, or a recomputation's calls are not compared in order."""
+    calls = 4 if recomputed else 2
+    assert ranks.run(gradients, WORLD, mode, recomputed) == [(True, [calls, calls])] * WORLD
