@@ -21,10 +21,12 @@ class Calls:
     """A number below 2**20 that depends on all of them, in their order."""
     last: Fields = field(default_factory=dict)
     """What the last one asked for."""
+    group: int = -1
+    """The lowest rank of all that is in it: other groups are given other documents."""
 
     def and_then(self, number: int, fields: Fields) -> "Calls":
         """Return these calls and one more."""
-        return Calls(self.count + 1, (self.trail * 31 + number) & 0xFFFFF, fields)
+        return Calls(self.count + 1, (self.trail * 31 + number) & 0xFFFFF, fields, self.group)
 
     def and_given(self, number: int, fields: Fields) -> "Calls":
         """Return these calls and what one was given, as a number of 64 bits that depends on it."""
@@ -75,7 +77,10 @@ _ASKED: WeakKeyDictionary[dist.ProcessGroup, Asked] = WeakKeyDictionary()
 
 def asked_of(group: dist.ProcessGroup) -> Asked:
     """Return what this rank has asked a group so far, to be added to."""
-    return _ASKED.setdefault(group, Asked())
+    if group not in _ASKED:
+        none = Calls(group=min(dist.get_process_group_ranks(group)))
+        _ASKED[group] = Asked(calls=none, given=none)
+    return _ASKED[group]
 
 
 def note_given(ranks: Ranks, number: int, fields: Fields) -> None:
@@ -109,7 +114,7 @@ def calls_in(group: dist.ProcessGroup | None) -> Calls:
     if not asked.counted:
         return asked.given
     if (asking := asked.asking) is not None:
-        return Calls(asked.calls.count + 1, 0, asking)
+        return replace(asked.calls, count=asked.calls.count + 1, trail=0, last=asking)
     return replace(asked.calls, last=asked.given.last | asked.calls.last)
 
 

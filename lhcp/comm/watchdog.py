@@ -198,7 +198,9 @@ class _Mind:
         posts = self.posts
         while not self._closing.is_set() and not posts.lost:
             calls = calls_made()
-            own = Whereabouts(self.marks.place, calls.count, calls.trail, still=self._still)
+            own = Whereabouts(
+                self.marks.place, calls.count, calls.trail, still=self._still, group=calls.group
+            )
             posts.post(own, look=self._still > posts.beat)
             self._closing.wait(posts.beat)
 

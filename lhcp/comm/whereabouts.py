@@ -45,6 +45,13 @@ class Whereabouts:
     """The error that ended it."""
     asked: Fields = field(default_factory=dict)
     """What its last call asked for; of a rank that has ended."""
+    group: int = -1
+    """Of its calls, as of `Calls`."""
+
+    @property
+    def made(self) -> Calls:
+        """Its calls so far."""
+        return Calls(self.calls, self.trail, self.asked, self.group)
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -132,7 +139,7 @@ def _astray(rest: list[tuple[int, Whereabouts]], blamed: bool) -> list[str]:
         there = [rank for rank, where in rest if str(where.place) == place]
         said.append(f"{ranks_in_words(there)} {'wait' if len(there) > 1 else 'waits'} in {place}")
     living = dict([*behind, *rest])
-    if differ := calls_in_words({r: Calls(w.calls, w.trail, w.asked) for r, w in living.items()}):
+    if differ := calls_in_words({r: w.made for r, w in living.items()}):
         said.append(differ)
     if not blamed:
         for error in dict.fromkeys(where.said for _, where in rest if where.said):
@@ -142,12 +149,25 @@ def _astray(rest: list[tuple[int, Whereabouts]], blamed: bool) -> list[str]:
 
 
 def calls_in_words(calls: Mapping[int, Calls]) -> str:
-    """Say at which attention call ranks are where those or what they asked for differ, else ""."""
+    """Say at which attention call ranks are where those or what they asked for differ, else "".
+
+    Ranks of several groups are compared within each: others may be given other documents.
+    """
+    groups = {one.group for one in calls.values() if one.count}
+    if len(groups) < 2:
+        rows = _differ(calls)
+    else:
+        each = ({r: one for r, one in calls.items() if one.group == g} for g in sorted(groups))
+        rows = [row for of_group in each for row in _differ(of_group)]
+    return f"the ranks' attention calls differ: {', '.join(rows)}" if rows else ""
+
+
+def _differ(calls: Mapping[int, Calls]) -> list[str]:
     rows: dict[tuple[int, int], list[int]] = {}
     for rank in sorted(calls):
         rows.setdefault((calls[rank].count, calls[rank].trail), []).append(rank)
     if len(rows) < 2:
-        return ""
+        return []
     asked = [one.last for one in calls.values() if one.last]
     names = dict.fromkeys(name for fields in asked for name in fields)
     differ = [name for name in names if len({fields.get(name) for fields in asked}) > 1]
@@ -158,7 +178,7 @@ def calls_in_words(calls: Mapping[int, Calls]) -> str:
         verb = "is" if len(ranks) == 1 else "are"
         where = f"{ranks_in_words(ranks)} {verb} at attention call {count}"
         said.append(f"{where} ({what})" if what else where)
-    return f"the ranks' attention calls differ: {', '.join(said)}"
+    return said
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:

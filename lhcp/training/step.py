@@ -111,7 +111,7 @@ def astray(placement: Placement, trail: int) -> tuple[float, float]:
     return float(weight * trail), float(weight * trail * trail)
 
 
-def check_trails(placement: Placement, calls: Calls, sums: Sequence[float], step: int) -> None:
+def check_trails(calls: Calls, sums: Sequence[float], step: int) -> None:
     """Check that the ranks of each sequence made the same attention calls in a step.
 
     Args:
@@ -123,10 +123,7 @@ def check_trails(placement: Placement, calls: Calls, sums: Sequence[float], step
         ValueError: they did not, on all ranks of all sequences; it says who is where.
     """
     if any(sums):
-        sequences: dict[int, dict[int, Calls]] = {}
-        for rank, (sequence, made) in enumerate(gather((placement.dp_rank, calls))):
-            sequences.setdefault(sequence, {})[rank] = made
-        said = "; ".join(filter(None, map(calls_in_words, sequences.values())))
+        said = calls_in_words(dict(enumerate(gather(calls))))
         raise ValueError(
             f"step {step + 1}: {said}. Messages of equal sizes were read as others than they are: "
             "the step is not taken. Every rank must attend alike, whatever its data"
@@ -171,7 +168,7 @@ def train_step(
     # The one point of a step at which the host waits for the GPU.
     shares = (share / tp, waited, asked, square, *trails)
     loss, waited, asked, square_sum, *sums = sum_over_ranks(shares, trainee.placement.device)
-    check_trails(trainee.placement, calls, sums, step)
+    check_trails(calls, sums, step)
     norm = math.sqrt(square_sum)
     if stop is not None:
         stop.hear(asked)
