@@ -29,8 +29,9 @@ from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.measure.rank_values import gathered
 from lhcp.training.data import Sequences, open_data
+from lhcp.training.efficiency import flops_per_token
 from lhcp.training.history import StepRecord
-from lhcp.training.model import flops_per_token, num_parameters
+from lhcp.training.model import num_parameters
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run

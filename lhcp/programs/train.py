@@ -15,10 +15,11 @@ import tyro
 
 from lhcp.training import report
 from lhcp.training.data import open_data
+from lhcp.training.generation import generate
 from lhcp.training.lock import held
 from lhcp.training.loop import train
 from lhcp.training.metrics import written
-from lhcp.training.model import generate, num_parameters
+from lhcp.training.model import num_parameters
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.process import Process, run_to_exit
 from lhcp.training.recipes import RECIPES

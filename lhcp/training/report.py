@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lhcp.training.efficiency import flops_per_token
 from lhcp.training.history import EvalRecord, History, StepRecord
-from lhcp.training.model import flops_per_token
 from lhcp.training.run import Run
 from lhcp.training.selection_picture import draw_selections
 from lhcp.training.stages import Stage, total_steps
