@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lhcp.documents import read_packing
+from lhcp.packing import read_packing
 from lhcp.training.corpus import Corpus, Piece
 from lhcp.training.data import DataConfig, open_data
 from lhcp.training.parallel import build
