@@ -18,7 +18,7 @@ from lhcp.training import knobs_page, knobs_results
 from lhcp.training.experiments import KNOBS
 from lhcp.training.knobs import Knobs, turn_knobs
 from lhcp.training.process import Process, run_to_exit
-from lhcp.training.report import Progress
+from lhcp.training.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

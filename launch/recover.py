@@ -21,8 +21,8 @@ from lhcp.training import recovery_page, recovery_results
 from lhcp.training.experiments import RECOVERIES
 from lhcp.training.lock import held
 from lhcp.training.process import Process, run_to_exit
+from lhcp.training.progress import Progress
 from lhcp.training.recovery import Part, Recovery, recover_seed, seed_folder
-from lhcp.training.report import Progress
 from lhcp.training.run import Run
 
 

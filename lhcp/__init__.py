@@ -3,17 +3,17 @@
 Start with `LighthouseConfig` and `LighthouseAttention`; lhcp/METHOD.md explains the method.
 """
 
+from lhcp.bounds import (
+    cu_seqlens_from_document_ids,
+    cu_seqlens_from_hugging_face,
+    cu_seqlens_from_position_ids,
+)
 from lhcp.comm.sharding import pad_to_length, pad_to_multiple, positions, shard, unshard
 from lhcp.comm.watchdog import RanksLost, Watchdog
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import built_in_calibration, read_calibration
-from lhcp.documents import (
-    cu_seqlens_from_document_ids,
-    cu_seqlens_from_hugging_face,
-    cu_seqlens_from_position_ids,
-)
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.graphed import graphed, ungraphed

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from lhcp.training.model import rope_table, rotate
+from lhcp.training.rope import rope_table, rotate
 
 DIM, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 32, 4, 2, 8, 48, 61
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 import lhcp
 from lhcp.testing.inputs import small_config
-from lhcp.training.model import DecoderLayer, ModelConfig, rope_table
+from lhcp.training.model import DecoderLayer
+from lhcp.training.model_config import ModelConfig
+from lhcp.training.rope import rope_table
 from tests.devices import Place
 
 HEAD_DIM = 64

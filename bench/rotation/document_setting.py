@@ -15,8 +15,8 @@ from bench.rotation.document_arms import RINGS, VARLEN, Documents
 from bench.rotation.document_balance import draw_starts, work_of_chunks
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
+from lhcp.layer.graphs import CALLS_BEFORE
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.recording import CALLS_BEFORE
 from lhcp.measure.clock import elapsed
 from lhcp.measure.rank_values import barrier, gathered, slowest
 

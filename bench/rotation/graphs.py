@@ -31,8 +31,8 @@ from bench.scaling.layer import Question
 from bench.scaling.layer import layer as layer_of
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.tables import CALIBRATIONS, read_or_built_in
+from lhcp.layer.graphs import CALLS_BEFORE
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.recording import CALLS_BEFORE
 from lhcp.measure.clock import elapsed
 from lhcp.measure.rank_values import barrier, slowest
 from lhcp.ring.rotation import NAMES

@@ -29,7 +29,8 @@ from lhcp.comm.mesh import Ranks
 from lhcp.console import escape_unprintable
 from lhcp.layer.plan import choose_backend
 from lhcp.measure.clock import matmul_rate
-from lhcp.training.model import ModelConfig, num_parameters
+from lhcp.training.model import num_parameters
+from lhcp.training.model_config import ModelConfig
 
 PLAIN = [8192, 16_384, 32_768, 65_536, 98_304, 131_072]
 CHECKPOINTED = [65_536, 131_072, 262_144, 524_288, 1_048_576]

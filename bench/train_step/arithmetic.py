@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lhcp.config import LighthouseConfig
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 
 Row = dict[str, Any]
 """One line of the table, as it goes into the JSON document."""

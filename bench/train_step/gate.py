@@ -7,7 +7,7 @@ from bench.train_step.trainer import Trainer, random_bytes
 from lhcp.config import LighthouseConfig
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 
 
 def gate(

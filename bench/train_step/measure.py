@@ -16,7 +16,7 @@ from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs
 from lhcp.ring.kv import KV
 from lhcp.ring.shape import CAUSAL
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 
 
 def attention_seconds(

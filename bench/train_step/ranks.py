@@ -28,12 +28,14 @@ from lhcp.comm.mesh import Ranks
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.measure.rank_values import gathered
-from lhcp.training.data import Sequences, open_data
+from lhcp.training.data import open_data
+from lhcp.training.efficiency import flops_per_token
 from lhcp.training.history import StepRecord
-from lhcp.training.model import flops_per_token, num_parameters
+from lhcp.training.model import num_parameters
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
+from lhcp.training.sequences import Sequences
 from lhcp.training.stages import Stage
 from lhcp.training.step import train_step
 

@@ -15,7 +15,8 @@ from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention, Mode
 from lhcp.measure.clock import elapsed
 from lhcp.testing.inputs import qkv
-from lhcp.training.model import Decoder, ModelConfig
+from lhcp.training.model import Decoder
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.stages import OptimConfig
 
 PRECISION = (

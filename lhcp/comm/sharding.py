@@ -11,7 +11,8 @@ from lhcp.comm.collectives import all_gather, reduce_scatter
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.differentiation import once_differentiable
-from lhcp.documents import Cut, read_packing
+from lhcp.documents import Cut
+from lhcp.packing import read_packing
 
 
 def positions(

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.documents import (
-    cu_seqlens_from_document_ids,
-    cu_seqlens_from_hugging_face,
-    read_packing,
-)
+from lhcp.bounds import cu_seqlens_from_document_ids, cu_seqlens_from_hugging_face
+from lhcp.packing import read_packing
 
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
 IDS = ("document_ids", "seq_idx")

@@ -28,11 +28,11 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
+from lhcp.bounds import cu_seqlens_from_position_ids
 from lhcp.comm.agreement import agreed
 from lhcp.comm.layout import LayoutName
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
-from lhcp.documents import cu_seqlens_from_position_ids
 from lhcp.integrations.positions import first_wrong
 from lhcp.layer.module import LighthouseAttention
 

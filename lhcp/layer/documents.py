@@ -11,8 +11,9 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.trail import Fields, note_given
 from lhcp.config import LighthouseConfig
-from lhcp.documents import Cut, Documents, Packing, number_tokens, read_packing
+from lhcp.documents import Cut, Documents, number_tokens
 from lhcp.operators import operator, pack_words, unpack_words
+from lhcp.packing import Packing, read_packing
 
 CU_SEQLENS = "cu_seqlens"
 """What ranks call it when they compare it."""
@@ -23,7 +24,7 @@ class Bounds:
     """The bounds of documents of one call, as its caller gave them: nothing is checked yet."""
 
     cu_seqlens: Tensor
-    """Of the whole sequences, the same on every rank: see `lhcp.documents.read_packing`."""
+    """Of the whole sequences, the same on every rank: see `lhcp.packing.read_packing`."""
     q: Tensor
     """[B, N / W, H, D], for its sizes and its device."""
     ranks: Ranks

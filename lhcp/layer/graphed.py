@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lhcp.layer.graphs import Graphs
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.recording import Graphs
 
 
 def graphed(

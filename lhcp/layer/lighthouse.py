@@ -11,7 +11,6 @@ from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.documents import keep
 from lhcp.layer.call import Call
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given, scored_on
@@ -25,6 +24,7 @@ from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.score import SCORERS, ScoreInputs
 from lhcp.lighthouse.select import Selection
+from lhcp.made_once import keep
 from lhcp.operators import pack_integers
 from lhcp.ring.documents import PackedRows, gather_numbers
 from lhcp.ring.plan import RingPlan

@@ -9,8 +9,8 @@ them is a chunk's last token and the other in the next chunk, so nothing here as
 import torch
 from torch import Tensor
 
-from lhcp.documents import made_once
 from lhcp.lighthouse.geometry import Geometry
+from lhcp.made_once import made_once
 
 
 def of_last_tokens(x: Tensor, level: int, geom: Geometry) -> Tensor:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lhcp.comm.mesh import Ranks, new_memory
+from lhcp.layer.graphs import Graphs
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.recording import Graphs
 from lhcp.measure.effort import LEAST, MOST, Effort, Progress
 from lhcp.measure.rank_values import barrier, gathered, slowest
 from lhcp.measure.runs import Recorder, Runner, take_sample

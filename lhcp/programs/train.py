@@ -15,12 +15,14 @@ import tyro
 
 from lhcp.training import report
 from lhcp.training.data import open_data
+from lhcp.training.generation import generate
 from lhcp.training.lock import held
 from lhcp.training.loop import train
 from lhcp.training.metrics import written
-from lhcp.training.model import generate, num_parameters
+from lhcp.training.model import num_parameters
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.process import Process, run_to_exit
+from lhcp.training.progress import Progress
 from lhcp.training.recipes import RECIPES
 from lhcp.training.rotation_report import measure_rotation
 from lhcp.training.run import SLOW, Run
@@ -30,14 +32,14 @@ def main(run: Run, own: Process) -> None:
     """Do the run, and its baseline where asked for, and report; alone in its folder."""
     run.check(own.world_size)
     own.marks.at("start", patience=SLOW)
-    progress = report.Progress(shown=own.rank == 0)
+    progress = Progress(shown=own.rank == 0)
     with held(run.folder) as remark:
         if remark:
             progress.say(remark)
         do(run, own, progress)
 
 
-def do(run: Run, own: Process, progress: report.Progress) -> None:
+def do(run: Run, own: Process, progress: Progress) -> None:
     """Train and report."""
     data = open_data(run.data, run.seqlen, run.seed, run.shortest_document)
     trainee = build(run, own.device, own.marks)

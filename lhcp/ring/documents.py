@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from lhcp.comm.collectives import all_gathers
 from lhcp.comm.layout import Layout
 from lhcp.comm.mesh import Ranks, pack_cut, unpack_cut
-from lhcp.documents import made_once
+from lhcp.made_once import made_once
 from lhcp.operators import operator
 from lhcp.ring.block.base import Bounds
 from lhcp.ring.heads import kv_copies, part_of_heads

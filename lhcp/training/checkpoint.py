@@ -15,24 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
-from torch.futures import Future
+from torch.distributed.checkpoint import state_dict_loader
 
 from lhcp.training.checkpoint_files import (
     UNFINISHED,
     DamagedCheckpoint,
-    Files,
     Record,
     checkpoints_in,
-    describe,
     disk_is_full,
     prune,
-    publish,
-    sync_folder,
     trouble_with,
-    wait_until_seen,
 )
 from lhcp.training.checkpoint_reader import TensorReader, UnsafeCheckpointError
+from lhcp.training.checkpoint_writer import write
 from lhcp.training.together import RanksFailed, gather, together
 from lhcp.training.training_state import not_finite, restore, tensors_of
 
@@ -57,18 +52,6 @@ class SaveFailed(RuntimeError):
 
 class NoCheckpointLeft(RuntimeError):
     """There are checkpoints, and none of them can be taken."""
-
-
-class NamingWriter(filesystem.FileSystemWriter):
-    """A writer like torch's that remembers which files it wrote."""
-
-    written: frozenset[str] = frozenset()
-
-    def write_data(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Write this rank's tensors."""
-        done = super().write_data(*args, **kwargs)
-        self.written = frozenset(one.storage_data.relative_path for one in done.wait())
-        return done
 
 
 def require_finite(state: dict[str, Any], step: int, folder: Path) -> None:
@@ -138,40 +121,6 @@ def save(
         ) from error
     prune(final, keep, marks)
     return final
-
-
-def write(state: dict[str, Any], final: Path, step: int, beside: dict[str, Any]) -> None:
-    """Write a checkpoint; it has its name when every rank has seen all of it.
-
-    Raises:
-        RanksFailed: a rank could not write, or does not see a file.
-    """
-    first, unfinished = dist.get_rank() == 0, final.with_suffix(UNFINISHED)
-
-    def make_folder() -> None:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-
-    together(make_folder)
-    writer = NamingWriter(unfinished)
-    together(lambda: state_dict_saver.save(state, storage_writer=writer))
-
-    def describe_own() -> Files:
-        sync_folder(unfinished)
-        return describe(unfinished, {*writer.written, *([".metadata"] if first else [])})
-
-    files = {name: about for own in together(describe_own) for name, about in own.items()}
-
-    def look() -> None:
-        wait_until_seen(unfinished, files)
-        found = TensorReader(unfinished).read_metadata()
-        missing = {info.relative_path for info in found.storage_data.values()} - files.keys()
-        if missing:
-            raise FileNotFoundError(f"{sorted(missing)}, which the metadata names, nobody wrote")
-
-    together(look)
-    together(lambda: publish(unfinished, final, Record(step, files, beside)) if first else None)
 
 
 def latest(

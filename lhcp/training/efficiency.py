@@ -2,8 +2,9 @@
 
 import torch
 
+from lhcp.config import LighthouseConfig
 from lhcp.layer.module import Mode
-from lhcp.training.model import flops_per_token
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.parallel import compute_dtype
 from lhcp.training.placement import Placement
 from lhcp.training.run import Run
@@ -61,3 +62,28 @@ def flops_per_second(run: Run, mode: Mode, tokens_per_second: float) -> float:
 def peak_gib(device: torch.device) -> float | None:
     """Return the GiB that tensors of this process held at most so far; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def flops_per_token(
+    config: ModelConfig, seqlen: int, lighthouse: LighthouseConfig | None = None
+) -> float:
+    """Estimate the FLOPs of forward and backward for one token.
+
+    6 per weight of a matrix product, plus 6 * H * D * N per layer of causal attention over N
+    tokens: 12 * H * D * N of arXiv 2204.02311, appendix B, halved because half the products are
+    masked. A lighthouse layer attends over S entries instead: S * S / N in place of N.
+
+    Args:
+        config: Sizes.
+        seqlen: N, tokens of the whole sequence.
+        lighthouse: The lighthouse layers' config, or None where all layers are dense.
+    """
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    layer = config.dim * (2 * heads + 2 * kv_heads + 3 * config.hidden_dim)
+    weights = config.num_layers * layer + config.dim * config.vocab_size
+    sparse = 0 if lighthouse is None else config.num_layers - len(set(config.dense_layers))
+    attended = float((config.num_layers - sparse) * seqlen)
+    if lighthouse is not None:
+        attended += sparse * lighthouse.subsequence_length(seqlen) ** 2 / seqlen
+    return 6.0 * weights + 6.0 * heads * attended

@@ -6,7 +6,7 @@ from dataclasses import replace
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
 from lhcp.training.knobs import Knobs
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.recipes import demo
 from lhcp.training.recovery import Recovery
 from lhcp.training.run import Run

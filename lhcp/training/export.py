@@ -12,7 +12,8 @@ from lhcp.layer.module import LighthouseAttention
 from lhcp.training.byte_tokenizer import tokenizer, tokenizer_config
 from lhcp.training.checkpoint_reader import TensorReader
 from lhcp.training.llama import llama_config, llama_tensors
-from lhcp.training.model import Decoder, ModelConfig
+from lhcp.training.model import Decoder
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.trained import find_checkpoint, trained_run
 
 NOTE = """# {name}

@@ -13,8 +13,8 @@ from lhcp.training.knobs import BASE, read_answers
 from lhcp.training.recovery import LIGHTHOUSE
 from lhcp.training.recovery_report import curve, training_seconds
 from lhcp.training.recovery_results import ArmResult
-from lhcp.training.report import Switch, find_switch
 from lhcp.training.retrieval import Found
+from lhcp.training.switch import Switch, find_switch
 
 LATELY = 0.1
 """Share of a run over whose end its training loss is compared with the same share before it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 
 WHOLE = {
     "attention_norm.weight": "input_layernorm.weight",

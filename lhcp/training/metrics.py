@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from lhcp.training.history import EvalRecord, StepRecord, Watcher
 from lhcp.training.profiling import Profile
-from lhcp.training.report import Progress
+from lhcp.training.progress import Progress
 from lhcp.training.run import Run
 from lhcp.training.stages import Stage
 

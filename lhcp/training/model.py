@@ -3,10 +3,8 @@
 Shapes: B sequences, n tokens on this rank, H query heads, Hk kv heads, D head_dim, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,92 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from lhcp.config import LighthouseConfig
-from lhcp.layer.mode import set_mode
+from lhcp.training.model_config import ModelConfig
+from lhcp.training.rope import rope_table, rotate
 
 AttentionFactory = Callable[[bool], nn.Module]
 """Is asked once a layer, "always dense?"; returns a module (q, k, v) -> o, all [B, n, heads, D],
 which takes `cu_seqlens` where documents are packed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The sizes of the decoder; the defaults are the paper's (arXiv 2605.06554), 268M parameters.
-
-    Raises:
-        ValueError: a size breaks a rule; the message names it and what fits.
-    """
-
-    dim: int = 1024
-    """Width of the residual stream."""
-    num_layers: int = 30
-    num_heads: int = 8
-    """H, query heads."""
-    num_kv_heads: int = 8
-    """Hk, key and value heads; divides num_heads."""
-    head_dim: int = 128
-    """D, width of one head; even, for RoPE."""
-    hidden_dim: int = 1536
-    """Width inside the SwiGLU."""
-    dense_layers: tuple[int, ...] = (0, 1, 28, 29)
-    """Layers that attend densely in both stages."""
-    vocab_size: int = 256
-    """V; 256 are the bytes."""
-    rope_theta: float = 10000.0
-    tied: bool = False
-    """Whether the output head is the embedding's weight."""
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name, fits in (("rope_theta", 10000.0), ("norm_eps", 1e-5)):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: must be positive and finite, for example {fits}"
-                )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim}: must be even, because RoPE turns pairs; for example 64"
-            )
-        if self.num_heads % self.num_kv_heads:
-            divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}, "
-                f"for example one of {divisors}"
-            )
-        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
-        if outside:
-            raise ValueError(
-                f"dense_layers={self.dense_layers}: {outside} are not layers; "
-                f"num_layers={self.num_layers} has layers 0 to {self.num_layers - 1}"
-            )
-
-
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the RoPE factors (arXiv 2104.09864) that `rotate` takes, fp32.
-
-    Args:
-        positions: Global positions of this rank's tokens, int64 [n]; or [B, n].
-        head_dim: D.
-        theta: Base of the frequencies.
-
-    Returns:
-        cos [..., n, 1, 1, D / 2]; sin [..., n, 1, 2, D / 2], negative for the first half of a head.
-    """
-    # At a million tokens an fp32 angle is wrong by 0.06 rad, so the angles are float64.
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = (positions.to(torch.float64)[..., None] * theta**-exponent)[..., None, None, :]
-    sin = angles.sin()
-    return angles.cos().float(), torch.cat((-sin, sin), dim=-2).float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of x [B, n, heads, D] by the angles; keeps the dtype."""
-    halves = torch.unflatten(x, -1, (2, -1))
-    # The other half by its index and not by a cat: compiled, that is one pass over x.
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -283,62 +201,3 @@ class Decoder(nn.Module):
 def num_parameters(model: nn.Module) -> int:
     """Count the parameters; a shared one counts once, a sharded one whole."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_token(
-    config: ModelConfig, seqlen: int, lighthouse: LighthouseConfig | None = None
-) -> float:
-    """Estimate the FLOPs of forward and backward for one token.
-
-    6 per weight of a matrix product, plus 6 * H * D * N per layer of causal attention over N
-    tokens: 12 * H * D * N of arXiv 2204.02311, appendix B, halved because half the products are
-    masked. A lighthouse layer attends over S entries instead: S * S / N in place of N.
-
-    Args:
-        config: Sizes.
-        seqlen: N, tokens of the whole sequence.
-        lighthouse: The lighthouse layers' config, or None where all layers are dense.
-    """
-    heads = config.num_heads * config.head_dim
-    kv_heads = config.num_kv_heads * config.head_dim
-    layer = config.dim * (2 * heads + 2 * kv_heads + 3 * config.hidden_dim)
-    weights = config.num_layers * layer + config.dim * config.vocab_size
-    sparse = 0 if lighthouse is None else config.num_layers - len(set(config.dense_layers))
-    attended = float((config.num_layers - sparse) * seqlen)
-    if lighthouse is not None:
-        attended += sparse * lighthouse.subsequence_length(seqlen) ** 2 / seqlen
-    return 6.0 * weights + 6.0 * heads * attended
-
-
-@torch.no_grad()
-def generate(
-    model: Decoder,
-    prompt: bytes,
-    *,
-    num_bytes: int,
-    context: int,
-    temperature: float = 0.7,
-    seed: int = 0,
-) -> bytes:
-    """Continue `prompt` with a dense model on one rank, one byte at a time.
-
-    Args:
-        model: A decoder whose attention needs no other rank.
-        prompt: Non-empty start of the text.
-        num_bytes: How many bytes to add.
-        context: The last bytes that the model sees at each step, at most what it was trained on.
-        temperature: Divides the logits, > 0; small is greedy.
-        seed: Draws the bytes.
-    """
-    if not prompt:
-        raise ValueError("prompt=b'': must have at least one byte, for example b'\\n'")
-    set_mode(model, "dense")
-    device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    text = list(prompt)
-    for _ in range(num_bytes):
-        seen = torch.tensor([text[-context:]], device=device)
-        logits = model(seen, torch.arange(seen.shape[1], device=device))[0, -1].float().cpu()
-        weights = (logits / temperature).softmax(-1)
-        text.append(int(torch.multinomial(weights, 1, generator=generator)))
-    return bytes(text)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 import lhcp
 from lhcp.comm.marks import Marks
 from lhcp.comm.torch_private import flat_mesh
-from lhcp.layer.recording import Graphs
+from lhcp.layer.graphs import Graphs
 from lhcp.training.fsdp import shard_weights
 from lhcp.training.model import AttentionFactory, Decoder
 from lhcp.training.placement import (

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 

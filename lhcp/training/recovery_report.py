@@ -11,7 +11,7 @@ from lhcp.layer.module import Mode
 from lhcp.training.history import History
 from lhcp.training.recovery import DENSE, LIGHTHOUSE
 from lhcp.training.recovery_results import ArmResult
-from lhcp.training.report import Switch, find_switch
+from lhcp.training.switch import Switch, find_switch
 
 SLOW = 3.0
 """A step that took this many medians of its stage was compiling, or waiting: it counts as one."""

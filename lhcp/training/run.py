@@ -8,7 +8,7 @@ from typing import Literal
 from lhcp.comm.layout import make_layout
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.stages import OptimConfig, Stage
 
 SLOW = 4.0

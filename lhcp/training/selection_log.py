@@ -13,9 +13,9 @@ import lhcp
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention, Mode
 from lhcp.measure import SelectionReport
-from lhcp.training.data import Sequences
 from lhcp.training.parallel import Trainee
 from lhcp.training.run import Run
+from lhcp.training.sequences import Sequences
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from lhcp.comm.whereabouts import calls_in_words
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import Mode
 from lhcp.training.bad_numbers import first_not_finite
-from lhcp.training.data import IGNORED, Batch, Sequences
 from lhcp.training.efficiency import peak_gib, utilization
 from lhcp.training.history import StepRecord
 from lhcp.training.parallel import Trainee
 from lhcp.training.placement import Placement
 from lhcp.training.run import SLOW, Run
+from lhcp.training.sequences import IGNORED, Batch, Sequences
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.stopping import Stop
 from lhcp.training.tensor_parallel import is_cut

@@ -7,7 +7,7 @@ from typing import Any
 from lhcp.config import LighthouseConfig
 from lhcp.training import checkpoint
 from lhcp.training.checkpoint_files import COMPLETE, DamagedCheckpoint, trouble_with
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 

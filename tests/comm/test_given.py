@@ -10,7 +10,7 @@ import lhcp
 from lhcp.comm.mesh import Ranks
 from lhcp.comm.trail import Calls, calls_in, leave_uncounted
 from lhcp.comm.whereabouts import calls_in_words
-from lhcp.documents import read_packing
+from lhcp.packing import read_packing
 from lhcp.testing.ranks import RankPool
 
 WORLD, SEQLEN, LAYERS = 4, 128, 32

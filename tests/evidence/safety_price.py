@@ -36,11 +36,12 @@ from lhcp.console import escape_unprintable
 from lhcp.layer.module import LighthouseAttention
 from lhcp.training import checkpoint
 from lhcp.training.checkpoint_files import describe
-from lhcp.training.data import Sequences, TrainingData, open_data
+from lhcp.training.data import TrainingData, open_data
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.process import Process, run_to_exit
 from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
+from lhcp.training.sequences import Sequences
 from lhcp.training.step import train_step
 from lhcp.training.training_state import not_finite, tensors_of
 

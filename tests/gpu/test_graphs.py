@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lhcp
-from lhcp.layer.recording import Graphs
+from lhcp.layer.graphs import Graphs
 from tests.gpu.problems import NAMES, LayerProblem
 
 PROBLEM = LayerProblem(num_heads=4, num_kv_heads=2, head_dim=64)

@@ -3,7 +3,8 @@
 import torch
 
 from lhcp import LighthouseAttention
-from lhcp.training.model import Decoder, ModelConfig
+from lhcp.training.model import Decoder
+from lhcp.training.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     dim=1024, num_layers=8, num_heads=8, head_dim=128, hidden_dim=1024, dense_layers=()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lhcp
+from lhcp.layer.graphs import Graphs
 from lhcp.layer.module import LighthouseAttention, Mode
 from lhcp.layer.recorder import Watch
-from lhcp.layer.recording import Graphs
 from lhcp.testing.inputs import qkv, small_config
 
 CONFIG, SEQLEN = small_config(num_strata=8)

@@ -1,20 +1,32 @@
-"""A model with graphs of its layers: the same bits, recorded by all ranks together."""
+"""Graphs of layers: which calls get one, recorded by all ranks together, and the same bits."""
 
+import copy
+import pickle
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lhcp
+from lhcp.layer.graphs import Graphs
 from lhcp.layer.module import Mode
 from lhcp.layer.recorder import Watch
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
-from tests.layer.graphs import CONFIG, SEQLEN, Model, layer_with_graph, steps, with_graphs
+from tests.layer.graphs import (
+    CONFIG,
+    SEQLEN,
+    Model,
+    called,
+    layer_with_graph,
+    steps,
+    warm,
+    with_graphs,
+)
 
 MODES: list[Mode] = ["lighthouse"] * 4 + ["dense"] * 4 + ["lighthouse"] * 2
 
@@ -105,3 +117,79 @@ def test_compiled_around_it() -> None:
     ours, theirs = (steps(m, None, MODES) for m in (model, plain))
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours, theirs, strict=True))
     assert graphs.recorder.recorded == 14
+
+
+def test_other_lengths_have_graphs_of_their_own() -> None:
+    """Fails if a length replays another's graph, records at every change, or fills the memory."""
+    layer, graphs = layer_with_graph()
+    layer.mode = "dense"
+    plain = lhcp.LighthouseAttention(None)
+    lengths = [16 * i for i in range(1, 7)]
+    for seed in range(4):
+        for n in lengths:
+            q, k, v, do = qkv(n, num_kv_heads=2, seed=seed)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            ours, theirs = layer(*leaves), plain(*leaves)
+            pairs = zip(*(torch.autograd.grad(o, leaves, do) for o in (ours, theirs)), strict=True)
+            assert torch.equal(ours, theirs) and all(torch.equal(*pair) for pair in pairs)
+    # In dense mode a forward is recorded again, with inputs of its own.
+    assert graphs.recorder.recorded == 4 * 3
+    assert graphs.eager["more than 4 kinds of calls of one layer"] == 2 * 2
+
+
+def test_frozen_inputs_have_graphs_of_their_own() -> None:
+    """Fails if a gradient comes for an input that wants none, or lacks where one does."""
+    layer, graphs = layer_with_graph()
+    warm(layer)
+    q, k, v, do = qkv(SEQLEN, num_kv_heads=2)
+    q.requires_grad_()
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(layer(q, k, v), q, do)
+    (want,) = torch.autograd.grad(lhcp.LighthouseAttention(CONFIG)(q, k, v), q, do)
+    assert torch.equal(grad, want) and graphs.eager["first calls"] == 4
+
+
+def test_what_runs_without_a_graph_says_why() -> None:
+    """Fails if a call falls back in silence."""
+    layer = lhcp.LighthouseAttention(CONFIG)
+    graphs = lhcp.graphed(layer)
+    warm(layer)
+    assert dict(graphs.eager) == {"inputs are on cpu: graphs need a GPU": 3}
+    layer, graphs = layer_with_graph()
+    with torch.no_grad():
+        called(layer, 0)
+    layer.timers = lhcp.Timers()
+    warm(layer)
+    assert dict(graphs.eager) == {"no gradient is wanted": 1, "timers measure each call": 3}
+    with pytest.raises(ValueError, match=r"holds no lhcp\.LighthouseAttention"):
+        lhcp.graphed(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_what_the_gpu_takes_longer_for_gets_no_graph(always: bool) -> None:
+    """Fails if a graph's copies are paid where the host is not what a call waits for."""
+    layer, graphs = layer_with_graph()
+    graphs.recorder.device_ms, graphs.always = 5.0, always
+    warm(layer)
+    warm(layer)
+    assert graphs.recorder.recorded == (2 if always else 0)
+    assert graphs.eager["the GPU takes longer than the host"] == (0 if always else 4)
+
+
+def test_taken_off_it_is_as_before() -> None:
+    layer, graphs = layer_with_graph()
+    warm(layer)
+    lhcp.ungraphed(nn.Sequential(layer))
+    warm(layer)
+    assert layer.graphs is None and graphs.recorder.recorded == 2
+
+
+def test_copies_of_a_layer_record_their_own() -> None:
+    """Fails if an average of weights replays the layer's graph, or a pickle holds one."""
+    layer, graphs = layer_with_graph()
+    warm(layer)
+    other = copy.deepcopy(layer)
+    assert other.graphs is graphs
+    warm(other)
+    assert graphs.recorder.recorded == 4
+    assert isinstance(pickle.loads(pickle.dumps(layer)).graphs, Graphs)

@@ -1,8 +1,6 @@
 """One layer with a graph: what is replayed is what would have run, or an error says why not."""
 
-import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -11,7 +9,6 @@ from torch import nn
 
 import lhcp
 from lhcp.layer.module import Mode
-from lhcp.layer.recording import Graphs
 from lhcp.testing.inputs import qkv
 from tests.layer.graphs import (
     CONFIG,
@@ -103,24 +100,6 @@ def test_what_is_given_is_read_anew(what: str) -> None:
             assert torch.equal(*pair)
 
 
-def test_other_lengths_have_graphs_of_their_own() -> None:
-    """Fails if a length replays another's graph, records at every change, or fills the memory."""
-    layer, graphs = layer_with_graph()
-    layer.mode = "dense"
-    plain = lhcp.LighthouseAttention(None)
-    lengths = [16 * i for i in range(1, 7)]
-    for seed in range(4):
-        for n in lengths:
-            q, k, v, do = qkv(n, num_kv_heads=2, seed=seed)
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            ours, theirs = layer(*leaves), plain(*leaves)
-            pairs = zip(*(torch.autograd.grad(o, leaves, do) for o in (ours, theirs)), strict=True)
-            assert torch.equal(ours, theirs) and all(torch.equal(*pair) for pair in pairs)
-    # In dense mode a forward is recorded again, with inputs of its own.
-    assert graphs.recorder.recorded == 4 * 3
-    assert graphs.eager["more than 4 kinds of calls of one layer"] == 2 * 2
-
-
 def test_a_value_that_two_layers_share() -> None:
     """Fails if a gradient that waits for another layer's is overwritten before it is added."""
     found = []
@@ -137,60 +116,13 @@ def test_a_value_that_two_layers_share() -> None:
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_frozen_inputs_have_graphs_of_their_own() -> None:
-    """Fails if a gradient comes for an input that wants none, or lacks where one does."""
-    layer, graphs = layer_with_graph()
-    warm(layer)
-    q, k, v, do = qkv(SEQLEN, num_kv_heads=2)
-    q.requires_grad_()
-    for _ in range(3):
-        (grad,) = torch.autograd.grad(layer(q, k, v), q, do)
-    (want,) = torch.autograd.grad(lhcp.LighthouseAttention(CONFIG)(q, k, v), q, do)
-    assert torch.equal(grad, want) and graphs.eager["first calls"] == 4
-
-
-def test_what_runs_without_a_graph_says_why() -> None:
-    """Fails if a call falls back in silence."""
-    layer = lhcp.LighthouseAttention(CONFIG)
-    graphs = lhcp.graphed(layer)
-    warm(layer)
-    assert dict(graphs.eager) == {"inputs are on cpu: graphs need a GPU": 3}
-    layer, graphs = layer_with_graph()
-    with torch.no_grad():
-        called(layer, 0)
-    layer.timers = lhcp.Timers()
-    warm(layer)
-    assert dict(graphs.eager) == {"no gradient is wanted": 1, "timers measure each call": 3}
-    with pytest.raises(ValueError, match=r"holds no lhcp\.LighthouseAttention"):
-        lhcp.graphed(nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize("always", [False, True])
-def test_what_the_gpu_takes_longer_for_gets_no_graph(always: bool) -> None:
-    """Fails if a graph's copies are paid where the host is not what a call waits for."""
-    layer, graphs = layer_with_graph()
-    graphs.recorder.device_ms, graphs.always = 5.0, always
-    warm(layer)
-    warm(layer)
-    assert graphs.recorder.recorded == (2 if always else 0)
-    assert graphs.eager["the GPU takes longer than the host"] == (0 if always else 4)
-
-
-def test_taken_off_it_is_as_before() -> None:
-    layer, graphs = layer_with_graph()
-    warm(layer)
-    lhcp.ungraphed(nn.Sequential(layer))
-    warm(layer)
-    assert layer.graphs is None and graphs.recorder.recorded == 2
-
-
 @pytest.mark.parametrize("mode", ["lighthouse", "dense"])
 def test_released_graphs_hold_no_memory(mode: Mode) -> None:
     """Fails if what a recording saved outlives it: a stage's graphs beside the next one's."""
     layer, graphs = layer_with_graph()
     layer.mode = mode
     warm(layer)
-    (record,) = graphs._records.values()
+    (record,) = graphs.recordings.made.values()
     ctx = record.kept[0].grad_fn
     while "RingAttention" not in ctx.name():
         ctx = ctx.next_functions[0][0]
@@ -199,14 +131,3 @@ def test_released_graphs_hold_no_memory(mode: Mode) -> None:
     graphs.release()
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
-
-
-def test_copies_of_a_layer_record_their_own() -> None:
-    """Fails if an average of weights replays the layer's graph, or a pickle holds one."""
-    layer, graphs = layer_with_graph()
-    warm(layer)
-    other = copy.deepcopy(layer)
-    assert other.graphs is graphs
-    warm(other)
-    assert graphs.recorder.recorded == 4
-    assert isinstance(pickle.loads(pickle.dumps(layer)).graphs, Graphs)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from lhcp import LighthouseConfig, reference
-from lhcp.documents import Cut, Documents, read_packing
+from lhcp.documents import Cut, Documents
 from lhcp.lighthouse import gather, pool, scatter
 from lhcp.lighthouse.documents import begin_documents, numbers_of
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.norms import level_scores, token_scores
 from lhcp.lighthouse.select import Selection, select
+from lhcp.packing import read_packing
 from lhcp.reference_documents import check_documents, documents
 from lhcp.testing.inputs import qkv, small_config
 from tests.lighthouse.test_stages import SIZE_IDS, SIZES, as_reference, in_chunks

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from lhcp import LighthouseConfig
 from lhcp.testing.ranks import RankPool
-from lhcp.training.model import ModelConfig
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lhcp.documents import read_packing
-from lhcp.training.data import IGNORED, Corpus, DataConfig, Piece, Sequences, open_data
+from lhcp.packing import read_packing
+from lhcp.training.corpus import Corpus, Piece
+from lhcp.training.data import DataConfig, open_data
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
+from lhcp.training.sequences import IGNORED, Sequences
 from lhcp.training.stages import OptimConfig
 from tests.training.test_loss_scale import both_modes
 

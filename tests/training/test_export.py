@@ -15,7 +15,8 @@ from lhcp.training.data import DataConfig, open_data
 from lhcp.training.export import export, model_tensors
 from lhcp.training.identity import identity
 from lhcp.training.llama import llama_config, llama_tensors
-from lhcp.training.model import Decoder, ModelConfig
+from lhcp.training.model import Decoder
+from lhcp.training.model_config import ModelConfig
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
 from tests.training import plain_llama

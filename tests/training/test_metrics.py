@@ -14,13 +14,13 @@ import torch
 from lhcp.comm.mesh import Ranks
 from lhcp.training import efficiency
 from lhcp.training.data import DataConfig, open_data
+from lhcp.training.efficiency import flops_per_token
 from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.loop import train
 from lhcp.training.metrics import NAME, JsonLines, scalars, written
-from lhcp.training.model import flops_per_token
 from lhcp.training.parallel import build
 from lhcp.training.placement import Placement
-from lhcp.training.report import Progress, use_of
+from lhcp.training.progress import Progress, use_of
 from lhcp.training.run import Run
 
 STEP = StepRecord(3, "lighthouse", 1.5, 0.5, 1e-3, 0.2, 100.0, None, 1.25, 0.4)

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lhcp.training.data import Corpus, DataConfig, Piece, Sequences, open_data
+from lhcp.training.corpus import Corpus, Piece
+from lhcp.training.data import DataConfig, open_data
 from lhcp.training.passkey import FILLER, MARK, NEAREST, asked_at, training_sequence
+from lhcp.training.sequences import Sequences
 
 MENTION = re.compile(re.escape(MARK) + rb"(\d)")
 

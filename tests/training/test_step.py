@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from lhcp.layer.module import LighthouseAttention
-from lhcp.training.data import Batch, open_data
+from lhcp.training.data import open_data
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
+from lhcp.training.sequences import Batch
 from lhcp.training.step import train_step
 
 RunRanks = Callable[..., list[Any]]

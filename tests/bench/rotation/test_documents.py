@@ -32,7 +32,7 @@ def test_documents_of_2048_tokens_fit_the_layer(seqlen: int) -> None:
     starts = draw_bounds(seqlen, 2048, 1.0, 4)
     bounds = torch.cat([starts, torch.tensor([seqlen])]).int()
     config = config_for(seqlen)
-    lhcp.documents.read_packing(bounds, 1, seqlen).check_fits(config, 4)
+    lhcp.packing.read_packing(bounds, 1, seqlen).check_fits(config, 4)
 
 
 def test_ratios_compare_like_with_like() -> None:
