@@ -10,6 +10,7 @@ timed alone. The last line is JSON.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +49,19 @@ def arguments() -> argparse.Namespace:
     return parse(parser)
 
 
-def runner(choice: Choice, inputs: tuple[Tensor, ...]) -> Runner:
-    """Return one ring on these q, k, v and this gradient of out."""
+def ours(choice: Choice) -> Callable[..., Tensor]:
+    """Return our ring, (q, k, v) -> out, as a choice has it."""
+    return lambda q, k, v: lhcp.ring_attention(q, k, v, **choice.options)
+
+
+def runner(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Runner:
+    """Return a ring, (q, k, v) -> out, on these q, k, v and this gradient of out."""
     *leaves, dout = (x.detach() for x in inputs)
     leaves = [x.requires_grad_() for x in leaves]
     out: list[Tensor] = []
 
     def forward() -> None:
-        out[:] = [lhcp.ring_attention(*leaves, **choice.options)]
+        out[:] = [attend(*leaves)]
 
     def backward() -> None:
         torch.autograd.grad(out[0], leaves, dout, retain_graph=True)
@@ -89,7 +95,7 @@ def compare(
     """Return a row a ring at one length; "over_peer" is its time over ring-flash-attn's."""
     inputs = problem.own(ranks, device)
     rows = []
-    runs = [runner(choice, inputs) for choice in chosen]
+    runs = [runner(ours(choice), inputs) for choice in chosen]
     for choice, times in zip(chosen, in_turn(runs, device, ranks, args), strict=True):
         name = choice.backend
         if choice.rotation != PEER:

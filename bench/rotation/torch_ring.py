@@ -26,9 +26,8 @@ from bench.common.card import shown_card
 from bench.common.page import last_line, write
 from bench.common.problem import TENSORS, Answers, AttentionProblem, choices
 from bench.common.ranks import all_ranks, dtype_of, run_on_ranks
-from bench.rotation.peer_rings import in_turn, runner
+from bench.rotation.peer_rings import in_turn, ours, runner
 from lhcp.comm.mesh import Ranks
-from lhcp.measure.runs import Runner
 from lhcp.measure.timings import PHASES
 from lhcp.ring.rotation import NAMES
 
@@ -68,21 +67,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def torchs(inputs: Answers) -> Runner:
-    """Return torch's ring on these q, k, v and this gradient of out."""
-    *leaves, dout = (x.detach() for x in inputs)
-    leaves = [x.requires_grad_() for x in leaves]
-    out: list[Tensor] = []
-
-    def forward() -> None:
-        out[:] = [attend(*leaves)]
-
-    def backward() -> None:
-        torch.autograd.grad(out[0], leaves, dout, retain_graph=True)
-
-    return Runner(forward, backward)
-
-
 def check(problem: AttentionProblem, inputs: Answers, options: dict[str, Any]) -> dict[str, float]:
     """Return how far torch's tensors are from ours.
 
@@ -110,7 +94,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         inputs = problem.own(ranks, device)
         with patched(seqlen, ranks, device), sdpa_kernel(KERNELS[args.kernel]):
             far = check(problem, inputs, chosen[0].options)
-            runs = [torchs(inputs), *(runner(choice, inputs) for choice in chosen)]
+            rings = [attend, *map(ours, chosen)]
+            runs = [runner(ring, inputs) for ring in rings]
             names = ["context_parallel", *(choice.rotation for choice in chosen)]
             times = in_turn(runs, device, ranks, args)
         for name, of_phase in zip(names, times, strict=True):
