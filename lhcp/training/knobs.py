@@ -17,6 +17,7 @@ from lhcp.training.data import TrainingData, open_data
 from lhcp.training.lock import FolderInUse, held
 from lhcp.training.process import Process
 from lhcp.training.recovery import Recovery, Teller, recover_seed, seed_folder
+from lhcp.training.recovery_results import write_whole
 from lhcp.training.retrieval import Asked, Found, retrieve
 from lhcp.training.run import Run
 
@@ -143,9 +144,7 @@ def turn_one(
     found = retrieve(place, knobs.asked, own.device)
     teller.say(f"passkey: {found.mean:.3f} of {len(found.asked.contexts)} contexts")
     if own.rank == 0:
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(found.to_json()))
-        unfinished.replace(path)
+        write_whole(path, json.dumps(found.to_json()))
 
 
 def read_answers(run_folder: Path) -> dict[int, Found]:

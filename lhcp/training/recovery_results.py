@@ -121,8 +121,13 @@ def add(path: Path, result: ArmResult) -> None:
     """Add a finished arm to a results file, in place of what had its name; all or nothing."""
     results = read(path) | {result.arm: result}
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(asdict(r)) + "\n" for r in results.values()))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of results, in place of what had its name; all or nothing."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(asdict(r)) + "\n" for r in results.values()))
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 
