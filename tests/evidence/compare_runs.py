@@ -6,6 +6,10 @@
 
 The first run is what the others are compared with, at the steps that both did. Ends with status 1
 where a loss differs by more than the budget, of itself, or a run did no step.
+
+In bfloat16 nobody knows the budget before: any rounding grows from step to step. `--control` names
+a run of the first one's mesh that only rounds otherwise, as with another `--backend`: the budget is
+then twice its largest difference.
 """
 
 import json
@@ -50,12 +54,30 @@ class Steps:
         return found[min(SETTLED, len(found) - 1) :]
 
 
-def compare(runs: Sequence[Steps], budget: float, page: Page) -> list[dict[str, Any]]:
+def budget_of(first: Steps, control: Steps) -> float:
+    """Return twice the largest difference of a loss that rounding alone makes.
+
+    Raises:
+        ValueError: the runs have no step in common, or do not differ.
+    """
+    largest = max(first.differences(control, "loss"), default=0.0)
+    if not largest:
+        raise ValueError(
+            f"--control {control.name}: no loss differs from {first.name}'s, so it says nothing of "
+            "rounding; take a run of the same steps with another --backend"
+        )
+    return 2 * largest
+
+
+def compare(
+    runs: Sequence[Steps], budget: float, page: Page, why: str = ""
+) -> list[dict[str, Any]]:
     """Write how far each run is from the first; return the rows."""
     first, rows = runs[0], []
     page.table(
         "Against the first run",
-        f"Largest difference at a step, of the number itself; at most {budget:g} of a loss holds.",
+        f"Largest difference at a step, of the number itself; at most {budget:.3g} of a loss "
+        f"holds{why}.",
         ("run", "steps", "loss", "gradient norm"),
     )
     for run in runs[1:]:
@@ -91,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of --out")
     parser.add_argument("--budget", type=float, default=1e-5, help="of a loss")
+    parser.add_argument("--control", type=Path, help="a run that sets the budget: see above")
     parser.add_argument("--note", help="a line of the page")
     parser.add_argument("--out", help="page and JSON are written to this name")
     args = parser.parse_args(arguments)
@@ -100,7 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = {"note": args.note} if args.note else {}
     page = Page("Training on several meshes", dated_card(device, **note))
     runs = [Steps.read(folder) for folder in args.runs]
-    rows = compare(runs, args.budget, page)
+    budget, why = args.budget, ""
+    if args.control is not None:
+        runs.insert(1, Steps.read(args.control))
+        budget = budget_of(*runs[:2])
+        why = f", twice the difference of {runs[1].name}, which only rounds otherwise"
+    rows = compare(runs, budget, page, why)
     show_steps(runs, page)
     page.close(args.out, {"compared": rows, "runs": {run.name: run.records for run in runs}})
 

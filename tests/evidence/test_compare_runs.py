@@ -36,3 +36,16 @@ def test_runs_without_a_common_step_are_no_evidence(tmp_path: Path) -> None:
     one, other = written(tmp_path / "one", [5.0]), written(tmp_path / "other", [4.0], first=2)
     with pytest.raises(SystemExit, match="no step that the first run did too"):
         main([one, other])
+
+
+def test_a_control_sets_the_budget(tmp_path: Path) -> None:
+    """Fails if a run may differ by more than twice what rounding alone does, or by no more than the
+    fixed budget."""
+    one = written(tmp_path / "one", [5.0, 4.0])
+    control = written(tmp_path / "control", [5.0, 4.04])
+    near, far = written(tmp_path / "near", [5.09, 4.0]), written(tmp_path / "far", [5.11, 4.0])
+    main([one, near, "--control", control])
+    with pytest.raises(SystemExit, match=r"far: a loss differs by 2.2e-02"):
+        main([one, near, far, "--control", control])
+    with pytest.raises(ValueError, match="no loss differs from one's"):
+        main([one, near, "--control", one])
