@@ -25,7 +25,7 @@ from bench.common.page import Page
 from lhcp.training.process import Process, run_to_exit
 
 SIZES = {"num_levels": 3, "pool_factor": 4, "topk": 64, "num_strata": 16}
-SEQLEN, BATCH = 2048, 2
+SEQLEN, BATCH = 1024, 2
 BUDGET = 2e-5
 """Of loss and gradient in float32."""
 KINDS = {
