@@ -28,7 +28,7 @@ SIZES = {"num_levels": 3, "pool_factor": 4, "topk": 64, "num_strata": 16}
 SEQLEN, BATCH = 1024, 2
 BUDGET = 2e-5
 """Of loss and gradient in float32."""
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "dense": {"dense": True},
     "lighthouse": {"dense_layers": [0]},
     "lighthouse, documents": {"dense_layers": [0], "documents": True},
@@ -37,8 +37,9 @@ KINDS = {
 
 def let_torchtitan_import() -> None:
     """Let the models import where torch is older than what shards their weights."""
-    if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
-        torch.distributed.fsdp.DataParallelMeshDims = object  # type: ignore[attr-defined]
+    name = "DataParallelMeshDims"
+    if not hasattr(torch.distributed.fsdp, name):
+        setattr(torch.distributed.fsdp, name, object)
 
 
 def model_of(family: str, kind: str, mesh: DeviceMesh | None, device: torch.device) -> Any:
