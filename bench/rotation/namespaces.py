@@ -22,9 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 MTU = 65_000
 """Long packets: a card does without the cores that thousands of short ones would take here."""
 
-TCP = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
+TCP = {
+    "tcp_congestion_control": "reno",
+    "tcp_slow_start_after_idle": "0",
+    "tcp_wmem": "4096 65536 131072",
+}
 """Whatever the machine prefers: bbr, which paces by its own guess of the rate, takes up to a fifth
-longer over these links when both ends send, and never twice the same."""
+longer over these links when both ends send, and never twice the same. And of what a rank sends the
+kernel holds little: a message that it took whole would count as sent, and the next round's would
+share the link with it, which those of a GPU never do."""
 
 
 class NotAllowed(RuntimeError):
@@ -43,6 +49,8 @@ class Nodes:
 
     def __init__(self, hub: str, names: list[str], hosts: int = 1) -> None:
         self.hub, self.names, self.hosts = hub, names, hosts
+        self.cores: list[set[int]] | None = None
+        """What each namespace's processes may use, if not all that this process may."""
 
     def address(self, index: int) -> str:
         """Return the address of a namespace, inside our own ones only."""
@@ -108,13 +116,15 @@ class Nodes:
             outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in self.names]
             launched = [
                 subprocess.Popen(
-                    ["ip", "netns", "exec", name, *command],
+                    [*self._pinned(index), "ip", "netns", "exec", name, *command],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=env,
                     cwd=ROOT,
                 )
-                for name, command, output in zip(self.names, commands, outputs, strict=True)
+                for index, (name, command, output) in enumerate(
+                    zip(self.names, commands, outputs, strict=True)
+                )
             ]
             try:
                 codes = _wait(launched, timeout)
@@ -130,6 +140,12 @@ class Nodes:
             shown = "\n".join(text[-3000:] for text in texts)
             raise RuntimeError(f"nodes ended with {codes}, None after {timeout:.0f} s:\n{shown}")
         return texts[0]
+
+    def _pinned(self, index: int) -> tuple[str, ...]:
+        """Return what begins a command of a namespace that has cores of its own."""
+        if self.cores is None:
+            return ()
+        return ("taskset", "-c", ",".join(map(str, sorted(self.cores[index]))))
 
     def end_processes(self) -> None:
         """End what still runs on the nodes: torchrun's workers are in sessions of their own."""
@@ -185,7 +201,7 @@ def nodes(count: int, hosts: int = 1) -> Iterator[Nodes]:
             made.names.append(name)
             _run(*f"ip -n {name} link set lo up".split())
             for key, value in TCP.items():
-                setting = f"echo {value} > /proc/sys/net/ipv4/{key}"
+                setting = f"echo '{value}' > /proc/sys/net/ipv4/{key}"
                 _run(*f"ip netns exec {name} sh -c".split(), setting)
         for bridge in ("across", *(f"node{node}" for node in range(count))):
             _run(*f"ip -n {hub} link add {bridge} type bridge".split())

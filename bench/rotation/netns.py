@@ -8,9 +8,10 @@ Nodes of one rank or several, each with a link of its own to other nodes, shaped
 rotations communication-bound, balanced and compute-bound. The cost model is calibrated before they
 are shaped, and its links again at each rate; then it predicts before it is measured. The exposed
 time measured must be 0.8 to 1.25 of that predicted, and where one rotation is predicted to take 10%
-less than another, it must take less. Each rank wants a core, and its threads another. Nodes are
-network namespaces: namespaces.py says what they need. Ends with status 1, naming what does not
-hold. Training over such nodes is tests/evidence/netns_train.py.
+less than another, it must take less. Each rank gets physical cores of its own, where there are as
+many; give it a range that nothing else uses with `taskset`. Nodes are network namespaces:
+namespaces.py says what they need. Ends with status 1, naming what does not hold. Training over such
+nodes is tests/evidence/netns_train.py.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import torch
 from bench.common.arguments import add_heads, make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
+from bench.rotation.cores import own_cores
 from bench.rotation.namespaces import Nodes, NotAllowed, nodes
 from lhcp.console import escape_unprintable
 
@@ -167,6 +169,7 @@ def show(page: Page, name: str, megabits: float | None, document: dict[str, Any]
 def compare(page: Page, args: argparse.Namespace) -> list[Any]:
     """Measure unshaped links, for what compute takes, then links of three rates."""
     with nodes(args.nodes, args.ranks_per_node) as network:
+        network.cores = own_cores(args.nodes * args.ranks_per_node)
         free = measure(network, args, min(args.repeats))
         records = [show(page, "for the rates", None, free)]
         shaped = zip(REGIMES, rates(free, args.balance), args.repeats, strict=True)
@@ -211,7 +214,9 @@ def main() -> None:
         f"{args.nodes * args.ranks_per_node}, gloo; {args.nodes} nodes of {args.ranks_per_node} "
         "network namespaces, of one rank each, shaped by tc tbf"
     )
-    facts = dated_card(torch.device("cpu"), ranks=ranks, sizes=sizes)
+    dealt = own_cores(args.nodes * args.ranks_per_node)
+    what = "shared by all ranks" if dealt is None else "; ".join(str(sorted(c)) for c in dealt)
+    facts = dated_card(torch.device("cpu"), ranks=ranks, sizes=sizes, hardware_threads=what)
     page = Page("Exposed time against the model, on several nodes at three rates", facts)
     try:
         records = compare(page, args)
