@@ -1,7 +1,7 @@
-"""Train on four gloo ranks under launch/torchrun.sh while all goes wrong that can, at random.
+"""Train on several ranks under launch/torchrun.sh while all goes wrong that can, at random.
 
     python -m tests.evidence.soak_faults --minutes 20 --out bench/results/soak_faults_cpu_DATE
-    python -m tests.evidence.soak_faults --nodes 1        # without network namespaces, on GPUs too
+    python -m tests.evidence.soak_faults --nodes 1 --ranks 2   # without namespaces; a GPU each
 
 Strikes come every few seconds: SIGKILL or SIGSTOP to a random rank; of two nodes, which are
 network namespaces, one's cable is out for 1 to 30 s; a file of the newest checkpoint is torn,
@@ -9,7 +9,7 @@ changed or gone, and a rank killed. An agent of torchrun that fails is started a
 scheduler. The run must go on from its checkpoints each time, memory and open files of the agents
 must stay flat, and afterwards no process, no shared memory and nothing unfinished may be left.
 Then the run is left alone to its end, and its losses must be those of a run that nobody struck,
-bit for bit.
+bit for bit. That one goes beside it, or after it where the cables are its own too.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from tests.evidence.agents import Agents
 from tests.evidence.strikes import Striker, checkpoints
 from tests.faults.runs import alive
 
-RANKS = 4
 RUN = [
     *("tiny", "--cp", "2", "--eval-every", "1000", "--sample-bytes", "0", "--seqlen", "256"),
     *("--lighthouse.topk", "8", "--eval-sequences", "4", "--optim.warmup-steps", "4"),
@@ -65,22 +64,22 @@ def soak(page: Page, args: argparse.Namespace) -> dict[str, Any]:
 
         def agents(name: str) -> Agents:
             started = Agents(
-                network, RANKS, [*words, "--out", str(place / name)], place / f"log of {name}"
+                network, args.ranks, [*words, "--out", str(place / name)], place / f"log of {name}"
             )
             # They end their ranks then.
             stack.callback(started.end)
             return started
 
         run, folder = agents("struck"), place / "struck" / "two_stages"
-        striker = Striker(run, network, folder, args.seed, RANKS)
+        beside = agents("whole") if network is None else None
+        striker = Striker(run, network, folder, args.seed, args.ranks)
         found = striker.until(begin + 60 * args.minutes)
         ended_early = run.done
         codes = run.wait(3600)
         minutes = (time.monotonic() - begin) / 60
         run.end()
         left = alive(sorted(run.seen))
-        whole = agents("whole")
-        whole_codes = whole.wait(3600)
+        whole_codes = (beside or agents("whole")).wait(3600)
         ended = set(codes) == {0} == set(whole_codes)
         same = ended and losses(folder) == losses(place / "whole" / "two_stages")
         unfinished = [
@@ -131,13 +130,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of each stage")
     parser.add_argument("--seed", type=int, default=0, help="of the strikes")
     parser.add_argument("--nodes", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--ranks", type=int, default=4, choices=(2, 4), help="of all nodes")
     parser.add_argument("--timeout", type=float, default=5, help="of the run, seconds")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
-    by_nccl = torch.cuda.device_count() >= RANKS
+    by_nccl = torch.cuda.device_count() >= args.ranks
     device = torch.device("cuda" if by_nccl else "cpu")
     where = f"{args.nodes} network namespaces" if args.nodes > 1 else "one node"
-    ranks = f"{RANKS}, {'NCCL' if by_nccl else 'gloo'}; dp 2 x cp 2; {where}"
+    ranks = f"{args.ranks}, {'NCCL' if by_nccl else 'gloo'}; dp {args.ranks // 2} x cp 2; {where}"
     page = Page(
         "Training while all goes wrong that can", dated_card(device, ranks=ranks, sizes="tiny")
     )
