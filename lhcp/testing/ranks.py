@@ -35,7 +35,8 @@ class RankPool:
         timeout: seconds that one run may take.
         poison: fill what torch.empty and its kin return with NaN on every rank.
         grace: seconds that the other ranks have once one has failed.
-        by_nccl: whether each rank has a GPU of its own, and NCCL for it; else gloo alone.
+        by_nccl: whether each rank has a GPU, and NCCL for it; else gloo alone. Ranks beyond the
+            GPUs share them, which NCCL lets them where it is told so.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ def _work(
 
     torch.set_num_threads(1)
     if by_nccl:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if by_nccl else "gloo",
         f"file://{store}",

@@ -42,7 +42,8 @@ def run_ranks(
     Ranks that are there after `patience` seconds, as frozen ones, are killed.
 
     Args:
-        by_nccl: whether each has a GPU of its own, and the group NCCL for it; else gloo alone.
+        by_nccl: whether each has a GPU, and the group NCCL for it; else gloo alone. Ranks beyond
+            the GPUs share them, which NCCL must have been told.
     """
     processes = [
         STALLS.Process(target=_rank, args=(rank, world, folder, work, args, by_nccl))
@@ -103,7 +104,7 @@ def _rank(
     torch.set_num_threads(1)
     backend = "gloo"
     if by_nccl:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world)
     work(rank, folder, *args)

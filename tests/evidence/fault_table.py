@@ -2,10 +2,14 @@
 
     python -m tests.evidence.fault_table --out bench/results/faults_cpu_DATE
 
+For each fault: how it is provoked, what is printed and after how long, what survives. Ends with
+status 1, naming the faults that were silent, took too long or lost more than they may.
+
 With two GPUs or more the ranks use NCCL, and faults are left out to which that makes no difference,
-or which need more of them. For each fault: how it is provoked, what is printed and
-after how long, what survives. Ends with status 1, naming the faults that were silent, took too long
-or lost more than they may.
+or which need more of them. Four ranks share one GPU where NCCL, from 2.30 on, lets them:
+
+    NCCL_MULTI_RANK_GPU_ENABLE=1 LD_PRELOAD=libnccl.so.2 CUDA_VISIBLE_DEVICES=0 python -m \\
+    tests.evidence.fault_table --only "of 4"
 """
 
 import re
@@ -20,6 +24,7 @@ from bench.common.arguments import make_parser
 from bench.common.card import dated_card
 from bench.common.page import Page
 from lhcp.console import escape_unprintable
+from tests.faults.gpus import by_nccl
 from tests.faults.provoke import goes_on_after
 from tests.faults.rows import FAULTS, Fault, silent
 from tests.faults.runs import Outcome
@@ -66,14 +71,16 @@ def do(fault: Fault) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--only", default="", help="faults whose name, or how, has this")
+    parser.add_argument(
+        "--only", default="", help="faults whose name: how has this, a regular expression"
+    )
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="this one of so many")
     parser.add_argument("--beside", type=int, default=1, help="faults provoked at once")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
-    by_nccl = torch.cuda.device_count() > 1
-    device = torch.device("cuda" if by_nccl else "cpu")
-    ranks = f"1 to 3, {'NCCL' if by_nccl else 'gloo'}; {args.beside} faults at once"
+    nccl = by_nccl(2)
+    device = torch.device("cuda" if nccl else "cpu")
+    ranks = f"1 to 4, {'NCCL' if nccl else 'gloo'}; {args.beside} faults at once"
     facts = dated_card(device, ranks=ranks, sizes="recipe tiny, N=256")
     page = Page("Faults: what their user sees, and what survives", facts)
     page.table(
@@ -82,9 +89,9 @@ def main() -> None:
         "rank that ended. Status of each rank; less than 0 is a signal's, None was frozen.",
         ("fault", "how", "what is seen", "s", "status", "what survives", "verdict"),
     )
-    faults = [one for one in FAULTS if args.only in f"{one.name}: {one.how}"]
-    if by_nccl:
-        faults = [one for one in faults if 1 < one.world <= torch.cuda.device_count()]
+    faults = [one for one in FAULTS if re.search(args.only, f"{one.name}: {one.how}")]
+    if nccl:
+        faults = [one for one in faults if by_nccl(one.world)]
     faults = faults[args.part[0] :: args.part[1]]
     with ThreadPoolExecutor(args.beside) as several:
         rows = list(several.map(do, faults))

@@ -1,4 +1,4 @@
-"""Attention calls of three ranks of which one differs: each is a row of the table."""
+"""Attention calls of four ranks of which one differs: each is a row of the table."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +12,16 @@ from torch import Tensor
 import lhcp
 from lhcp.testing.inputs import small_config
 from tests.comm.stalls import Ended, go_astray, run_ranks
+from tests.faults.gpus import SHARED, by_nccl
 from tests.faults.runs import Outcome
 
-WORLD, TIMEOUT = 3, 2.0
-BY_NCCL = torch.cuda.device_count() >= WORLD
-CONFIG, SEQLEN = small_config(num_strata=6)
+WORLD = 4
+BY_NCCL = by_nccl(WORLD)
+TIMEOUT = 5.0 if SHARED else 2.0
+CONFIG, SEQLEN = small_config(num_strata=2 * WORLD)
 LONG = torch.tensor([0, SEQLEN - 1, SEQLEN], dtype=torch.int32)
 # A document a chunk: keys travel to nobody, where those of the long one do.
-SHORT = torch.arange(0, SEQLEN + 1, SEQLEN // 6, dtype=torch.int32)
+SHORT = torch.arange(0, SEQLEN + 1, SEQLEN // (2 * WORLD), dtype=torch.int32)
 
 
 def attend(x: Tensor, grad: bool = True, **choices: object) -> Tensor:
@@ -80,7 +82,7 @@ def fail(grad: Tensor) -> None:
 
 
 def astray(fault: str) -> Callable[[Path], Outcome]:
-    """Let rank 1 of three do something else."""
+    """Let rank 1 of four do something else."""
 
     def provoke(folder: Path) -> Outcome:
         # On a GPU the first calls compile.

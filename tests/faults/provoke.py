@@ -30,11 +30,11 @@ def one(folder: Path, *more: str) -> list[str]:
     return [*ONE, "--out", str(run_of(folder)), *more]
 
 
-def struck(number: int, rank: int = 1) -> Callable[[Path], Outcome]:
-    """Send a signal to one of two ranks in their steps."""
+def struck(number: int, rank: int = 1, world: int = 2) -> Callable[[Path], Outcome]:
+    """Send a signal to one of so many ranks in their steps."""
 
     def provoke(folder: Path) -> Outcome:
-        ranks = start(folder, [two(folder)] * 2)
+        ranks = start(folder, [two(folder)] * world)
         ranks.wait_for("30/800  loss")
         ranks.strike(rank, number)
         return ranks.end()

@@ -85,6 +85,25 @@ FAULTS = [
         goes_on=True,
     ),
     Fault(
+        "a rank of four is killed",
+        "SIGKILL to rank 2 of 4 (dp 2 x cp 2)",
+        struck(signal.SIGKILL, rank=2, world=4),
+        (NOTED, "rank 2 was last heard in step "),
+        KEPT,
+        goes_on=True,
+        world=4,
+        shown="rank 2 was last heard in step ",
+    ),
+    Fault(
+        "a rank of four is frozen",
+        f"SIGSTOP to rank 2 of 4 (dp 2 x cp 2), --timeout {TIMEOUT:g}",
+        struck(signal.SIGSTOP, rank=2, world=4),
+        ("rank 0 of 4 ends, after ", "rank 2 was last heard in step ", "its main thread: "),
+        KEPT,
+        goes_on=True,
+        world=4,
+    ),
+    Fault(
         "a rank is killed, torchrun restarts",
         "SIGKILL to rank 1 of 2 under torchrun --max-restarts 1",
         restarted(signal.SIGKILL),
@@ -248,11 +267,11 @@ FAULTS = [
     *(
         Fault(
             name,
-            f"rank 1 of 3, at step 6: {how}",
+            f"rank 1 of 4, at step 6: {how}",
             astray(fault),
             says,
             "the process is ended",
-            world=3,
+            world=4,
         )
         for name, fault, how, says in (
             (

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from tests.faults.gpus import SHARED, by_nccl
 
 ROOT = Path(__file__).parents[2]
-BY_NCCL = torch.cuda.device_count() > 1
-"""Whether ranks of a run of two use NCCL: each has a GPU then."""
+BY_NCCL = by_nccl(2)
+"""Whether the ranks of a run of two use NCCL."""
 TIMEOUT = 10.0 if BY_NCCL else 3.0
 """--timeout of the runs, in seconds: of which a GPU's kernels, compiled in the first steps, have
 four."""
@@ -109,9 +109,10 @@ def start(
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, files = [], []
     for rank, words in enumerate(arguments):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(len(arguments)), "LOCAL_RANK": str(rank)}
-        # With a GPU each they use NCCL, else gloo.
-        own["LOCAL_WORLD_SIZE"] = str(len(arguments))
+        # With a GPU each they use NCCL, else gloo. Where they share one, each is a node of its own.
+        local, beside = (0, 1) if SHARED else (rank, len(arguments))
+        own = {"RANK": str(rank), "WORLD_SIZE": str(len(arguments))}
+        own |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(beside)}
         world = {} if len(arguments) == 1 else place | own
         files.append(folder / f"rank{rank}.{len(list(folder.glob('rank*')))}.log")
         processes.append(_popen([*program, *words], files[-1], world | variables))

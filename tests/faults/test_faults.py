@@ -10,14 +10,14 @@ from tests.faults.rows import FAULTS, Fault, silent
 QUICK = ("a rank is killed", "a rank is frozen")
 """In each commit's tests."""
 ALONE = ("rank 0, which keeps the store, is frozen", "a rank is frozen as ranks connect")
-"""What no test of a part provokes, beside calls that differ; they have minutes."""
+"""What no test of a part provokes, beside four ranks; they have minutes."""
 
 
 def tier(fault: Fault) -> object:
     """Return a fault in its tier; those of soak have tests of the part that says so, elsewhere."""
     if fault.name in QUICK:
         return pytest.param(fault, id=fault.name)
-    slow = fault.world == 3 or fault.name in ALONE
+    slow = fault.world == 4 or fault.name in ALONE
     return pytest.param(fault, id=fault.name, marks=pytest.mark.slow if slow else pytest.mark.soak)
 
 
