@@ -93,17 +93,18 @@ def main() -> None:
     if nccl:
         faults = [one for one in faults if by_nccl(one.world)]
     faults = faults[args.part[0] :: args.part[1]]
+    rows = []
     with ThreadPoolExecutor(args.beside) as several:
-        rows = list(several.map(do, faults))
-    for fault, row in zip(faults, rows, strict=True):
-        verdict = row["wrong"] or "as it must be"
-        if row["wrong"]:
-            page.wrong.append(f"{fault.name}: {row['wrong']}")
-        cells = [row.get(name, "-") for name in ("how", "sees")]
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row else "-"
-        page.row(
-            fault.name, *cells, seconds, row.get("status", "-"), row.get("survives", "-"), verdict
-        )
+        # Each is printed when it is there: a table that is cut off has what was found.
+        for fault, row in zip(faults, several.map(do, faults), strict=True):
+            verdict = row["wrong"] or "as it must be"
+            if row["wrong"]:
+                page.wrong.append(f"{fault.name}: {row['wrong']}")
+            cells = [row.get(name, "-") for name in ("how", "sees")]
+            seconds = f"{row['seconds']:.1f}" if "seconds" in row else "-"
+            ends = (seconds, row.get("status", "-"), row.get("survives", "-"), verdict)
+            page.row(fault.name, *cells, *ends)
+            rows.append(row)
     silent_ones = sum(bool(row["wrong"]) for row in rows)
     page.line("")
     page.line(f"{len(rows)} faults provoked, {silent_ones} not as they must be.")
