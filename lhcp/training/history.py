@@ -34,7 +34,8 @@ class StepRecord:
     documents: int | None = None
     """Documents of the global batch, each part of one that a sequence has; None: text runs on."""
     skipped: bool = False
-    """Whether the weights stayed as they were, because loss or gradient was not finite."""
+    """Whether the weights stayed as they were, because loss or gradient was not finite, or the
+    gradient a spike."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "timeout": "how long ranks wait",
     "debug": "what is compared and logged",
     "on_bad_step": "what is done where a run would end",
+    "spike_factor": "what is done where a run would end",
     "cp": "the mesh",
     "tp": "the mesh",
     "layout": "the mesh",

@@ -16,6 +16,7 @@ from lhcp.training.parallel import Trainee, compute_dtype
 from lhcp.training.run import SLOW, Run
 from lhcp.training.selection_log import diagnose_layers
 from lhcp.training.shared_folder import prove_shared
+from lhcp.training.spikes import spike_limit
 from lhcp.training.stages import Stage, stage_at, total_steps
 from lhcp.training.step import evaluate, train_step
 from lhcp.training.stopping import Stop, Stopped, stoppable
@@ -137,7 +138,8 @@ def train_until(
         hopeless = len(last) == BAD_STEPS and all(one.skipped for one in last)
         strict = replace(run, on_bad_step="stop") if hopeless else run
         try:
-            record = train_step(strict, trainee, data.train, stages, done, stop)
+            spike = spike_limit(run.spike_factor, history.steps, stage.name)
+            record = train_step(strict, trainee, data.train, stages, done, stop, spike)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}. {checkpoint.newest_in(folder)}") from error
         history.steps.append(record)

@@ -1,5 +1,6 @@
 """Lines that a run prints while it goes."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ class Progress:
     """Prints the progress of a run on rank 0.
 
     On a terminal each step has its line, in place. Elsewhere one step in ten has, and each stage's
-    first step, and the run's last; evaluations always have theirs.
+    first step, those that are skipped, and the run's last; evaluations always have theirs.
 
     Args:
         shown: Whether this rank prints.
@@ -53,18 +54,19 @@ class Progress:
             pace = (now - self._recent[0]) / (len(self._recent) - 1)
         new_stage, self._stage = record.stage != self._stage, record.stage
         last = record.step == total_steps(stages)
-        if not (self.in_place or new_stage or last or record.step % STEPS_A_LINE == 0):
+        shown = new_stage or last or record.skipped or record.step % STEPS_A_LINE == 0
+        if not (self.in_place or shown):
             return
         left = round((total_steps(stages) - record.step) * pace)
         packed = "" if record.documents is None else f"documents {record.documents:>3}  "
         line = (
             f"{record.stage:<10} {record.step:>5}/{total_steps(stages)}  loss {record.loss:6.4f}  "
-            f"{'NOT FINITE, SKIPPED  ' if record.skipped else ''}"
+            f"{why_skipped(record)}"
             f"grad {record.grad_norm:6.3f}  {record.tokens_per_second:>7,.0f} tok/s  "
             f"{packed}rotation {share_of(record.rotation_share)}{use_of(record)}  "
             f"ETA {left // 60}:{left % 60:02d}"
         )
-        if self.in_place:
+        if self.in_place and not record.skipped:
             print("\r\x1b[K" + line, end="", flush=True)
         else:
             self.say(line)
@@ -75,6 +77,14 @@ class Progress:
             f"{record.stage:<10} {record.step:>5}  held-out loss {record.loss:.4f} nats/byte, "
             f"attending in {record.mode} mode"
         )
+
+
+def why_skipped(record: StepRecord) -> str:
+    """Say why a step was skipped, or ""."""
+    if not record.skipped:
+        return ""
+    finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+    return ("SPIKE" if finite else "NOT FINITE") + ", SKIPPED  "
 
 
 def share_of(share: float | None) -> str:

@@ -112,6 +112,9 @@ def table(summary: dict[str, Any]) -> Table:
         share = speed["rotation_share"]
         shown = "not timed" if share is None else f"{share:.1%}"
         rows.add_row(f"{stage}: waiting in rotation", shown, "of a step")
+    skipped = sum(step["skipped"] for step in summary["history"]["steps"])
+    if skipped:
+        rows.add_row("steps not taken", f"{skipped:,}", "not finite, or spikes")
     for change in summary["history"]["changes"]:
         rows.add_row(
             f"accepted after step {change['step']}: {change['name']}",

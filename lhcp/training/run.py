@@ -100,8 +100,12 @@ class Run:
     """Seconds that ranks wait for one another in a forward, a backward or an optimiser step; four
     times that in a save, an evaluation or the first steps of a stage, and five to start."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient is not finite: the run ends and says what was
-    the first such tensor, or the step is not taken, up to three in a row."""
+    """What becomes of a step whose loss or gradient is not finite, or whose gradient is a spike:
+    the run ends and says what was the first such tensor, or how long the gradient was; or the step
+    is not taken, up to three in a row."""
+    spike_factor: float = 0.0
+    """How many times the median of the stage's last 128 gradient norms is a spike, as 10; 0: none
+    is. Clipping bounds what a spike does, so that it need not end a run: for runs that skip."""
     debug: bool = False
     """Whether ranks compare every attention call, and look through its tensors for what is not
     finite, which ends the run there (`lhcp.ContextParallel(debug=True)`: slower, and no CUDA
@@ -237,6 +241,11 @@ class Run:
             raise ValueError(
                 f"rotation_budget={self.rotation_budget}: must be finite and not negative; 0 is "
                 "none"
+            )
+        if self.spike_factor and not 1 < self.spike_factor < math.inf:
+            raise ValueError(
+                f"spike_factor={self.spike_factor}: must be finite and more than 1, as 10, or 0 "
+                "for none"
             )
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"timeout={self.timeout}: must be a positive number of seconds")

@@ -137,15 +137,18 @@ def train_step(
     stages: Sequence[Stage],
     step: int,
     stop: Stop | None = None,
+    spike: float = math.inf,
 ) -> StepRecord:
     """Do step `step` (from 0) and return its record.
 
-    `stop` is told how many ranks were asked to stop, with the sum that the loss needs anyway.
+    `stop` is told how many ranks were asked to stop, with the sum that the loss needs anyway. A
+    gradient whose norm is above `spike` is one.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite, on all ranks alike, and the run
-            does not skip such steps; the weights are still those before the step. The message names
-            the first tensor that is not, found by a second pass over the batch.
+        FloatingPointError: the loss or the gradient is not finite, or the gradient is a spike, on
+            all ranks alike, and the run does not skip such steps; the weights are still those
+            before the step. The message names the first tensor that is not finite, found by a
+            second pass over the batch.
         ValueError: ranks of a sequence made different attention calls; as much.
     """
     begin = time.perf_counter()
@@ -173,18 +176,22 @@ def train_step(
     if stop is not None:
         stop.hear(asked)
     stage = stage_at(stages, step).name
-    skipped = not bool(torch.tensor((loss, norm)).isfinite().all())
+    skipped = not (math.isfinite(loss) and norm <= spike and math.isfinite(norm))
     if skipped and run.on_bad_step == "stop":
+        found = f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}"
+        lower = f"a lower --optim.lr (now {rate:g}) or more warm-up"
+        if math.isfinite(loss) and math.isfinite(norm):
+            raise FloatingPointError(
+                f"{found}: a spike, above {spike:g}, which is {run.spike_factor:g} times the "
+                "median of the stage's last steps; go on with --on-bad-step skip, which leaves out "
+                f"up to three in a row, or with {lower}"
+            )
         trainee.marks.at("search", step + 1, patience=SLOW)
         trainee.optimizer.zero_grad()
         where = first_not_finite(trainee.model, lambda: backward(run, trainee, data, step))
-        lower = f"a lower --optim.lr (now {rate:g}) or more warm-up"
         # No rate has done anything yet.
         advice = f"go on with {lower}" if step else "see the text, the weights and the sizes"
-        raise FloatingPointError(
-            f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}: not finite; the first "
-            f"was {where}; {advice}"
-        )
+        raise FloatingPointError(f"{found}: not finite; the first was {where}; {advice}")
     trainee.marks.at("optimiser", step + 1)
     if not skipped:
         if norm > run.optim.clip:

@@ -1,7 +1,9 @@
 """Lines of a run: each step on a terminal, one in ten elsewhere."""
 
 import io
+import math
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,21 @@ def test_progress_has_each_step_on_a_terminal_and_one_in_ten_elsewhere(output: O
 def test_a_run_that_goes_on_shows_its_first_step(output: Output) -> None:
     first = shown_steps(output, done=33)[0]
     assert first == "dense 34"
+
+
+def test_a_skipped_step_has_a_line_that_says_why(output: Output) -> None:
+    """Fails if a step that was not taken is not seen, or a spike passes for what is not finite."""
+    record = StepRecord(4, "lighthouse", 3.0, 1e4, 1e-3, 0.5, 100.0, 0.1, skipped=True)
+    with redirect_stdout(output):
+        progress = Progress(shown=True)
+        progress.on_start(0, Path("nowhere"))
+        for step in range(1, 7):
+            one = {4: record, 5: replace(record, step=5, loss=math.nan)}.get(step)
+            usual = StepRecord(step, "lighthouse", 3.0, 1.0, 1e-3, 0.5, 100.0, 0.1)
+            progress.on_step(one or usual, STAGES)
+    lines = output.getvalue().replace("\r\x1b[K", "\n").splitlines()
+    said = [line for line in lines if "SKIPPED" in line]
+    assert ["4/37" in said[0], "5/37" in said[1], len(said)] == [True, True, 2]
+    assert "SPIKE, SKIPPED" in said[0] and "NOT FINITE, SKIPPED" in said[1]
+    # They stay on a terminal, where the next line takes the place of others.
+    assert output.getvalue().count("\n") == (2 if output.terminal else 3)
