@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.calls import astray
+from tests.faults.calls import WORLD, astray
 from tests.faults.provoke import (
     absent,
     damaged,
@@ -267,11 +267,11 @@ FAULTS = [
     *(
         Fault(
             name,
-            f"rank 1 of 4, at step 6: {how}",
+            f"rank 1 of {WORLD}, at step 6: {how}",
             astray(fault),
             says,
             "the process is ended",
-            world=4,
+            world=WORLD,
         )
         for name, fault, how, says in (
             (
@@ -296,7 +296,10 @@ FAULTS = [
                 "other documents",
                 "documents",
                 "shorter ones than the others, at a call that all ranks know",
-                ("the ranks' attention calls differ: ", "(cu_seqlens: 6 documents of digest "),
+                (
+                    "the ranks' attention calls differ: ",
+                    f"(cu_seqlens: {2 * WORLD} documents of digest ",
+                ),
             ),
             (
                 "a gradient that others do not want",

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_speeds_leave_the_first_steps_out(history: History) -> None:
 
 def test_report_is_written(history: History, small_run: Run, tmp_path: Path) -> None:
     baseline = History(steps("baseline", 1, 50.0), [EvalRecord(10, "baseline", "dense", 1.5)])
+    history.steps[4] = replace(history.steps[4], skipped=True)
     history.changes.append(Change(3, "optim.betas", [0.9, 0.95], [0.9, 0.99]))
     summary = summarize(small_run, history, baseline, world_size=2, sample="def f(", overhead=None)
     write(summary, tmp_path)
@@ -43,6 +45,7 @@ def test_report_is_written(history: History, small_run: Run, tmp_path: Path) -> 
     speed, change = ("baseline: speed", "10.0%"), "step 3: optim.betas"
     for expected in ("+1.0000", "125%", "+0.2500", *speed, change):
         assert expected in text
+    assert text.split("steps not taken")[1].split()[1] == "1"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
