@@ -115,7 +115,8 @@ def train_until(
     marks = trainee.marks
     marks.at("start", patience=SLOW)
     agree(run, data.manifest)
-    prove_shared(folder)
+    # Storage may show a file late, but not so late that the watchdog speaks first.
+    prove_shared(folder, patience=min(20.0, SLOW * run.timeout / 2))
     resumed = [(0, History())]
 
     def take(path: Path) -> None:

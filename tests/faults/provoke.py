@@ -3,12 +3,11 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+from tests.faults.disks import small_disk
 from tests.faults.runs import RUN, Outcome, alive, children, start, torchrun
 
 TWO = ["tiny", "--cp", "2", *RUN]
@@ -184,31 +183,20 @@ def of_all(spoil: Callable[[Path], None]) -> Callable[[list[Path]], None]:
     return do
 
 
-@contextmanager
-def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
-    """Mount a small disk; needs to be allowed to.
-
-    Raises:
-        PermissionError: it is not.
-    """
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        raise PermissionError("mounting a small disk is not allowed here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 def full(folder: Path) -> Outcome:
     """Train where the second checkpoint does not fit."""
     with small_disk(folder / "disk", 3500) as disk:
-        given = [*TWO, "--out", str(disk / "run"), "--keep-checkpoints", "2"]
-        outcome = start(folder, [given] * 2).end()
-        if (disk / "run").exists():
-            shutil.copytree(disk / "run", run_of(folder))
+        given = [*TWO, "--out", str(disk.place / "run"), "--keep-checkpoints", "2"]
+        outcome = start(folder, [given] * 2, inside=[disk.inside] * 2).end()
+        if (disk.seen / "run").exists():
+            shutil.copytree(disk.seen / "run", run_of(folder))
     return outcome
+
+
+def not_shared(folder: Path) -> Outcome:
+    """Start two ranks that have disks of their own in one place."""
+    with small_disk(run_of(folder), 16 << 10) as disk:
+        return start(folder, [two(folder)] * 2, inside=[(), disk.inside]).end()
 
 
 def overshot(folder: Path) -> Outcome:

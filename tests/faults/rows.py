@@ -14,6 +14,7 @@ from tests.faults.provoke import (
     full,
     in_use,
     no_reader,
+    not_shared,
     nowhere,
     of_all,
     orphaned,
@@ -249,10 +250,18 @@ FAULTS = [
     ),
     Fault(
         "the disk is full",
-        "a disk of 3.5 MB (tmpfs), where the second checkpoint does not fit",
+        "a disk of 3.5 MB (tmpfs in a namespace), where the second checkpoint does not fit",
         full,
         ("was not written: the disk is full: ", "stays the newest"),
         "the checkpoint before it",
+        within=30.0,
+    ),
+    Fault(
+        "a folder that not all ranks share",
+        "rank 1 of 2 has, in a namespace, another disk in the place of --out",
+        not_shared,
+        ("is not one folder for all ranks: ranks [1] of 2 and rank 0 do not see",),
+        "nothing was begun",
         within=30.0,
     ),
     Fault(

@@ -103,9 +103,13 @@ def start(
     folder: Path,
     arguments: Sequence[Sequence[str]],
     program: Sequence[str] = ("-m", "lhcp", "train"),
+    inside: Sequence[Sequence[str]] = (),
     **variables: str,
 ) -> Ranks:
-    """Start a rank for each of the arguments, which may differ; one alone is a plain process."""
+    """Start a rank for each of the arguments, which may differ; one alone is a plain process.
+
+    `inside` has for each rank the words before its command, such as those of a namespace.
+    """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, files = [], []
     for rank, words in enumerate(arguments):
@@ -115,7 +119,8 @@ def start(
         own |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(beside)}
         world = {} if len(arguments) == 1 else place | own
         files.append(folder / f"rank{rank}.{len(list(folder.glob('rank*')))}.log")
-        processes.append(_popen([*program, *words], files[-1], world | variables))
+        before = inside[rank] if inside else ()
+        processes.append(_popen([*program, *words], files[-1], world | variables, before))
     return Ranks(processes, files)
 
 
@@ -128,13 +133,15 @@ def torchrun(folder: Path, ranks: int, arguments: Sequence[str], restarts: int) 
     return Ranks([_popen([*words, *arguments], file, {})], [file])
 
 
-def _popen(words: Sequence[str], file: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+def _popen(
+    words: Sequence[str], file: Path, variables: dict[str, str], before: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     # What a machine has beside its own packages stays in reach.
     path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
     with open(file, "wb") as out:
         return subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out
+            [*before, sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out
         )
 
 

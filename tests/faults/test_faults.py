@@ -9,7 +9,10 @@ from tests.faults.rows import FAULTS, Fault, silent
 
 QUICK = ("a rank is killed", "a rank is frozen")
 """In each commit's tests."""
-ALONE = ("rank 0, which keeps the store, is frozen", "a rank is frozen as ranks connect")
+ALONE = (
+    *("rank 0, which keeps the store, is frozen", "a rank is frozen as ranks connect"),
+    *("the disk is full", "a folder that not all ranks share"),
+)
 """What no test of a part provokes, beside four ranks; they have minutes."""
 
 
