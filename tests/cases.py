@@ -242,6 +242,7 @@ def library_selection(group: Any, case: Case, device: str = "cpu") -> Selection:
 
     q, k, v, _ = map(cut, p.other_inputs() if p.fixed else p.inputs())
     score_q, score_k = map(cut, p.other_inputs()[:2]) if p.scored else (None, None)
+    bounds = p.cu_seqlens
     return lhcp.select(
         q,
         k,
@@ -252,7 +253,7 @@ def library_selection(group: Any, case: Case, device: str = "cpu") -> Selection:
         score_q=score_q,
         score_k=score_k,
         scale=p.scale,
-        cu_seqlens=p.cu_seqlens,
+        cu_seqlens=None if bounds is None else bounds.to(device),
     )
 
 
@@ -358,13 +359,23 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def dense_reference(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None = None,
+    docs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the whole sequence and its lse [B, H, N], in the dtype of the inputs."""
+    """Attention of the whole sequence and its lse [B, H, N], in the dtype of the inputs.
+
+    With docs [B, N], the document of each token, inside each of them.
+    """
     groups = q.shape[2] // k.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     if causal:
         logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), -torch.inf)
+    if docs is not None:
+        logits = logits.masked_fill((docs[:, :, None] != docs[:, None])[:, None], -torch.inf)
     return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v), logits.logsumexp(-1)

@@ -5,14 +5,14 @@
     python -m tests.distributed.fuzz 0 --count 5000 --device cuda --seconds 60 --ranks 2   # on GPUs
 
 A case is everything that a caller may choose: sizes, config, heads, dtype, strides, ranks, layout,
-rotation, backend, function or layer, recomputed or not, lighthouse or dense.
+rotation, backend, function or layer, recomputed or not, lighthouse or dense, packed documents.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lhcp
 from lhcp.comm.mesh import as_ranks
+from lhcp.reference_documents import documents
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool
 from lhcp.testing.tolerance import assert_close_float64
@@ -41,6 +42,7 @@ from tests.cases import (
     strided,
     together,
 )
+from tests.documents import KINDS
 
 MOST = 40_000
 """Elements of q in a case: thousands of cases are worth more than large ones."""
@@ -84,12 +86,34 @@ class Fuzzed:
             seed=p.seed,
         )
 
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where documents begin, None without; rows of a dense case draw their own."""
+        p = self.case.problem
+        if p.packed is None or not self.dense:
+            return p.cu_seqlens
+        rng, n = random.Random(f"{p.packed} {self.seed}"), 2 * self.case.world_size * self.length
+        found: list[int] = []
+        for row in range(p.batch):
+            others = rng.sample(range(1, n), rng.randint(0, min(n - 1, 12)))
+            found += [row * n + t for t in (0, *sorted(others))]
+        return torch.tensor([*found, p.batch * n], dtype=torch.int32)
+
+    @property
+    def docs(self) -> Tensor | None:
+        """The oracle's document of each token, [B, N]."""
+        if (bounds := self.cu_seqlens) is None:
+            return None
+        batch = self.case.problem.batch
+        return documents(bounds, batch, int(bounds[-1]) // batch)
+
     def __str__(self) -> str:
         p = self.case.problem
         what = f"dense {'causal' if self.causal else 'full'}, chunks of {self.length}"
         mode = what if self.dense else "lighthouse"
         how = "layer" if self.layer else "function"
         again = ", recomputed" if self.recompute else ""
+        again += f", documents {self.cu_seqlens.tolist()}" if self.cu_seqlens is not None else ""
         return (
             f"{mode}, {self.case}, Hk{p.num_kv_heads}, {p.dtype}, {self.case.backend}, "
             f"{'/'.join(self.strides)}, {how}{again}; again: python -m tests.distributed.fuzz "
@@ -141,7 +165,7 @@ def _draw(rng: random.Random, seed: int) -> Fuzzed:
         rotation=pick(ROTATIONS),
         backend=pick(("auto", "auto", "cpu", "math")),
     )
-    return Fuzzed(
+    fuzzed = Fuzzed(
         seed=seed,
         case=case,
         dense=dense,
@@ -152,6 +176,9 @@ def _draw(rng: random.Random, seed: int) -> Fuzzed:
         layer=layer,
         recompute=rng.random() < 0.2,
     )
+    # The last draw: the numbers of before documents are the cases that they were, or packed.
+    packed = pick(KINDS) if rng.random() < 0.35 else None
+    return replace(fuzzed, case=replace(case, problem=replace(problem, packed=packed)))
 
 
 def answers(group: Any, seeds: Sequence[int], device: str) -> list[tuple[Tensor, ...]]:
@@ -172,7 +199,8 @@ def answer(group: Any, fuzzed: Fuzzed, device: str) -> tuple[Tensor, ...]:
     backend = "auto" if device == "cuda" and case.backend == "cpu" else case.backend
     how = {"layout": case.layout, "rotation": case.rotation, "backend": backend}
     how |= {"scale": p.scale}
-    given: dict[str, Any] = {}
+    bounds = fuzzed.cu_seqlens
+    given: dict[str, Any] = {"cu_seqlens": None if bounds is None else bounds.to(device)}
     selection = None
     if not fuzzed.dense:
         selection = library_selection(group, case, device)
@@ -185,7 +213,8 @@ def answer(group: Any, fuzzed: Fuzzed, device: str) -> tuple[Tensor, ...]:
             None if fuzzed.dense else p.config, group, **how
         )
     elif fuzzed.dense:
-        attend, given = lhcp.ring_attention, {"group": group, "causal": fuzzed.causal, **how}
+        attend = lhcp.ring_attention
+        given |= {"group": group, "causal": fuzzed.causal, **how}
     else:
         attend, given = lhcp.lighthouse_attention, given | {"group": group, **how}
         given["config"] = p.config
@@ -205,7 +234,8 @@ def dense_answer(fuzzed: Fuzzed, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     """Return the right o, dq, dk, dv of a dense case, computed in a dtype."""
     q, k, v, do = (x.to(dtype) for x in fuzzed.inputs())
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o, _ = dense_reference(*leaves, causal=fuzzed.causal, scale=fuzzed.case.problem.scale)
+    scale = fuzzed.case.problem.scale
+    o, _ = dense_reference(*leaves, causal=fuzzed.causal, scale=scale, docs=fuzzed.docs)
     dq, dk, dv = torch.autograd.grad(o, leaves, do)
     return o.detach(), dq, dk, dv
 
@@ -218,13 +248,17 @@ def right(fuzzed: Fuzzed, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def lse_rounding(fuzzed: Fuzzed) -> float:
-    """Return the error of a float32 lse, which is handed on to later steps and to the backward."""
+    """Return the error of a float32 lse, which is handed on to later steps and to the backward.
+
+    Of a packed selection as if it were not packed.
+    """
     p = fuzzed.case.problem
     q, k, v, _ = (x.double() for x in fuzzed.inputs())
     if not fuzzed.dense:
         selection = reference_selection(p)
         q, k, v = (lhcp.reference.gather(x, selection, p.config) for x in (q, k, v))
-    _, lse = dense_reference(q, k, v, causal=fuzzed.causal, scale=p.scale)
+    docs = fuzzed.docs if fuzzed.dense else None
+    _, lse = dense_reference(q, k, v, causal=fuzzed.causal, scale=p.scale, docs=docs)
     return torch.finfo(torch.float32).eps * lse.abs().max().item()
 
 

@@ -32,5 +32,7 @@ def test_cases_are_drawn_from_their_numbers_and_of_every_kind() -> None:
         {c.dense for c in cases} == {c.layer for c in cases} == {c.recompute for c in cases},
         len({c.case.problem.dtype for c in cases}) == 4,
         len({stride for c in cases for stride in c.strides}) == 3,
+        {c.dense for c in cases if c.cu_seqlens is not None} == {True, False},
+        {c.cu_seqlens is None for c in cases} == {True, False},
     ):
         assert values
