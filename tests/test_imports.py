@@ -230,3 +230,18 @@ def test_kernels_are_imported_only_where_they_are_used() -> None:
 def test_public_names_exist_and_explain_themselves(name: str) -> None:
     thing = getattr(lhcp, name)
     assert thing.__doc__ and len(thing.__doc__) > 40
+
+
+def test_torch_without_distributed_is_said() -> None:
+    """Fails if whoever has such a torch is told of a name that it lacks, and not why."""
+    # As such a build is: the package is there, and little in it.
+    lacking = """
+import torch.distributed as dist
+dist.is_available = lambda: False
+for name in ("ProcessGroup", "Store", "PrefixStore", "Work"):
+    delattr(dist, name)
+import lhcp
+"""
+    done = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: lhcp needs torch.distributed, which this" in done.stderr

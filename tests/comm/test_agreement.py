@@ -14,7 +14,7 @@ from lhcp.comm.torch_private import store_of
 from lhcp.testing.inputs import small_config
 from lhcp.testing.ranks import RankPool
 
-CONFIG, SEQLEN = small_config(num_strata=8)
+CONFIG, SEQLEN = small_config(num_strata=8, picks=4)
 WORLD = 4
 """All ranks of the pool: those that make no group with the others would name later ones apart."""
 
@@ -80,6 +80,8 @@ def test_another_unshard_is_said_on_every_rank(ranks: RankPool, what: str) -> No
 CHOICES: dict[str, dict[str, Any]] = {
     "scale": {"scale": 0.3},
     "config.topk": {"config": replace(CONFIG, topk=2 * CONFIG.topk)},
+    "config.num_strata": {"config": replace(CONFIG, num_strata=2 * CONFIG.num_strata)},
+    "layout": {"layout": "contiguous"},
     "config.scorer": {"config": replace(CONFIG, scorer="dilated")},
     "rotation": {"rotation": "allgather"},
     "backend": {"backend": "cpu"},
@@ -102,7 +104,8 @@ def test_another_choice_is_named_alone(ranks: RankPool, name: str) -> None:
     """Fails if ranks of equal message sizes mean different functions, or all is listed."""
     for said in ranks.run(other_choice, WORLD, name):
         assert said.startswith(f"ranks were asked for different things: {name}: ")
-        assert "on rank 3" in said and "layout" not in said and "Ranks that differ from" in said
+        assert "on rank 3" in said and "Ranks that differ from" in said
+        assert ("scale" if name == "layout" else "layout") not in said
 
 
 def gradient_on_one(group: Any) -> str:

@@ -42,8 +42,14 @@ def value(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
+def assert_goes_on(words: list[str]) -> None:
+    """Ranks that die are started again unasked, and hear what they are told to save by."""
+    assert value(words, "--max-restarts") == "3"
+    assert {"SIGTERM", "SIGUSR1"} <= {*value(words, "--signals-to-handle").split(",")}
+
+
 def test_slurm_says_who_the_nodes_are(stubs: Path) -> None:
-    """Fails if a node, the head's name or the job's number is not Slurm's."""
+    """Fails if a node, the head's name or the job's number is not Slurm's, or nobody restarts."""
     slurm = {
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_NNODES": "2",
@@ -57,6 +63,7 @@ def test_slurm_says_who_the_nodes_are(stubs: Path) -> None:
     assert (value(words, "--rdzv-backend"), value(words, "--rdzv-id")) == ("c10d", "4711")
     assert words[-6:] == ["-m", "lhcp", "train", "paper_98k", "--cp", "8"]
     assert "--local-addr" not in words
+    assert_goes_on(words)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +81,4 @@ def test_one_machine_keeps_the_store(stubs: Path, local: str, head: str, place: 
     words = started(stubs, "launch/torchrun.sh", "doctor", "--seqlen", "512", **nodes)
     assert words[: len(place)] == place
     assert words[-4:] == ["lhcp", "doctor", "--seqlen", "512"]
+    assert_goes_on(words)

@@ -145,6 +145,31 @@ def test_only_whole_ones_count_and_strangers_stay(small_run: Run, tmp_path: Path
     assert [p.name for p in checkpoints_in(tmp_path)][:2] == ["step-00000009", "step-00000006"]
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_all_of_a_checkpoint_is_on_the_disk_before_its_name(
+    small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a machine that loses power may leave a name whose files it had not written yet."""
+    trainee, done = build(small_run, CPU), list[str]()
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(handle: int) -> None:
+        fsync(handle)
+        # Torch writes its metadata under another name first.
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".tmp"))
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append(f"named {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    path = checkpoint.save(tmp_path, 1, *state_of(trainee), beside={}, keep=1)
+    at = done.index(f"named {path.name}")
+    assert {file.name for file in path.iterdir()} | {f"{path.name}.unfinished"} <= {*done[:at]}
+    assert tmp_path.name in done[at:]
+
+
 def fill_the_disk(group: object, run: Run, rank: int) -> tuple[str, list[str]]:
     """Save twice, the second time on a disk that is full for one rank; return what is said."""
     trainee = build(run, CPU)
