@@ -58,6 +58,13 @@ def facts(results: Sequence[ArmResult]) -> list[str]:
         f"- text (digest): {', '.join(sorted(texts))}"
         + ("; **seeds read different texts**" if len(texts) > 1 else ""),
     ]
+    short = run.get("short", {})
+    if short.get("steps"):
+        lines.append(
+            f"- begun from a short stage: {short['steps']:,} dense steps of "
+            f"{short['global_batch']} x {short['seqlen']:,} tokens, rate {short['lr']:g}; its time "
+            "counts for nobody"
+        )
     for name in results[0].about:
         said = list(dict.fromkeys(str(r.about.get(name)) for r in results))
         lines.append(f"- {name}: " + "; ".join(said))
