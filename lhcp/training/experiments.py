@@ -116,7 +116,7 @@ RECOVERIES: dict[str, Callable[[], Recovery]] = {
 
 
 def knobs_2k_to_16k() -> Knobs:
-    """One change at a time from L=3, p=4, k=N/32, norm, two dense layers, two fifths of it passkey
+    """One change at a time from L=3, p=4, k=N/32, norm, two dense layers, half of the text passkey
     text; half a minute each on one H200; wants --data.text. All layers dense is dense throughout.
 
     Most of the loss falls in one steep phase, and the passkey test is learnt, which takes over a
@@ -130,8 +130,9 @@ def knobs_2k_to_16k() -> Knobs:
         model=replace(base.run.model, rope_theta=100_000.0),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
         short=Short(steps=1800, seqlen=2048, global_batch=32),
-        data=DataConfig(passkey=0.4),
+        data=DataConfig(passkey=0.5),
         eval_every=50,
+        eval_sequences=16,
         # Its marks have checkpoints all the same.
         checkpoint_every=5000,
     )
@@ -155,7 +156,7 @@ def knobs_2k_to_16k() -> Knobs:
             "lighthouse.num-strata 4",
             "lighthouse.num-strata 64",
         ),
-        contexts=(1024, 2048, 4096, 8192, 16_384),
+        contexts=(2048, 4096, 8192, 16_384),
     )
 
 
