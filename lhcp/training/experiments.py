@@ -89,6 +89,25 @@ def recover_64k() -> Recovery:
     return replace(base, run=run)
 
 
+def recover_2k_to_64k() -> Recovery:
+    """Context extension: a short stage of 2,048 tokens, then dense or 3:2 at 65,536, half of it
+    passkey text; 8 minutes each arm on a GPU of its own: --part dense, --part splits, with one
+    --short.out. Wants --data.text.
+    """
+    run = replace(
+        recover_64k().run,
+        name="recover_2k_to_64k",
+        # Its waves reach further than any position.
+        model=replace(recover_64k().run.model, rope_theta=500_000.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=40),
+        short=Short(steps=1500, seqlen=2048, global_batch=32),
+        data=DataConfig(passkey=0.5),
+        eval_every=100,
+        checkpoint_every=5000,
+    )
+    return Recovery(run=run, splits=("720+480",), seeds=(0,))
+
+
 def retrieve_32k() -> Recovery:
     """`recover_32k` with a quarter of passkey text, for launch/retrieve.py; wants --data.text."""
     base = recover_32k()
@@ -110,7 +129,7 @@ RECOVERIES: dict[str, Callable[[], Recovery]] = {
     recipe.__name__: recipe
     for recipe in (
         *(recover_tiny, recover_32k, recover_32k_long, recover_64k),
-        *(retrieve_32k, retrieve_16k),
+        *(recover_2k_to_64k, retrieve_32k, retrieve_16k),
     )
 }
 

@@ -20,6 +20,7 @@ from lhcp.training.recovery_report import (
     training_seconds,
 )
 from lhcp.training.recovery_results import ArmResult
+from lhcp.training.selection_picture import draw_selections
 
 Rows = Iterable[Sequence[object]]
 
@@ -230,7 +231,12 @@ def write(results: Sequence[ArmResult], folder: Path) -> Path:
     pictures: dict[str, Against] = {f"{stem}_steps.png": "steps", f"{stem}_seconds.png": "seconds"}
     for name, against in pictures.items():
         draw(results, folder / name, against)
+    names = list(pictures)
+    if seen := [result for result in results if result.selections]:
+        # A split has its lighthouse stage's records too.
+        names.append(f"{stem}_selection.png")
+        draw_selections(max(seen, key=lambda r: len(r.selections)).selections, folder / names[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(results)) + "\n")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(results, tuple(pictures)), encoding="utf-8")
+    page.write_text(markdown(results, names), encoding="utf-8")
     return page
