@@ -97,7 +97,7 @@ def recover_2k_to_64k() -> Recovery:
     run = replace(
         recover_64k().run,
         name="recover_2k_to_64k",
-        # Its waves reach further than any position.
+        # As in knobs_2k_to_16k, for longer contexts.
         model=replace(recover_64k().run.model, rope_theta=500_000.0),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
         short=Short(steps=1500, seqlen=2048, global_batch=32),
@@ -145,7 +145,7 @@ def knobs_2k_to_16k() -> Knobs:
     run = replace(
         base.run,
         name="knobs_2k_to_16k",
-        # Its waves reach further than any position, so that longer contexts have no new angles.
+        # Slower turns than 10,000 gives: positions beyond the short ones are less of a surprise.
         model=replace(base.run.model, rope_theta=100_000.0),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
         short=Short(steps=1800, seqlen=2048, global_batch=32),
