@@ -12,6 +12,7 @@ import tyro
 
 from lhcp.console import escape_unprintable
 from lhcp.training import knobs_page, knobs_results
+from lhcp.training.short_results import read_short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Merge, write, and print the page."""
-    page = knobs_page.write(knobs_results.read(arguments.results), arguments.page)
+    rows, shorts = knobs_results.read(arguments.results), read_short(arguments.results)
+    page = knobs_page.write(rows, arguments.page, shorts)
     print(page.read_text(encoding="utf-8"))
     print(f"page: {page}", flush=True)
 

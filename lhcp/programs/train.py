@@ -14,6 +14,7 @@ import torch.distributed as dist
 import tyro
 
 from lhcp.training import report
+from lhcp.training.checkpoint import Sharing
 from lhcp.training.data import open_data
 from lhcp.training.generation import generate
 from lhcp.training.lock import held
@@ -26,6 +27,7 @@ from lhcp.training.progress import Progress
 from lhcp.training.recipes import RECIPES
 from lhcp.training.rotation_report import measure_rotation
 from lhcp.training.run import SLOW, Run
+from lhcp.training.short_stage import train_short
 
 
 def main(run: Run, own: Process) -> None:
@@ -41,6 +43,8 @@ def main(run: Run, own: Process) -> None:
 
 def do(run: Run, own: Process, progress: Progress) -> None:
     """Train and report."""
+    train_short(run, own, progress)
+    sharing = Sharing(weights=run.short_checkpoint)
     data = open_data(run.data, run.seqlen, run.seed, run.shortest_document)
     trainee = build(run, own.device, own.marks)
     progress.say(
@@ -57,7 +61,7 @@ def do(run: Run, own: Process, progress: Progress) -> None:
         )
     folder = run.folder / "two_stages"
     with written(run, progress, own.rank) as watcher:
-        history = train(run, trainee, data, run.stages, folder, watcher)
+        history = train(run, trainee, data, run.stages, folder, watcher, sharing)
     own.marks.at("report", patience=SLOW)
     whole = whole_model(run, trainee)
     overhead = measure_rotation(run, trainee)
@@ -69,7 +73,8 @@ def do(run: Run, own: Process, progress: Progress) -> None:
         fresh = build(run, own.device, own.marks)
         folder = run.folder / "baseline"
         with written(run, progress, own.rank) as watcher:
-            baseline = train(run, fresh, data, run.baseline_stages, folder, watcher)
+            stages = run.baseline_stages
+            baseline = train(run, fresh, data, stages, folder, watcher, sharing)
 
     own.marks.at("report", patience=SLOW)
     if whole is not None:

@@ -40,6 +40,9 @@ class Sharing:
     """A checkpoint to begin from where the run's own folder has none."""
     marks: frozenset[int] = frozenset()
     """Steps after which the run is evaluated, and its checkpoint kept for good."""
+    weights: Path | None = None
+    """A checkpoint of the run's short stage: without another to begin from, its weights and its
+    optimiser are what the run has before its first step."""
 
 
 ALONE = Sharing()

@@ -54,6 +54,10 @@ ADDED: Identity = {
     "data.passkey": 0.0,
     "data.documents": False,
     "data.restart_positions": False,
+    "short.steps": 0,
+    "short.seqlen": 2048,
+    "short.global_batch": 32,
+    "short.lr": 1e-3,
 }
 """What younger fields were in runs of before there were such fields."""
 
@@ -87,6 +91,7 @@ def identity(
             continue
         if isinstance(value, Mapping):
             found |= {f"{name}.{inner}": plain(inside) for inner, inside in value.items()}
+            found.pop("short.out", None)
         else:
             found[name] = plain(value)
     if run.optim.decay != "constant":

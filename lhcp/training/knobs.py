@@ -5,7 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,14 @@ import torch.distributed as dist
 import tyro
 
 from lhcp.training.data import TrainingData, open_data
+from lhcp.training.identity import MAY_CHANGE
 from lhcp.training.lock import FolderInUse, held
 from lhcp.training.process import Process
-from lhcp.training.recovery import Recovery, Teller, recover_seed, seed_folder
+from lhcp.training.recovery import Recovery, recover_seed, seed_folder
 from lhcp.training.recovery_results import write_whole
 from lhcp.training.retrieval import Asked, Found, retrieve
 from lhcp.training.run import Run
+from lhcp.training.short_stage import ANSWERS, Teller, train_short
 
 BASE = "base"
 """Folder of the run without a change."""
@@ -71,7 +73,9 @@ class Knobs:
                 "'lighthouse.topk 256'"
             ) from error
         name = re.sub(r"[^A-Za-z0-9.]+", "-", flags).strip("-") or BASE
-        run = replace(run, out=str(self.run.folder / name))
+        # All begin from one short stage.
+        short = replace(run.short, out=self.run.short.out or str(self.run.folder))
+        run = replace(run, short=short, out=str(self.run.folder / name))
         return Knob(name, Recovery(run=run, splits=(self.split,), seeds=self.seeds, part="splits"))
 
     def check(self, world_size: int) -> None:
@@ -86,6 +90,7 @@ class Knobs:
             raise ValueError(f"knobs={self.knobs}: must be at least one, none of them twice")
         for knob in turned:
             knob.recovery.check(world_size)
+            check_short(self.run, knob)
         if self.contexts:
             for knob in turned:
                 self.asked.check(knob.recovery.run)
@@ -94,6 +99,23 @@ class Knobs:
     def asked(self) -> Asked:
         """Return what each model is asked at its end, densely."""
         return Asked(contexts=self.contexts, batch=self.run.global_batch)
+
+
+def check_short(run: Run, knob: Knob) -> None:
+    """Check that a knob's short stage is the run's.
+
+    Raises:
+        ValueError: it changes what is trained there; the message names what.
+    """
+    if not (run.short.steps or knob.recovery.run.short.steps):
+        return
+    before, now = (asdict(one.short_run) for one in (run, knob.recovery.run))
+    differs = [n for n in now if n not in MAY_CHANGE and before[n] != now[n]]
+    if differs or run.short.steps != knob.recovery.run.short.steps:
+        raise ValueError(
+            f"knob {knob.name}: changes {', '.join(differs) or 'steps'} of the short stage, which "
+            "all knobs share; give it an experiment of its own (another --out)"
+        )
 
 
 def answers_of(run: Run, seed: int) -> Path:
@@ -113,6 +135,7 @@ def turn_knobs(knobs: Knobs, own: Process, teller: Teller) -> None:
     """
     opened = cache(open_data)
     for seed in knobs.seeds:
+        ask_short(knobs, seed, own, teller, opened)
         for knob in knobs.turned:
             teller.say(f"knob {knob.name}, seed {seed}")
             try:
@@ -122,6 +145,39 @@ def turn_knobs(knobs: Knobs, own: Process, teller: Teller) -> None:
                     turn_one(knobs, knob, seed, own, teller, opened)
             except FolderInUse as error:
                 teller.say(f"passed over: {error}")
+
+
+def ask_short(
+    knobs: Knobs, seed: int, own: Process, teller: Teller, opened: Callable[..., TrainingData]
+) -> None:
+    """Train one seed's short stage, and ask it the contexts that it can know."""
+    (first, *_) = knobs.turned
+    run = first.recovery.run_of(knobs.split, seed)
+    contexts = tuple(c for c in knobs.contexts if c <= run.short.seqlen)
+    if run.short_checkpoint is None:
+        return
+    train_short(run, own, teller, opened)
+    if contexts:
+        place = run.short_checkpoint
+        ask_once(
+            place,
+            run.short_folder / ANSWERS,
+            replace(knobs.asked, contexts=contexts),
+            own,
+            teller,
+        )
+
+
+def ask_once(place: Path, path: Path, asked: Asked, own: Process, teller: Teller) -> None:
+    """Ask the model at `place`, if its answers are not in the file `path`, and write them."""
+    there = [path.exists()]
+    dist.broadcast_object_list(there)
+    if there[0]:
+        return
+    found = retrieve(place, asked, own.device)
+    teller.say(f"passkey: {found.mean:.3f} of {len(asked.contexts)} contexts")
+    if own.rank == 0:
+        write_whole(path, json.dumps(found.to_json()))
 
 
 def turn_one(
@@ -135,16 +191,9 @@ def turn_one(
     """Train one knob's run with one seed, and ask it, with its folder held."""
     recovery = knob.recovery
     recover_seed(recovery, seed, own, teller, opened)
-    path = answers_of(recovery.run, seed)
-    there = [path.exists()]
-    dist.broadcast_object_list(there)
-    if not knobs.contexts or there[0]:
-        return
-    place = seed_folder(recovery.run, seed) / knobs.split
-    found = retrieve(place, knobs.asked, own.device)
-    teller.say(f"passkey: {found.mean:.3f} of {len(found.asked.contexts)} contexts")
-    if own.rank == 0:
-        write_whole(path, json.dumps(found.to_json()))
+    if knobs.contexts:
+        place = seed_folder(recovery.run, seed) / knobs.split
+        ask_once(place, answers_of(recovery.run, seed), knobs.asked, own, teller)
 
 
 def read_answers(run_folder: Path) -> dict[int, Found]:

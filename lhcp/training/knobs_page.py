@@ -12,6 +12,7 @@ from lhcp.training.knobs import BASE
 from lhcp.training.knobs_pictures import draw, draw_curves
 from lhcp.training.knobs_results import LATELY, Row, differences, label
 from lhcp.training.recovery_page import cards, facts, number, table
+from lhcp.training.short_results import ShortResult, short_section
 
 
 def cells(row: Row, base: Row) -> list[str]:
@@ -39,8 +40,10 @@ HEADER = [
 ]
 
 
-def markdown(rows: dict[str, Row], pictures: Sequence[str]) -> str:
-    """Return the page."""
+def markdown(
+    rows: dict[str, Row], pictures: Sequence[str], shorts: Sequence[ShortResult] = ()
+) -> str:
+    """Return the page; with the short stages that its runs began from, if they had one."""
     base = rows[BASE]
     everything = [result for row in rows.values() for result in row.results.values()]
     (stage, steps), (_, tail) = everything[0].stages
@@ -61,6 +64,7 @@ def markdown(rows: dict[str, Row], pictures: Sequence[str]) -> str:
         *(f"![knobs]({name})" for name in pictures),
     ]
     lines += table("Knobs", "", HEADER, [cells(row, base) for row in rows.values()])
+    lines += short_section(shorts)
     contexts = base.found and next(iter(base.found.values())).asked.contexts
     if contexts:
         lines += table(
@@ -93,11 +97,12 @@ def by_context(row: Row) -> list[float]:
     ]
 
 
-def document(rows: dict[str, Row]) -> dict[str, Any]:
+def document(rows: dict[str, Row], shorts: Sequence[ShortResult] = ()) -> dict[str, Any]:
     """Return the page's numbers, JSON-ready; steps one by one stay in the results files."""
     base = rows[BASE]
     return {
         "date": time.strftime("%F"),
+        "short": [short.to_json() for short in shorts],
         "knobs": [
             {
                 "name": name,
@@ -118,7 +123,7 @@ def document(rows: dict[str, Row]) -> dict[str, Any]:
     }
 
 
-def write(rows: dict[str, Row], folder: Path) -> Path:
+def write(rows: dict[str, Row], folder: Path, shorts: Sequence[ShortResult] = ()) -> Path:
     """Write the page, its JSON and its pictures into `folder`; return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     everything = [result for row in rows.values() for result in row.results.values()]
@@ -130,7 +135,7 @@ def write(rows: dict[str, Row], folder: Path) -> Path:
     if asked:
         pictures.append(f"{stem}_passkey.png")
         retrieval_report.draw(asked, folder / pictures[2])
-    (folder / f"{stem}.json").write_text(json.dumps(document(rows)) + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(document(rows, shorts)) + "\n")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(rows, pictures), encoding="utf-8")
+    page.write_text(markdown(rows, pictures, shorts), encoding="utf-8")
     return page

@@ -69,6 +69,27 @@ def resume(training: Training, found: Path) -> tuple[int, History]:
     return done, history
 
 
+def begin_from_short(training: Training, found: Path) -> None:
+    """Load weights and optimiser of the short stage's checkpoint `found`; no step is done then.
+
+    Raises:
+        ValueError: the checkpoint is not of the run's short stage, and `accept` does not say that
+            it may be; the message names what differs.
+        RanksFailed: it cannot be loaded.
+    """
+    run, (stage,) = training.run, training.run.short_stages
+    dtype = compute_dtype(run, training.trainee.placement.device)
+    _, beside = checkpoint.read_beside(found)
+    accepted_changes(
+        beside["identity"],
+        identity(run.short_run, (stage,), training.data.manifest, dtype, stage.steps),
+        run.accept,
+        0,
+        details=training.data.manifest.changes(beside.get("files", [])),
+    )
+    checkpoint.load(found, training.trainee.model, training.trainee.optimizer)
+
+
 def train(
     run: Run,
     trainee: Trainee,
@@ -120,9 +141,13 @@ def train_until(
     resumed = [(0, History())]
 
     def take(path: Path) -> None:
-        resumed.append(resume(training, path))
+        if path == sharing.weights:
+            begin_from_short(training, path)
+        else:
+            resumed.append(resume(training, path))
 
-    checkpoint.take_newest(folder, sharing.begin, watcher.on_passed_over, take)
+    begin = sharing.begin or sharing.weights
+    checkpoint.take_newest(folder, begin, watcher.on_passed_over, take)
     done, history = resumed[-1]
     watcher.on_start(done, folder)
     end = total_steps(stages)

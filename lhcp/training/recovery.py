@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from lhcp.training.parallel import build, compute_dtype
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.run import Run
+from lhcp.training.short_stage import Teller, train_short
 from lhcp.training.stages import Stage, total_steps
 
 DENSE, LIGHTHOUSE = "dense", "lighthouse"
@@ -72,10 +73,10 @@ class Arm:
     begin: int | None = None
     """Step of the lighthouse stage that it begins from; None: from scratch."""
 
-    def sharing(self, folder: Path) -> Sharing:
-        """Return what `train` needs for this, given the seed's folder."""
+    def sharing(self, folder: Path, weights: Path | None) -> Sharing:
+        """Return what `train` needs for this, given the seed's folder and its short stage."""
         if self.begin is None:
-            return Sharing(None, self.marks)
+            return Sharing(None, self.marks, weights)
         return Sharing(folder / LIGHTHOUSE / f"step-{self.begin:08d}", self.marks)
 
 
@@ -151,13 +152,6 @@ class Recovery:
         run.check(world_size)
 
 
-class Teller(Watcher, Protocol):
-    """A watcher that can also be told in words."""
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-
-
 def seed_folder(run: Run, seed: int) -> Path:
     """Return the folder of one seed's checkpoints; its results lie beside the folder."""
     return run.folder / f"seed{seed}"
@@ -199,6 +193,8 @@ def recover_seed(
             if arm.name != LIGHTHOUSE or not rest or (folder / LIGHTHOUSE).exists():
                 teller.say(f"seed {seed}, {arm.name}: done before")
                 continue
+        if arm.begin is None:
+            train_short(run, own, teller, opened)
         teller.say(f"seed {seed}, {arm.name}: {total_steps(arm.stages):,} steps")
         history = train_arm(arm, run, own, data, teller)
         if own.rank == 0:
@@ -215,7 +211,8 @@ def train_arm(arm: Arm, run: Run, own: Process, data: TrainingData, teller: Watc
     gc.collect()
     folder = seed_folder(run, run.seed)
     trainee = build(run, own.device, own.marks)
-    return train(run, trainee, data, arm.stages, folder / arm.name, teller, arm.sharing(folder))
+    sharing = arm.sharing(folder, run.short_checkpoint)
+    return train(run, trainee, data, arm.stages, folder / arm.name, teller, sharing)
 
 
 def identity_after(arm: Arm, run: Run, own: Process, manifest: Manifest, done: int) -> Identity:

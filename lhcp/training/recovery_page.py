@@ -20,6 +20,7 @@ from lhcp.training.recovery_report import (
     training_seconds,
 )
 from lhcp.training.recovery_results import ArmResult
+from lhcp.training.selection_picture import draw_selections
 
 Rows = Iterable[Sequence[object]]
 
@@ -58,6 +59,13 @@ def facts(results: Sequence[ArmResult]) -> list[str]:
         f"- text (digest): {', '.join(sorted(texts))}"
         + ("; **seeds read different texts**" if len(texts) > 1 else ""),
     ]
+    short = run.get("short", {})
+    if short.get("steps"):
+        lines.append(
+            f"- begun from a short stage: {short['steps']:,} dense steps of "
+            f"{short['global_batch']} x {short['seqlen']:,} tokens, rate {short['lr']:g}; its time "
+            "counts for nobody"
+        )
     for name in results[0].about:
         said = list(dict.fromkeys(str(r.about.get(name)) for r in results))
         lines.append(f"- {name}: " + "; ".join(said))
@@ -223,7 +231,12 @@ def write(results: Sequence[ArmResult], folder: Path) -> Path:
     pictures: dict[str, Against] = {f"{stem}_steps.png": "steps", f"{stem}_seconds.png": "seconds"}
     for name, against in pictures.items():
         draw(results, folder / name, against)
+    names = list(pictures)
+    if seen := [result for result in results if result.selections]:
+        # A split has its lighthouse stage's records too.
+        names.append(f"{stem}_selection.png")
+        draw_selections(max(seen, key=lambda r: len(r.selections)).selections, folder / names[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(results)) + "\n")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(results, tuple(pictures)), encoding="utf-8")
+    page.write_text(markdown(results, names), encoding="utf-8")
     return page

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class ArmResult:
     """What a run that goes on from its end would have to share with it."""
     about: dict[str, Any]
     """Where and how it was made: date, command, commit, card, versions, ranks."""
+    selections: list[dict[str, Any]] = field(default_factory=list)
+    """`SelectionRecord`s of a run that diagnoses its layers, 4 digits each."""
 
     @classmethod
     def of(
@@ -61,6 +63,10 @@ class ArmResult:
             run=asdict(run),
             identity=identity,
             about=about,
+            selections=[
+                {k: short(v, 4) if isinstance(v, float) else v for k, v in asdict(one).items()}
+                for one in history.selections
+            ],
         )
 
     @classmethod
@@ -71,9 +77,9 @@ class ArmResult:
         return cls(**record | {"evals": evals, "stages": stages})
 
 
-def short(value: float) -> float:
-    """Return a number with 6 significant digits."""
-    return float(f"{value:.6g}")
+def short(value: float, digits: int = 6) -> float:
+    """Return a number with so many significant digits."""
+    return float(f"{value:.{digits}g}")
 
 
 def about_this(device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`Run`: everything that one training run is, in one frozen record."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,7 @@ from lhcp.comm.layout import make_layout
 from lhcp.config import LighthouseConfig
 from lhcp.training.data import DataConfig
 from lhcp.training.model_config import ModelConfig
+from lhcp.training.short import Short
 from lhcp.training.stages import OptimConfig, Stage
 
 SLOW = 4.0
@@ -38,6 +39,8 @@ class Run:
     """Steps of stage 1."""
     dense_steps: int
     """Steps of stage 2."""
+    short: Short = field(default_factory=Short)
+    """Dense training on shorter sequences that the run, and its baseline, begin from."""
     baseline: bool = False
     """Whether to train dense from scratch on the same tokens too, after the two stages."""
     seed: int = 0
@@ -123,8 +126,8 @@ class Run:
     @property
     def shortest_document(self) -> int:
         """Return the least bytes of a document, N / k: more would begin in a stratum than it can
-        take entries of."""
-        return -(-self.seqlen // self.lighthouse.topk)
+        take entries of. Where text runs on, 0."""
+        return 0 if not self.data.documents else -(-self.seqlen // self.lighthouse.topk)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -133,6 +136,43 @@ class Run:
             Stage(name="lighthouse", mode="lighthouse", steps=self.lighthouse_steps),
             Stage(name="dense", mode="dense", steps=self.dense_steps),
         )
+
+    @property
+    def short_run(self) -> "Run":
+        """Return the run that the short stage is: dense, the same whatever comes after it."""
+        short = self.short
+        return replace(
+            self,
+            name="short",
+            seqlen=short.seqlen,
+            global_batch=short.global_batch,
+            # Of no layer.
+            lighthouse=LighthouseConfig.fit(short.seqlen, self.cp),
+            model=replace(self.model, dense_layers=tuple(range(self.model.num_layers))),
+            optim=replace(self.optim, lr=short.lr, decay="constant"),
+            short=Short(),
+            lighthouse_steps=0,
+            dense_steps=short.steps,
+            baseline=False,
+            diagnose=False,
+            out=str(self.short_folder),
+        )
+
+    @property
+    def short_stages(self) -> tuple[Stage, ...]:
+        """Return the short stage, of its own run."""
+        return (Stage(name="short", mode="dense", steps=self.short.steps),)
+
+    @property
+    def short_folder(self) -> Path:
+        """Return the folder of the short stage's checkpoints, of this seed."""
+        return Path(self.short.out or self.folder) / f"short_seed{self.seed}"
+
+    @property
+    def short_checkpoint(self) -> Path | None:
+        """Return the checkpoint that the run begins from; None: it begins from new weights."""
+        name = f"step-{self.short.steps:08d}"
+        return self.short_folder / name if self.short.steps else None
 
     @property
     def baseline_stages(self) -> tuple[Stage, ...]:
@@ -185,6 +225,26 @@ class Run:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self.lighthouse.check_seqlen(self.seqlen)
         self.lighthouse.check_chunks(make_layout(self.layout, self.cp).num_chunks)
+        if self.short.steps:
+            self.check_short(world_size)
+
+    def check_short(self, world_size: int) -> None:
+        """Check that the short stage fits on `world_size` ranks.
+
+        Raises:
+            ValueError: it is longer than the run, or does not fit; the message says of what.
+        """
+        asked = self.short.seqlen
+        fits = LighthouseConfig.fit(asked, self.cp).padded_length(asked)
+        if asked != fits or asked > self.seqlen:
+            raise ValueError(
+                f"short.seqlen={asked}: must be at most seqlen={self.seqlen} and divide over "
+                f"cp={self.cp} ranks, for example {min(fits, self.seqlen)}"
+            )
+        try:
+            self.short_run.check(world_size)
+        except ValueError as error:
+            raise ValueError(f"the short stage (--short.*): {error}") from error
 
     def check_heads(self) -> None:
         """Check that `tp` cuts the model's layers into equal parts.

@@ -73,7 +73,8 @@ def test_flags_become_runs(knobs: Knobs) -> None:
     both = replace(knobs, knobs=(*knobs.knobs, "lighthouse.topk 16, optim.lr 1e-2"))
     base, fewer, none, two = [k.recovery.run for k in both.turned]
     folder = knobs.run.folder
-    assert base == replace(knobs.run, out=str(folder / "base"))
+    short = replace(knobs.run.short, out=str(folder))
+    assert base == replace(knobs.run, short=short, out=str(folder / "base"))
     assert fewer.lighthouse == replace(knobs.run.lighthouse, topk=16)
     assert fewer.folder == folder / "lighthouse.topk-16" and fewer.model == base.model
     assert none.model.dense_layers == () and two.optim.lr == 1e-2 and two.lighthouse.topk == 16
