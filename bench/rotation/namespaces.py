@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,8 +191,10 @@ def nodes(count: int, hosts: int = 1) -> Iterator[Nodes]:
             raise NotAllowed(f"there is no `{tool}`: install iproute2")
     if os.geteuid() != 0:
         raise NotAllowed("network namespaces need root")
-    # So that what is made here is removed again when this process is told to end, too.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # So that what is made here is removed again when this process is told to end, too. A thread
+    # leaves that to its process.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)) if main else None
     stem = f"lhcp{os.getpid()}"
     hub, made = f"{stem}-hub", Nodes("", [])
     network = Nodes(hub, [f"{stem}-{index}" for index in range(count * hosts)], hosts)
@@ -220,4 +223,5 @@ def nodes(count: int, hosts: int = 1) -> Iterator[Nodes]:
         made.end_processes()
         for name in made.names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-        signal.signal(signal.SIGTERM, before)
+        if main:
+            signal.signal(signal.SIGTERM, before)

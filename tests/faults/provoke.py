@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.rotation.namespaces import NotAllowed, nodes
 from tests.faults.disks import small_disk
 from tests.faults.runs import RUN, Outcome, alive, children, start, torchrun
 
@@ -39,6 +40,21 @@ def struck(number: int, rank: int = 1, world: int = 2) -> Callable[[Path], Outco
         return ranks.end()
 
     return provoke
+
+
+def cut_off(folder: Path) -> Outcome:
+    """Let each of two ranks have a node of its own, and pull a cable for good."""
+    try:
+        with nodes(2) as network:
+            inside = [("ip", "netns", "exec", name) for name in network.names]
+            place = {"MASTER_ADDR": network.address(0), "GLOO_SOCKET_IFNAME": "eth0"}
+            ranks = start(folder, [two(folder)] * 2, inside=inside, **place)
+            ranks.wait_for("30/800  loss")
+            ranks.struck = time.monotonic()
+            network.plug(1, False)
+            return ranks.end()
+    except NotAllowed as error:
+        raise PermissionError(str(error)) from error
 
 
 def started_apart(*more: str) -> Callable[[Path], Outcome]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.faults.calls import WORLD, astray
 from tests.faults.provoke import (
     absent,
+    cut_off,
     damaged,
     flip,
     frozen_at_start,
@@ -103,6 +104,14 @@ FAULTS = [
         KEPT,
         goes_on=True,
         world=4,
+    ),
+    Fault(
+        "a cable is pulled",
+        f"of the node of rank 1 (a network namespace each), for good, --timeout {TIMEOUT:g}",
+        cut_off,
+        (LOST, "rank 1 of 2 ends: the store through which ranks find one another is gone"),
+        KEPT,
+        goes_on=True,
     ),
     Fault(
         "a rank is killed, torchrun restarts",

@@ -11,7 +11,7 @@ QUICK = ("a rank is killed", "a rank is frozen")
 """In each commit's tests."""
 ALONE = (
     *("rank 0, which keeps the store, is frozen", "a rank is frozen as ranks connect"),
-    *("the disk is full", "a folder that not all ranks share"),
+    *("the disk is full", "a folder that not all ranks share", "a cable is pulled"),
 )
 """What no test of a part provokes, beside four ranks; they have minutes."""
 
