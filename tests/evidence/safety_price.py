@@ -191,11 +191,9 @@ def main(args: argparse.Namespace, own: Process) -> None:
         run = dataclasses.replace(run, seqlen=args.seqlen)
     batch = args.global_batch or own.world_size // args.cp
     run = dataclasses.replace(run, global_batch=batch, accumulate=1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = stay_on_own_cores(own.rank % local, local)
     facts = dated_card(
         own.device,
-        ranks=f"{own.world_size}, each on {cores} cores of its own",
+        ranks=f"{own.world_size}, each on {len(os.sched_getaffinity(0))} cores of its own",
         sizes=f"recipe {args.recipe}, {run.model.num_layers} layers",
     )
     title = "Price of watchdog, agreement and safe checkpoints"
@@ -218,6 +216,9 @@ if __name__ == "__main__":
     parser.add_argument("--block", type=int, default=8, help="timed steps of a block")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     asked = parser.parse_args()
+    # First, so that all threads stay there.
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    stay_on_own_cores(int(os.environ.get("LOCAL_RANK", "0")), beside)
     # Not `run_to_exit`, which has a watchdog of its own.
     joined = join()
     main(asked, joined)

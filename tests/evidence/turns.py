@@ -111,9 +111,8 @@ def collections() -> Iterator[list[float]]:
         gc.callbacks.remove(note)
 
 
-def stay_on_own_cores(rank: int, ranks: int) -> int:
-    """Give this process its share of the machine's cores, its own; return how many these are."""
+def stay_on_own_cores(rank: int, ranks: int) -> None:
+    """Give this process its share of the machine's cores, its own."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(len(cores) // ranks, 1)
     os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share] or cores)
-    return share
