@@ -22,7 +22,7 @@ class Turns:
     """Steps of one."""
     seconds: dict[Arm, list[float]] = field(default_factory=lambda: {"without": [], "with": []})
     collecting: dict[Arm, list[float]] = field(default_factory=lambda: {"without": [], "with": []})
-    """Seconds of each of these steps in which Python collected garbage."""
+    """Seconds of each of these steps in which Python collected garbage: by chance in either arm."""
 
     def median(self, arm: Arm) -> float:
         """Return the median step of an arm."""
@@ -30,10 +30,11 @@ class Turns:
 
     def difference(self, of: Callable[[Sequence[float]], float]) -> tuple[float, float]:
         """Return the mean over pairs of how much longer `of` a block is with it, as a share, and
-        its standard error."""
+        its standard error; without collections of garbage."""
 
         def blocks(arm: Arm) -> list[float]:
-            x = self.seconds[arm]
+            pairs = zip(self.seconds[arm], self.collecting[arm], strict=True)
+            x = [seconds - collecting for seconds, collecting in pairs]
             return [of(x[i : i + self.block]) for i in range(0, len(x), self.block)]
 
         shares = [b / a - 1 for a, b in zip(blocks("without"), blocks("with"), strict=True)]
@@ -80,14 +81,10 @@ def take_turns(
         do("without")
     turns.seconds["without"].clear()
     turns.collecting["without"].clear()
-    # A look at all that the packages hold takes longer than a step, and hits either arm by chance.
-    gc.collect()
-    gc.freeze()
     for index in range(rounds):
         order: tuple[Arm, Arm] = ("without", "with") if index % 2 else ("with", "without")
         for arm in order:
             do(arm)
-    gc.unfreeze()
     return turns
 
 
