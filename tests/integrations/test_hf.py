@@ -357,6 +357,53 @@ def test_soft_capped_logits_are_refused() -> None:
         model(**cp.shard(batch()))
 
 
+def rope_of(kind: str, known: int) -> dict[str, Any]:
+    """Config of rotary embeddings that turn otherwise beyond `known` positions."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "dynamic":
+        return {"rope_parameters": rope, "max_position_embeddings": known}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    return {"rope_parameters": rope | {"original_max_position_embeddings": known}}
+
+
+def distance_or_refusal(group: Any, kind: str, known: int) -> float | str:
+    """How far the logits of ranks are off the model's own, of the same frequencies."""
+    model = make("Llama", torch.float64, head_dim=8, **rope_of(kind, known))
+    cp = lhcp.ContextParallel(group)
+    hf.attach(model, cp, None)
+    whole = batch()
+    try:
+        with torch.no_grad():
+            found = cp.unshard(model(**cp.shard(whole)).logits)
+            hf.detach(model)
+            expected = model(whole["input_ids"]).logits
+    except ValueError as error:
+        return str(error)
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "taken"),
+    [
+        ("dynamic", SEQLEN, True),
+        ("dynamic", SEQLEN - 1, False),
+        ("longrope", SEQLEN, True),
+        # On two ranks, zigzag, one holds the first three quarters alone.
+        ("longrope", 3 * SEQLEN // 4, False),
+        ("longrope", 3 * SEQLEN // 4 - 1, True),
+    ],
+)
+def test_ranks_turn_by_the_same_frequencies(
+    ranks: RankPool, kind: str, known: int, taken: bool
+) -> None:
+    """Fails if each rank's rotary embeddings go by the largest position that it holds."""
+    for found in ranks.run(distance_or_refusal, 2, kind, known):
+        if taken:
+            assert isinstance(found, float) and found < 1e-12
+        else:
+            assert f"rope_type='{kind}' and a sequence of {SEQLEN} tokens" in str(found)
+
+
 def refusals(group: Any) -> list[str]:
     """What each rank hears of one rank's mistakes."""
     model, cp = make("Llama", torch.float32), lhcp.ContextParallel(group)
