@@ -102,6 +102,31 @@ def test_dense_logits_are_the_models_own(family: str) -> None:
         assert (found - expected).norm() <= budget * expected.norm()
 
 
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+def logits_of_experts(group: Any, family: str) -> tuple[Tensor, Tensor]:
+    """Logits of a model's own attention and of ours, in float32, which experts need on a CPU."""
+    model = make(family, torch.float32, **EXPERTS[family]).eval()
+    cp, whole = lhcp.ContextParallel(group), batch()
+    with torch.no_grad():
+        expected = model(whole["input_ids"]).logits
+        hf.attach(model, cp, None)
+        out = model(**cp.shard(whole), output_router_logits=True)
+    assert len(out.router_logits) == 3 and out.aux_loss > 0
+    return cp.unshard(out.logits), expected
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_models_with_experts_attend_across_ranks(ranks: RankPool, family: str) -> None:
+    """Fails if what such a model hands to its attention about routers is taken for its business."""
+    for found, expected in ranks.run(logits_of_experts, 2, family):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("mode", ["lighthouse", "dense"])
 @pytest.mark.parametrize(
     ("family", "world_size", "layout", "recompute"),
