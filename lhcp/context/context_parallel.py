@@ -222,7 +222,8 @@ class ContextParallel:
           as `cu_seqlens` of the whole batch, for `attend(q, k, v, cu_seqlens=)`. No label asks for
           the first token of the next document (`shift_labels` are taken as they are), and padding
           is a document. Where `position_ids` begin at 0 in each document, they are cut, [B, N / W].
-        - other tensors are cut where their second axis has N tokens; all else is kept.
+        - other tensors are cut where their second axis has N tokens, and not shifted: weights of a
+          loss must be those of the next tokens, as `shift_labels`. All else is kept.
 
         At its first batch the ranks compare what they hold, since a sampler that gives each rank
         other sequences is an error that nothing else shows; never again, but with `debug` at each.
