@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from lhcp.comm import sharding
@@ -239,11 +240,19 @@ class ContextParallel:
 
         Raises:
             TypeError, ValueError: the batch holds what cannot be cut, such as another mask,
-                the layout does not divide N, or ranks hold different batches.
+                the layout does not divide N, ranks hold different batches, or this is a worker of
+                a data loader.
         """
         if isinstance(batch, Tensor):
             whole = batch if pad_to is None else sharding.pad_to_length(batch, pad_to, dim)
             return sharding.shard(whole, self.ranks, dim, self.layout)
+
+        if self.world_size > 1 and torch.utils.data.get_worker_info() is not None:
+            # A worker is a fork with the rank's own connections, which two may not use at once.
+            raise ValueError(
+                "shard is called in a worker of a data loader, where ranks cannot compare what "
+                "they hold: call it in the training loop, on the batches that the loader gives"
+            )
 
         def make() -> WholeBatch:
             if not isinstance(batch, Mapping):
