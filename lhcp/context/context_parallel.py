@@ -270,7 +270,7 @@ class ContextParallel:
         else:
             ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r))
         self._agreed = True
-        index = self.positions(ready.seqlen)
+        index = self.positions(ready.seqlen, "cpu")
         parts = {key: x.index_select(1, index.to(x.device)) for key, x in ready.tokens.items()}
         return {**ready.kept, **parts}
 
