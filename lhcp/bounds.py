@@ -73,7 +73,7 @@ def cu_seqlens_from_hugging_face(
             f"cu_seq_lens_q goes from {int(bounds[0])} to {int(bounds[-1])}: must begin at 0 and "
             f"end within the {batch} x {seqlen} = {end} tokens"
         )
-    rows = torch.arange(batch + 1) * seqlen
+    rows = torch.arange(batch + 1, device="cpu") * seqlen
     return torch.cat([bounds, rows]).unique().int()
 
 
@@ -90,4 +90,4 @@ def _bounds(begins: Tensor, ids: Tensor) -> Tensor:
     """Return cu_seqlens from whether each token but a row's first begins a document."""
     first = torch.nn.functional.pad(begins, (1, 0), value=True)
     starts = first.flatten().nonzero()[:, 0].cpu()
-    return torch.cat([starts, torch.tensor([ids.numel()])]).int()
+    return torch.cat([starts, torch.tensor([ids.numel()], device="cpu")]).int()

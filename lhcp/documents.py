@@ -60,16 +60,16 @@ def limits_of(starts: Tensor, cut: Cut) -> Tensor:
     there are few different ones over the steps of a run.
     """
     size = cut.seqlen // cut.num_chunks
-    stops = torch.cat([starts[1:], torch.tensor([cut.batch * cut.seqlen])])
+    stops = torch.cat([starts[1:], torch.tensor([cut.batch * cut.seqlen], device="cpu")])
     first, last = starts // size, (stops - 1) // size
     num_chunks = cut.batch * cut.num_chunks
     begun = torch.bincount(first, minlength=num_chunks)
     # And the one that goes on, where none begins with the chunk.
-    begins = torch.isin(torch.arange(num_chunks) * size, starts)
+    begins = torch.isin(torch.arange(num_chunks, device="cpu") * size, starts)
     most = (begun + ~begins).max(), (stops - starts).max(), (last - first).max()
     documents, longest, reach = (_power_of_two(int(x)) for x in most)
     fits = min(documents, size), min(longest, cut.seqlen), min(reach, cut.num_chunks - 1)
-    return torch.tensor(fits)
+    return torch.tensor(fits, device="cpu")
 
 
 def _power_of_two(at_least: int) -> int:

@@ -159,7 +159,7 @@ def _starts(cu_seqlens: Tensor, batch: int, seqlen: int) -> Tensor:
             f"cu_seqlens[{at}:{at + 2}] is {bounds[at : at + 2].tolist()}: must ascend; "
             "lhcp.cu_seqlens_from_hugging_face leaves empty documents out"
         )
-    rows = torch.arange(batch) * seqlen
+    rows = torch.arange(batch, device="cpu") * seqlen
     missing = rows[~torch.isin(rows, bounds)]
     if len(missing):
         raise ValueError(

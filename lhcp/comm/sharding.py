@@ -197,8 +197,9 @@ class _Unshard(torch.autograd.Function):
         ctx.ranks, ctx.dim, ctx.layout = ranks, dim, layout
         part = x.movedim(dim, 0).contiguous()
         world = part.new_empty((part.shape[0] * ranks.world_size, *part.shape[1:]))
-        # As bytes: gloo has no int16 and no float8.
-        all_gather(world.view(torch.uint8), part.view(torch.uint8), group=ranks.flat)
+        # As bytes: gloo has no int16 and no float8. Flat: an axis of one may have any stride.
+        flat = [x.flatten().view(torch.uint8) for x in (world, part)]
+        all_gather(*flat, group=ranks.flat)
         return _by_position(world, layout).movedim(0, dim).contiguous()
 
     @staticmethod

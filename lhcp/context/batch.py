@@ -175,7 +175,9 @@ def _positions(batch: Mapping[str, Any], documents: Tensor | None, like: Tensor)
     """Return positions [B, N] that begin at 0 in each document; None where they are global."""
     positions: Tensor | None = batch.get("position_ids")
     rows, seqlen = like.shape[:2]
-    if positions is None or bool((positions == torch.arange(seqlen).to(positions.device)).all()):
+    if positions is None or torch.equal(
+        positions.long(), torch.arange(seqlen, device=positions.device).expand(positions.shape)
+    ):
         return None
     if documents is None:
         raise ValueError(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
+import torch.utils.data
 from torch import Tensor
 
 from lhcp.comm import sharding
@@ -222,7 +223,8 @@ class ContextParallel:
           as `cu_seqlens` of the whole batch, for `attend(q, k, v, cu_seqlens=)`. No label asks for
           the first token of the next document (`shift_labels` are taken as they are), and padding
           is a document. Where `position_ids` begin at 0 in each document, they are cut, [B, N / W].
-        - other tensors are cut where their second axis has N tokens; all else is kept.
+        - other tensors are cut where their second axis has N tokens, and not shifted: weights of a
+          loss must be those of the next tokens, as `shift_labels`. All else is kept.
 
         At its first batch the ranks compare what they hold, since a sampler that gives each rank
         other sequences is an error that nothing else shows; never again, but with `debug` at each.
@@ -238,11 +240,19 @@ class ContextParallel:
 
         Raises:
             TypeError, ValueError: the batch holds what cannot be cut, such as another mask,
-                the layout does not divide N, or ranks hold different batches.
+                the layout does not divide N, ranks hold different batches, or this is a worker of
+                a data loader.
         """
         if isinstance(batch, Tensor):
             whole = batch if pad_to is None else sharding.pad_to_length(batch, pad_to, dim)
             return sharding.shard(whole, self.ranks, dim, self.layout)
+
+        if self.world_size > 1 and torch.utils.data.get_worker_info() is not None:
+            # A worker is a fork with the rank's own connections, which two may not use at once.
+            raise ValueError(
+                "shard is called in a worker of a data loader, where ranks cannot compare what "
+                "they hold: call it in the training loop, on the batches that the loader gives"
+            )
 
         def make() -> WholeBatch:
             if not isinstance(batch, Mapping):
@@ -260,7 +270,7 @@ class ContextParallel:
         else:
             ready = compared(self.ranks, make, lambda r: {} if r is None else describe(r))
         self._agreed = True
-        index = self.positions(ready.seqlen)
+        index = self.positions(ready.seqlen, "cpu")
         parts = {key: x.index_select(1, index.to(x.device)) for key, x in ready.tokens.items()}
         return {**ready.kept, **parts}
 
@@ -330,9 +340,9 @@ class ContextParallel:
 
         For long sequences and large vocabularies: it holds the gradient of hidden (twice in the
         backward), a float32 gradient of weight and one chunk of logits. By arithmetic, a rank with
-        128K of 1M tokens, a vocabulary of 128K and dim 4096 in bfloat16 holds 2 + 3 + 0.5 GiB; its
-        logits would take 32, and their float32 as much twice. Under FSDP2 call it inside the
-        forward of the module that owns the head, where its weight is whole.
+        128K of 1M tokens, a vocabulary of 128K and dim 4096 in bfloat16 holds 2 + 3 + 0.5 GiB (5.0
+        measured on an H100); its logits would take 32, and their float32 as much twice. Under FSDP2
+        call it inside the forward of the module that owns the head, where its weight is whole.
 
         Args:
             hidden: [B, N / W, dim], what goes into the output head.

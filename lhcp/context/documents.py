@@ -53,8 +53,8 @@ def pad_documents(cu_seqlens: Tensor, rows: int, seqlen: int, length: int) -> Te
     if length == seqlen:
         return cu_seqlens
     row, token = starts_of(cu_seqlens, seqlen)
-    begins = torch.cat([row * length + token, torch.arange(rows) * length + seqlen])
-    return torch.cat([begins.sort().values, torch.tensor([rows * length])]).int()
+    begins = torch.cat([row * length + token, torch.arange(rows, device="cpu") * length + seqlen])
+    return torch.cat([begins.sort().values, torch.tensor([rows * length], device="cpu")]).int()
 
 
 def starts_of(cu_seqlens: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
@@ -66,5 +66,5 @@ def starts_of(cu_seqlens: Tensor, seqlen: int) -> tuple[Tensor, Tensor]:
 def positions_of(cu_seqlens: Tensor, rows: int, seqlen: int) -> Tensor:
     """Return positions that begin at 0 in each document, int64 [rows, seqlen] on the CPU."""
     begins = cu_seqlens[:-1].cpu().long()
-    tokens = torch.arange(rows * seqlen)
+    tokens = torch.arange(rows * seqlen, device="cpu")
     return (tokens - begins[torch.bucketize(tokens, begins, right=True) - 1]).view(rows, seqlen)

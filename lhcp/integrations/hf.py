@@ -43,7 +43,8 @@ def attach(
 
     Refused, at the call and on every rank where the call is new: a padding mask (`cp.shard` turns
     it into `valid`), any other mask, a cache, `labels` for the model's own loss, a sliding window
-    shorter than the sequence, dropout, and whatever else a model asks of its attention.
+    shorter than the sequence, dropout, rotary frequencies that would differ between ranks
+    ("dynamic", "longrope"; `hf_rope`), and whatever else a model asks of its attention.
     `position_ids` must be those of this rank's tokens, in the sequence or, beside `cu_seqlens`, in
     their documents: they are there at every call, and their values are compared at every call on a
     CPU, at the first one of each shape on a GPU, since that waits for it. Inside torch.compile

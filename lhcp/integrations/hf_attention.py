@@ -19,6 +19,7 @@ QK_NORMS = ("q_norm", "q_layernorm", "query_layernorm")
 WITHOUT_EFFECT = {
     *("position_ids", "position_embeddings", "cache_position", "logits_to_keep"),
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    "output_router_logits",
     *("labels", "shift_labels", "num_items_in_batch", "max_length_q", "max_length_k"),
 }
 """What models hand to their attention and it does not depend on."""

@@ -11,6 +11,7 @@ from lhcp.checks import shape_of
 from lhcp.comm.agreement import agreed
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.integrations.hf_attention import SHARD
+from lhcp.integrations.hf_rope import check_frequencies
 from lhcp.integrations.positions import first_wrong
 
 
@@ -26,6 +27,7 @@ class Attached(nn.Module):
     def __init__(self, model: Any, cp: ContextParallel, previous: str) -> None:
         super().__init__()
         self.cp, self.previous, self.use_cache = cp, previous, model.config.use_cache
+        self.config = model.config
         # A cache would hold all keys of a training step once more.
         model.config.use_cache = False
         self.names = tuple(signature(model.base_model.forward).parameters)
@@ -67,6 +69,7 @@ class Attached(nn.Module):
             check_no_mask(given)
             if isinstance(tokens, Tensor):
                 ids = checked_positions(positions, tokens.shape[:2])
+                check_frequencies(self.config, tokens.shape[1] * self.cp.world_size, self.cp)
                 if key not in self.compared or ids.device.type == "cpu":
                     compare_positions(ids, self.cp, cu_seqlens)
 

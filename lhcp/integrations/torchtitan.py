@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakIdKeyDictionary
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import derive, override
@@ -74,13 +75,20 @@ class InnerAttention(Module):
         self.known: set[tuple[int, ...]] = set()
         self.token = object()
 
-    def parallelize(self, parallel_dims: ParallelDims) -> None:
-        """Learn which ranks share a sequence; torchtitan calls it once its meshes are there."""
-        mesh = parallel_dims.get_mesh("cp") if parallel_dims.cp_enabled else None
+    def attend_over(self, mesh: DeviceMesh | None) -> None:
+        """Take the ranks that share a sequence; None: this one has it whole."""
         self.cp = ContextParallel(mesh, layout=self.config.layout)
         self.layer: LighthouseAttention = self.cp.attention(self.config.sizes)
         if self.config.dense:
             self.layer.mode = "dense"
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """Learn which ranks share a sequence; torchtitan calls it once its meshes are there.
+
+        Not with its spmd_backend "partial_dtensor", which refuses context parallelism of modules
+        that it does not know.
+        """
+        self.attend_over(parallel_dims.get_mesh("cp") if parallel_dims.cp_enabled else None)
         super().parallelize(parallel_dims)
 
     def read(self, positions: Tensor | None) -> None:
@@ -93,6 +101,9 @@ class InnerAttention(Module):
             ValueError: they are not, or restart otherwise than documents do; on every rank where
                 the shape is new.
         """
+        if not hasattr(self, "cp"):
+            # Made as late as torchtitan's own check that all modules are of its classes allows.
+            self.attend_over(None)
         self.cu_seqlens = None
         if torch.compiler.is_compiling():
             if self.config.documents:

@@ -61,7 +61,9 @@ class Given(NamedTuple):
         found: dict[str, Any] = {}
         for name, limits in names:
             if name == "documents":
-                found[name] = Documents(next(left), next(left), next(left), torch.tensor(limits))
+                found[name] = Documents(
+                    next(left), next(left), next(left), torch.tensor(limits, device="cpu")
+                )
             else:
                 found[name] = Selection(*islice(left, 2)) if name == "selection" else next(left)
         return cls(**found)

@@ -155,7 +155,7 @@ class _Replay(torch.autograd.Function):
         record.forward()
         # As a tensor: a checkpoint runs the forward again for what was saved, and hands the
         # backward what that saved.
-        ctx.save_for_backward(torch.tensor((run, record.out._version)))
+        ctx.save_for_backward(torch.tensor((run, record.out._version), device="cpu"))
         return record.out.detach()
 
     @staticmethod

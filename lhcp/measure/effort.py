@@ -54,11 +54,14 @@ class Rounds:
     """Whether the first round counts, because there is no time for one that does not."""
     seconds: float
     """What they will take, about."""
+    over: float = 0.0
+    """Seconds beyond the budget, about."""
 
     def __str__(self) -> str:
         """Return what is to come, in words."""
         what = "each direction and both" if len(self.phases) > 1 else "both directions in one go"
-        return f"{self.repeats} rounds of {what}, about {self.seconds:.0f} s"
+        over = f", {self.over:.0f} s beyond the budget" if self.over else ""
+        return f"{self.repeats} rounds of {what}, about {self.seconds:.0f} s{over}"
 
 
 def rounds(effort: Effort, spent: float, first: float) -> Rounds:
@@ -79,7 +82,26 @@ def rounds(effort: Effort, spent: float, first: float) -> Rounds:
         repeats = min(MOST, int(left / first))
         return Rounds(repeats, ("both",), False, repeats * first)
     # Fewer would say nothing: these are over the budget, and it is said.
-    return Rounds(LEAST, ("both",), True, (LEAST - 1) * first)
+    seconds = (LEAST - 1) * first
+    return Rounds(LEAST, ("both",), True, seconds, max(spent + seconds - effort.budget, 0.0))
+
+
+def too_long(effort: Effort, spent: float, call: float, runs: int) -> str:
+    """Return what to say where even the fewest rounds will not fit the budget, else nothing.
+
+    Args:
+        spent: seconds that are gone.
+        call: seconds of one forward and backward.
+        runs: how many of about that length are in a round.
+    """
+    needed = spent + LEAST * runs * call
+    if effort.repeats is not None or needed <= effort.budget:
+        return ""
+    return (
+        f"one forward and backward takes {call:.1f} s, so that {LEAST} rounds will take about "
+        f"{needed:.0f} s, more than the budget of {effort.budget:g} s: a shorter sequence or fewer "
+        "heads take less"
+    )
 
 
 class Progress:

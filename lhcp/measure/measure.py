@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from lhcp.checks import check_qkv
 from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
@@ -14,7 +15,7 @@ from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.plan import PACKAGE_RINGS, Choices, by_name, make_plan
 from lhcp.layer.select import local_geometry
-from lhcp.measure.effort import LEAST, Effort, Progress, rounds
+from lhcp.measure.effort import LEAST, Effort, Progress, rounds, too_long
 from lhcp.measure.rank_values import barrier, gathered, slowest
 from lhcp.measure.report import OverheadReport
 from lhcp.measure.runs import Job, Recorder, Runner, filled, single, single_layer, take_sample
@@ -85,11 +86,14 @@ def measure_overhead(
         heads = (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
         where = _device(ranks, device)
         entries = seqlen if config is None else config.subsequence_length(seqlen)
+        # Of one token: what is wrong with the sizes is said before anything runs.
         like = torch.empty((batch, 1, heads[0], head_dim), dtype=dtype, device=where)
+        keys = torch.empty((batch, 1, heads[1], head_dim), dtype=dtype, device=where)
+        check_qkv(like, keys, keys)
         make_layout(layout, ranks.world_size).check_seqlen(entries)
         choices = Choices(layout, rotation, backend, kernels)
         local = entries // ranks.world_size
-        plan = make_plan(like, like[:, :, : heads[1]], ranks, choices, tokens=local)
+        plan = make_plan(like, keys, ranks, choices, tokens=local)
         if plan.rotation in PACKAGE_RINGS:
             raise ValueError(
                 f"rotation={plan.rotation!r}: a package's ring has no twins to measure it against; "
@@ -155,7 +159,12 @@ def _measure(
 ) -> OverheadReport:
     ranks = job.plan.ranks
     told.say(f"{job.entries:,} entries on {ranks.world_size} ranks, first runs")
-    calls = effort.calls or _calls(job, runs["real"], spans)
+    seconds = _seconds(job, runs["real"], spans)
+    calls = effort.calls or _calls(job, seconds)
+    # The others send alone, which takes little of it.
+    attending = [name for name in runs if not name.endswith("communication")]
+    if said := too_long(effort, told.spent, seconds, len(attending)):
+        told.say(said)
     alone: dict[str, Runner] = {}
     single_seqlen = 0
     if ranks.rank == 0:
@@ -210,13 +219,17 @@ def _device(ranks: Ranks, device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _calls(job: Job, runner: Runner, spans: Recorder) -> int:
-    """Return how many calls in a row last long enough, the same on every rank."""
-    ranks = job.plan.ranks
-    wanted = 1
-    for _ in range(2):  # the first run compiles and allocates
-        barrier(ranks, job.device)
+def _seconds(job: Job, runner: Runner, spans: Recorder) -> float:
+    """Return what one forward and backward takes, the slowest rank's."""
+    # On a GPU the first run compiles and allocates.
+    for _ in range(2 if job.device.type == "cuda" else 1):
+        barrier(job.plan.ranks, job.device)
         seconds = take_sample(runner, "both", spans, 1).seconds
-    if job.device.type == "cuda":
-        wanted = min(100, math.ceil(_SAMPLE_SECONDS / seconds))
-    return max(gathered(wanted, ranks))
+    return slowest(seconds, job.plan.ranks)
+
+
+def _calls(job: Job, seconds: float) -> int:
+    """Return how many calls in a row last long enough."""
+    if job.device.type != "cuda":
+        return 1
+    return min(100, math.ceil(_SAMPLE_SECONDS / seconds))

@@ -85,8 +85,8 @@ def count(scored: ScoredSelection, layout: Layout, rank: int) -> Counts:
 def global_strata(geom: Geometry, layout: Layout, rank: int) -> Tensor:
     """Return which strata of the whole sequence this rank's are: int64 [C / W]."""
     per_chunk = geom.num_strata // geom.num_chunks
-    starts = torch.tensor([chunk * per_chunk for chunk in layout.chunks(rank)])
-    return (starts[:, None] + torch.arange(per_chunk)).flatten()
+    starts = torch.tensor([chunk * per_chunk for chunk in layout.chunks(rank)], device="cpu")
+    return (starts[:, None] + torch.arange(per_chunk, device="cpu")).flatten()
 
 
 def _level(score: Tensor, geom: Geometry, level: int) -> Tensor:

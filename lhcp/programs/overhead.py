@@ -17,6 +17,7 @@ import torch.distributed as dist
 import tyro
 
 from lhcp.config import LighthouseConfig
+from lhcp.context.context_parallel import ContextParallel
 from lhcp.measure import measure_overhead
 from lhcp.training.process import Process, run_to_exit
 
@@ -75,18 +76,20 @@ class Arguments:
 def main(arguments: Arguments, own: Process) -> None:
     """Measure on all ranks; rank 0 prints."""
     a, config = arguments, arguments.config(own.world_size)
+    group = dist.group.WORLD if own.world_size > 1 else None
+    padded = ContextParallel(group, layout=a.layout).padded_length(a.seqlen, config)
     dtype = a.dtype
     if dtype == "auto":
         dtype = "bfloat16" if own.device.type == "cuda" else "float32"
     report = measure_overhead(
         config,
-        seqlen=a.seqlen if config is None else config.padded_length(a.seqlen),
+        seqlen=padded,
         num_heads=a.heads,
         num_kv_heads=a.kv_heads,
         head_dim=a.head_dim,
         batch=a.batch,
         dtype=getattr(torch, dtype),
-        group=dist.group.WORLD if own.world_size > 1 else None,
+        group=group,
         layout=a.layout,
         rotation=a.rotation,
         backend=a.backend,

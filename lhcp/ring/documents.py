@@ -60,7 +60,7 @@ class PackedRows(NamedTuple):
         documents, longest, reach = self.limits.tolist()
         chunks = plan.layout.num_chunks // left.layout.num_chunks
         reach = -(-reach // chunks) if left.layout.num_chunks > 1 else 0
-        return PackedRows(numbers, torch.tensor([documents * chunks, longest, reach]))
+        return PackedRows(numbers, torch.tensor([documents * chunks, longest, reach], device="cpu"))
 
     def limit(self, plan: RingPlan) -> RingPlan:
         """Return a plan whose calls and messages reach as far as documents do."""

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
             cu_seqlens: documents that the whole sequences are packed of; None: each is one.
         """
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embedding(tokens)
+        x = self._embed(tokens)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 layer = partial(block, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
@@ -181,6 +181,15 @@ class Decoder(nn.Module):
                 x = block(x, cos, sin, cu_seqlens)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        weight = self.embedding.weight
+        if weight.device.type != "cpu":
+            return self.embedding(tokens)
+        # On a CPU torch adds up the gradient of a row in its dtype: thousands of tokens of one byte
+        # lose half of it in bfloat16.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return F.embedding(tokens, weight.to(wide)).to(weight.dtype)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -115,6 +115,25 @@ def test_unshard_undoes_shard(ranks: RankPool, layout: LayoutName, world_size: i
         assert sorted(p for _, where in answers for p in where) == list(range(24))
 
 
+SHAPES = ((1, 8), (8, 1), (4, 1), (1, 4, 1), (1, 8, 3))
+"""With axes of one, whose strides are anything; the longest is the sequence."""
+
+
+def slim_round_trips(group: Any) -> list[bool]:
+    found = []
+    for shape in SHAPES:
+        whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        dim = shape.index(max(shape))
+        part = lhcp.shard(whole, group, dim=dim)
+        found.append(torch.equal(lhcp.unshard(part, group, dim=dim), whole))
+    return found
+
+
+def test_axes_of_one_are_gathered(ranks: RankPool) -> None:
+    """Fails if the losses of the tokens of one sequence, [1, N / W], cannot be gathered."""
+    assert all(all(same) for same in ranks.run(slim_round_trips, 2))
+
+
 DTYPES = (torch.bool, torch.int16, torch.int64, torch.float8_e4m3fn, torch.bfloat16)
 
 

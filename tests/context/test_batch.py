@@ -1,10 +1,12 @@
 """What `ContextParallel.shard` makes of a batch: keys, labels, positions, masks, refusals."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import lhcp
 from lhcp.comm.layout import LayoutName
@@ -156,3 +158,24 @@ def test_ranks_with_other_sequences_are_told(ranks: RankPool, what: str) -> None
 
 def test_equal_sequences_agree(ranks: RankPool) -> None:
     assert ranks.run(each_its_own, 2, "none") == [["", ""]] * 2
+
+
+def in_a_worker(group: Any) -> tuple[str, bool]:
+    """What is said in a worker of a data loader, and whether a tensor alone is cut there."""
+    cp = lhcp.ContextParallel(group)
+    with mock.patch.object(torch.utils.data, "get_worker_info", lambda: "a worker"):
+        part = cp.shard(ids())
+        try:
+            cp.shard(batch())
+        except ValueError as error:
+            return str(error), torch.equal(cp.unshard(part), ids())
+    return "", False
+
+
+def test_a_worker_of_a_loader_does_not_talk_to_ranks(ranks: RankPool) -> None:
+    """Fails if a fork uses the connections of its rank: answers then go to the wrong one."""
+    for said, cut_alone in ranks.run(in_a_worker, 2):
+        assert "call it in the training loop" in said and cut_alone
+    # One rank has nobody to talk to: a loader may do it all.
+    loader = DataLoader([ids()], num_workers=1, collate_fn=lambda x: cut(None, "zigzag", batch()))
+    assert [part["input_ids"].shape for part in loader] == [(2, N)]

@@ -8,8 +8,8 @@ The first run is what the others are compared with, at the steps that both did. 
 where a loss differs by more than the budget, of itself, or a run did no step.
 
 In bfloat16 nobody knows the budget before: any rounding grows from step to step. `--control` names
-a run of the first one's mesh that only rounds otherwise, as with another `--backend`: the budget is
-then twice its largest difference.
+runs of the first one's mesh that only round otherwise, as with another `--backend` or `--compile`:
+the budget is then twice their largest difference.
 """
 
 import json
@@ -54,19 +54,20 @@ class Steps:
         return found[min(SETTLED, len(found) - 1) :]
 
 
-def budget_of(first: Steps, control: Steps) -> float:
+def budget_of(first: Steps, controls: Sequence[Steps]) -> float:
     """Return twice the largest difference of a loss that rounding alone makes.
 
     Raises:
-        ValueError: the runs have no step in common, or do not differ.
+        ValueError: a control has no step in common with the first run, or does not differ.
     """
-    largest = max(first.differences(control, "loss"), default=0.0)
-    if not largest:
-        raise ValueError(
-            f"--control {control.name}: no loss differs from {first.name}'s, so it says nothing of "
-            "rounding; take a run of the same steps with another --backend"
-        )
-    return 2 * largest
+    largest = [max(first.differences(control, "loss"), default=0.0) for control in controls]
+    for control, difference in zip(controls, largest, strict=True):
+        if not difference:
+            raise ValueError(
+                f"--control {control.name}: no loss differs from {first.name}'s, so it says "
+                "nothing of rounding; take a run of the same steps with another --backend"
+            )
+    return 2 * max(largest)
 
 
 def compare(
@@ -113,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of --out")
     parser.add_argument("--budget", type=float, default=1e-5, help="of a loss")
-    parser.add_argument("--control", type=Path, help="a run that sets the budget: see above")
+    parser.add_argument(
+        "--control", nargs="+", type=Path, default=[], help="runs that set the budget: see above"
+    )
     parser.add_argument("--note", help="a line of the page")
     parser.add_argument("--out", help="page and JSON are written to this name")
     args = parser.parse_args(arguments)
@@ -124,10 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page = Page("Training on several meshes", dated_card(device, **note))
     runs = [Steps.read(folder) for folder in args.runs]
     budget, why = args.budget, ""
-    if args.control is not None:
-        runs.insert(1, Steps.read(args.control))
-        budget = budget_of(*runs[:2])
-        why = f", twice the difference of {runs[1].name}, which only rounds otherwise"
+    if args.control:
+        controls = [Steps.read(folder) for folder in args.control]
+        runs[1:1] = controls
+        budget = budget_of(runs[0], controls)
+        names = ", ".join(control.name for control in controls)
+        why = f", twice the largest of what only rounds otherwise ({names})"
     rows = compare(runs, budget, page, why)
     show_steps(runs, page)
     page.close(args.out, {"compared": rows, "runs": {run.name: run.records for run in runs}})

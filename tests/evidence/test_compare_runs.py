@@ -45,6 +45,7 @@ def test_a_control_sets_the_budget(tmp_path: Path) -> None:
     control = written(tmp_path / "control", [5.0, 4.04])
     near, far = written(tmp_path / "near", [5.09, 4.0]), written(tmp_path / "far", [5.11, 4.0])
     main([one, near, "--control", control])
+    main([one, far, "--control", control, written(tmp_path / "other", [5.0, 4.05])])
     with pytest.raises(SystemExit, match=r"far: a loss differs by 2.2e-02"):
         main([one, near, far, "--control", control])
     with pytest.raises(ValueError, match="no loss differs from one's"):

@@ -102,6 +102,31 @@ def test_dense_logits_are_the_models_own(family: str) -> None:
         assert (found - expected).norm() <= budget * expected.norm()
 
 
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
+def logits_of_experts(group: Any, family: str) -> tuple[Tensor, Tensor]:
+    """Logits of a model's own attention and of ours, in float32, which experts need on a CPU."""
+    model = make(family, torch.float32, **EXPERTS[family]).eval()
+    cp, whole = lhcp.ContextParallel(group), batch()
+    with torch.no_grad():
+        expected = model(whole["input_ids"]).logits
+        hf.attach(model, cp, None)
+        out = model(**cp.shard(whole), output_router_logits=True)
+    assert len(out.router_logits) == 3 and out.aux_loss > 0
+    return cp.unshard(out.logits), expected
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_models_with_experts_attend_across_ranks(ranks: RankPool, family: str) -> None:
+    """Fails if what such a model hands to its attention about routers is taken for its business."""
+    for found, expected in ranks.run(logits_of_experts, 2, family):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("mode", ["lighthouse", "dense"])
 @pytest.mark.parametrize(
     ("family", "world_size", "layout", "recompute"),
@@ -355,6 +380,53 @@ def test_soft_capped_logits_are_refused() -> None:
     model, cp = attached("Gemma2", sliding_window=SEQLEN)
     with pytest.raises(ValueError, match="softcap=50"):
         model(**cp.shard(batch()))
+
+
+def rope_of(kind: str, known: int) -> dict[str, Any]:
+    """Config of rotary embeddings that turn otherwise beyond `known` positions."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "dynamic":
+        return {"rope_parameters": rope, "max_position_embeddings": known}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    return {"rope_parameters": rope | {"original_max_position_embeddings": known}}
+
+
+def distance_or_refusal(group: Any, kind: str, known: int) -> float | str:
+    """How far the logits of ranks are off the model's own, of the same frequencies."""
+    model = make("Llama", torch.float64, head_dim=8, **rope_of(kind, known))
+    cp = lhcp.ContextParallel(group)
+    hf.attach(model, cp, None)
+    whole = batch()
+    try:
+        with torch.no_grad():
+            found = cp.unshard(model(**cp.shard(whole)).logits)
+            hf.detach(model)
+            expected = model(whole["input_ids"]).logits
+    except ValueError as error:
+        return str(error)
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "taken"),
+    [
+        ("dynamic", SEQLEN, True),
+        ("dynamic", SEQLEN - 1, False),
+        ("longrope", SEQLEN, True),
+        # On two ranks, zigzag, one holds the first three quarters alone.
+        ("longrope", 3 * SEQLEN // 4, False),
+        ("longrope", 3 * SEQLEN // 4 - 1, True),
+    ],
+)
+def test_ranks_turn_by_the_same_frequencies(
+    ranks: RankPool, kind: str, known: int, taken: bool
+) -> None:
+    """Fails if each rank's rotary embeddings go by the largest position that it holds."""
+    for found in ranks.run(distance_or_refusal, 2, kind, known):
+        if taken:
+            assert isinstance(found, float) and found < 1e-12
+        else:
+            assert f"rope_type='{kind}' and a sequence of {SEQLEN} tokens" in str(found)
 
 
 def refusals(group: Any) -> list[str]:

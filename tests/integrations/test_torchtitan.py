@@ -136,6 +136,18 @@ def test_layers_and_stages_are_asked_for_by_number() -> None:
     assert lhcp.set_mode(module, "lighthouse") == 1
 
 
+def test_a_layer_that_nobody_parallelized_has_the_sequence_whole() -> None:
+    """Fails if torchtitan's partial_dtensor, which tells layers of no mesh, meets an error of ours,
+    or a part of a sequence passes for the whole one."""
+    config = titan.attention(decoder(), dense=True, **SIZES).layers[0].attention
+    told = build(config)
+    alone = config.build()
+    alone.load_state_dict(told.state_dict())
+    assert torch.equal(alone(tokens(), None, POSITIONS), told(tokens(), None, POSITIONS))
+    with pytest.raises(ValueError, match=r"holds \[?0\]? there"):
+        alone(tokens()[:, : SEQLEN // 2], None, POSITIONS[:, SEQLEN // 2 :])
+
+
 def test_documents_masks_and_other_attentions_are_refused() -> None:
     module = build(titan.attention(decoder(), **SIZES).layers[0].attention)
     with pytest.raises(ValueError, match=r"holds \[?100\]? there.*whole_sequences.*documents"):

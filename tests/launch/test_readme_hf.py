@@ -1,5 +1,6 @@
 """README's lines for Hugging Face's stacks run as they stand there, and train."""
 
+import json
 import os
 import re
 import subprocess
@@ -76,13 +77,7 @@ def test_the_lines_for_transformers_train_as_one_rank(ranks: RankPool) -> None:
         assert found == pytest.approx(answer(scope), rel=1e-6)
 
 
-@pytest.mark.parametrize("stack", ["accelerate", pytest.param("Trainer", marks=pytest.mark.slow)])
-def test_the_lines_of_a_stack_learn_more_than_how_often_a_byte_comes(stack: str) -> None:
-    """Fails if a line does not run, ranks hold other sequences, or the gradient is wrong.
-
-    On two gloo ranks with FSDP2, as the stack itself calls it.
-    """
-    pytest.importorskip("accelerate")
+def on_two_ranks(*command: str) -> "subprocess.CompletedProcess[str]":
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -90,18 +85,44 @@ def test_the_lines_of_a_stack_learn_more_than_how_often_a_byte_comes(stack: str)
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
     }
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", "tests/launch/train_hf.py", stack],
+    return subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *command],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    pattern = r"rank \d: (\w+) norm (\S+) expected (\S+) loss (\S+) entropy (\S+)"
+
+
+@pytest.mark.parametrize("stack", ["accelerate", pytest.param("Trainer", marks=pytest.mark.slow)])
+def test_the_lines_of_a_stack_learn_more_than_how_often_a_byte_comes(stack: str) -> None:
+    """Fails if a line does not run, ranks hold other sequences, or the gradient is wrong.
+
+    On two gloo ranks with FSDP2, as the stack itself calls it.
+    """
+    pytest.importorskip("accelerate")
+    done = on_two_ranks("tests/launch/train_hf.py", stack)
+    # Lines of two ranks may come without a break between them.
+    pattern = r"rank \d: (\w+) norm (\S+) expected (\S+) loss (\S+) entropy ([\d.]+)"
     found = re.findall(pattern, done.stdout)
     assert len(found) == 2 and found[0] == found[1], done.stdout + done.stderr
     name, norm, expected, loss, entropy = found[0]
     assert name.startswith("FSDP") and float(loss) < float(entropy), found
     # In float32 a near-tie of the first layer may fall otherwise; a wrong scale would be a half.
     assert float(norm) == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.slow
+def test_trainer_goes_on_from_its_checkpoints_and_evaluates(tmp_path: Path) -> None:
+    """Fails if the attached layers keep Trainer from loading what it saved, or its evaluation is of
+    one rank's part."""
+    pytest.importorskip("accelerate")
+    done = on_two_ranks("tests/launch/resume_hf.py", str(tmp_path))
+    written = [tmp_path / f"rank{rank}.json" for rank in (0, 1)]
+    assert all(path.exists() for path in written), done.stdout + done.stderr
+    first, second = (json.loads(path.read_text()) for path in written)
+    assert first == second
+    whole, resumed = first["losses"]
+    assert resumed == whole and whole[-1] < whole[0]
+    assert first["evaluated"] == pytest.approx(first["own"], rel=1e-6)

@@ -32,7 +32,8 @@ def run(folder: Path, ranks: int, *arguments: str) -> tuple[str, str]:
 
 
 def numbers(printed: tuple[str, str]) -> list[tuple[str, list[float]]]:
-    pattern = r"rank \d: (\S+) first (\S+) norm (\S+) last (\S+) entropy (\S+)"
+    # Lines of two ranks may come without a break between them.
+    pattern = r"rank \d: (\S+) first (\S+) norm (\S+) last (\S+) entropy ([\d.]+)"
     found = re.findall(pattern, printed[0])
     assert found, "".join(printed)
     return [(modes, [float(x) for x in rest]) for modes, *rest in found]

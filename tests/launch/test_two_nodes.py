@@ -14,11 +14,16 @@ import pytest
 
 from bench.rotation.namespaces import ROOT, Nodes, NotAllowed, nodes
 
-SMALL = (
-    *("tiny", "--seqlen", "256", "--lighthouse.topk", "8", "--eval-sequences", "4"),
-    *("--lighthouse-steps", "2", "--dense-steps", "2", "--sample-bytes", "0"),
-    *("--rotation-budget", "0", "--optim.kind", "sgd"),
-)
+
+def small(steps: int = 2) -> tuple[str, ...]:
+    """Return the arguments of a run of so many steps of each stage."""
+    return (
+        *("tiny", "--seqlen", "256", "--lighthouse.topk", "8", "--eval-sequences", "4"),
+        *("--lighthouse-steps", str(steps), "--dense-steps", str(steps), "--sample-bytes", "0"),
+        *("--rotation-budget", "0", "--optim.kind", "sgd"),
+    )
+
+
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 """With this interpreter's torchrun first."""
 
@@ -43,9 +48,9 @@ def losses(folder: Path) -> list[float]:
     return [step["loss"] for step in history["steps"]]
 
 
-def on_one_rank(folder: Path) -> list[float]:
+def on_one_rank(folder: Path, steps: int = 2) -> list[float]:
     """The same run on one rank of no network."""
-    command = [sys.executable, "-m", "lhcp", "train", *SMALL, "--out", str(folder)]
+    command = [sys.executable, "-m", "lhcp", "train", *small(steps), "--out", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
     return losses(folder)
@@ -70,7 +75,7 @@ def test_training_meets_by_c10d_and_is_one_ranks(network: Nodes, tmp_path: Path)
     commands = [
         (
             *("env", f"LOCAL_ADDR={network.address(node)}"),
-            *("bash", "launch/torchrun.sh", *SMALL, *mesh),
+            *("bash", "launch/torchrun.sh", *small(), *mesh),
         )
         for node in (0, 1)
     ]

@@ -52,6 +52,18 @@ def rows(text: bytes) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in whole]
 
 
+def small() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+
+
 def entropy(batch: Tensor) -> float:
     share = batch.flatten().bincount().double() / batch.numel()
     return -(share * share.clamp(min=1e-9).log()).sum().item()
@@ -89,17 +101,7 @@ def main(stack: str) -> None:
     heldout = torch.stack([row["input_ids"] for row in data[::64]])
     training = [row for i, row in enumerate(data) if i % 64]
     dataset = [training[i] for i in torch.randperm(len(training))[: STEPS * BATCH]]
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-        )
-    )
+    model: Any = LlamaForCausalLM(small())
     options = {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": True,

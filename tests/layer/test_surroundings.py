@@ -1,4 +1,4 @@
-"""What stands around a call: autocast, second derivatives, a learnt scale, a mesh's order."""
+"""What stands around a call: autocast, second derivatives, a mesh's order, a default device."""
 
 import copy
 import io
@@ -310,3 +310,35 @@ def in_a_part(group: Any) -> float:
 def test_a_part_of_the_world_and_odd_sizes(ranks: RankPool) -> None:
     """Fails if ranks of the world are taken for ranks of the group."""
     assert all(error < 1e-12 for error in ranks.run(in_a_part, 4))
+
+
+def with_a_default_device(group: Any, name: str) -> bool:
+    """Whether batch and layers are what they are without a default device that has no data."""
+    cp = lhcp.ContextParallel(group)
+    inputs = [lhcp.shard(x, group) for x in qkv(SEQLEN, num_kv_heads=2, batch=2)]
+    ids = torch.arange(2 * SEQLEN).view(2, SEQLEN)
+    cu_seqlens = torch.tensor([0, 70, SEQLEN, 2 * SEQLEN], dtype=torch.int32)
+
+    def everything() -> list[Tensor]:
+        q, k, v, do = (x.clone().requires_grad_() for x in inputs)
+        packed = {"input_ids": ids, "labels": ids, "cu_seqlens": cu_seqlens.clone()}
+        batch = cp.shard(packed, pad_to=SEQLEN + 64)
+        made = [batch[key] for key in sorted(batch)]
+        attend = cp.attention(CONFIG)
+        for documents in (None, cu_seqlens.clone()):
+            for attend.mode in ("lighthouse", "dense"):
+                made.append(attend(q, k, v, cu_seqlens=documents))
+        torch.autograd.backward(made[-4:], [do] * 4)
+        return [*made, q.grad, k.grad, v.grad]  # type: ignore[list-item]
+
+    expected = everything()
+    with torch.device(name):
+        found = everything()
+    return all(x.device == y.device for x, y in zip(found, expected, strict=True)) and all(
+        map(torch.equal, found, expected)
+    )
+
+
+def test_a_default_device_is_not_taken_for_the_hosts(ranks: RankPool) -> None:
+    """Fails if what is read on the host is made on the device of torch.set_default_device."""
+    assert all(ranks.run(with_a_default_device, 2, "meta"))

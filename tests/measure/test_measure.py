@@ -88,9 +88,16 @@ def too_many_heads(group: dist.ProcessGroup) -> None:
     )
 
 
+def heads_that_do_not_divide(group: dist.ProcessGroup) -> None:
+    measure_overhead(
+        None, seqlen=128, num_heads=3, num_kv_heads=2, head_dim=8, dtype=torch.float32, group=group
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (heads_that_do_not_divide, "the 3 query heads must be a multiple of the 2 kv heads"),
         (disagree, "asked for different things: seqlen"),
         (too_many_heads, "3 query heads do not divide"),
     ],

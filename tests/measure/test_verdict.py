@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lhcp.measure import PhaseReport, StepCost, Timing
-from lhcp.measure.effort import LEAST, Effort, rounds
+from lhcp.measure.effort import LEAST, Effort, rounds, too_long
 from lhcp.measure.table import phase_rows
 from lhcp.measure.timings import half_width
 from lhcp.measure.verdict import Step, judge
@@ -108,6 +108,15 @@ def test_a_budget_is_spent(
     if not kept:
         assert spent + found.seconds <= budget
     assert rounds(Effort(budget, repeats=7), spent, first).repeats == 7
+
+
+def test_what_a_budget_does_not_reach_for_is_said() -> None:
+    """Fails if somebody waits for minutes who asked for seconds, and is not told before."""
+    said = too_long(Effort(10), 2, 2.0, 4)
+    assert "takes 2.0 s" in said and "about 26 s, more than the budget of 10 s" in said
+    assert not too_long(Effort(30), 2, 2.0, 4) and not too_long(Effort(10, repeats=9), 2, 2.0, 4)
+    assert str(rounds(Effort(30), 25, 8.0)).endswith("about 16 s, 11 s beyond the budget")
+    assert "beyond" not in str(rounds(Effort(30), 2, 1.0))
 
 
 def test_a_step_in_a_sentence() -> None:

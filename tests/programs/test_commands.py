@@ -40,6 +40,8 @@ def test_overhead_is_a_sentence_within_its_budget(tmp_path: Path) -> None:
     report = lhcp.OverheadReport.from_json((tmp_path / "found.json").read_text())
     assert report.setting["world_size"] == 2 and report.phase("both").exposed_error is not None
     assert "contention" in run(tmp_path, "overhead", *small, "--table")
+    # Dense attention takes odd lengths too.
+    assert "N=1,000 " in run(tmp_path, "overhead", *small, "--dense", "--seqlen", "997")
 
 
 def test_calibrate_writes_what_is_read_back(tmp_path: Path) -> None:

@@ -56,6 +56,23 @@ def test_recomputing_changes_no_gradient() -> None:
     assert all(map(torch.equal, grads[0], grads[2]))
 
 
+def test_the_embedding_sums_its_gradient_wide() -> None:
+    """Fails if many tokens of one byte are added up in bfloat16, where small ones are lost."""
+    tokens = torch.randint(4, (1, 4096), generator=torch.Generator().manual_seed(0))
+    dout = torch.randn(1, 4096, 32, generator=torch.Generator().manual_seed(1)) + 1
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        model = small().to(dtype)
+        model.blocks, model.norm, model.head = nn.ModuleList(), nn.Identity(), nn.Identity()
+        model(tokens, torch.arange(4096)).backward(dout.bfloat16().to(dtype))
+        grad = model.embedding.weight.grad
+        assert grad is not None and grad.dtype == dtype
+        return grad.double()
+
+    exact = gradient(torch.float64)
+    assert (gradient(torch.bfloat16) - exact).norm() <= 4e-3 * exact.norm()
+
+
 def test_only_inputs_of_layers_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if offloading also copies what all layers share, or a layer's input stays."""
     packed: list[tuple[int, ...]] = []
