@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from lhcp.training.knobs import BASE
 from lhcp.training.knobs_pictures import draw, draw_curves
 from lhcp.training.knobs_results import LATELY, Row, differences, label
 from lhcp.training.recovery_page import cards, facts, number, table
+from lhcp.training.retrieval import Found
 from lhcp.training.short_results import ShortResult, short_section
 
 
@@ -97,6 +99,14 @@ def by_context(row: Row) -> list[float]:
     ]
 
 
+def pooled(row: Row, base: Row) -> Found:
+    """Return a knob's answers as one model's: mean over seeds, named after what is changed."""
+    (first, *_) = row.found.values()
+    cells = [found.accuracy for found in row.found.values()]
+    accuracy = [[fmean(c) for c in zip(*r, strict=True)] for r in zip(*cells, strict=True)]
+    return replace(first, name=label(row, base), accuracy=accuracy)
+
+
 def document(rows: dict[str, Row], shorts: Sequence[ShortResult] = ()) -> dict[str, Any]:
     """Return the page's numbers, JSON-ready; steps one by one stay in the results files."""
     base = rows[BASE]
@@ -131,7 +141,7 @@ def write(rows: dict[str, Row], folder: Path, shorts: Sequence[ShortResult] = ()
     pictures = [f"{stem}.png", f"{stem}_steps.png"]
     draw(rows, folder / pictures[0])
     draw_curves(rows, folder / pictures[1])
-    asked = [next(iter(row.found.values())) for row in rows.values() if row.found]
+    asked = [pooled(row, rows[BASE]) for row in rows.values() if row.found]
     if asked:
         pictures.append(f"{stem}_passkey.png")
         retrieval_report.draw(asked, folder / pictures[2])

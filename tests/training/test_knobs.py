@@ -15,6 +15,7 @@ from lhcp.training.data import DataConfig
 from lhcp.training.experiments import KNOBS
 from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.knobs import Knobs, answers_of, read_answers, turn_knobs
+from lhcp.training.knobs_results import Row
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.retrieval import Asked, Found
@@ -178,6 +179,20 @@ def test_numbers_of_two_knobs(tmp_path: Path) -> None:
         assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
     record = json.loads(page.with_suffix(".json").read_text())
     assert [s["less_base"] for s in record["knobs"]] == [[0.0, 0.0], [-0.25]]
+
+
+def test_answers_of_seeds_are_one_map() -> None:
+    """Fails if a map is of one seed, or named after a folder of its machine."""
+    asked = Asked(contexts=(64,), depths=(0.0, 1.0))
+    found = {
+        seed: Found(
+            name="/there", step=1, stages=[("dense", 1)], asked=asked, accuracy=[[x, 1.0]], run={}
+        )
+        for seed, x in ((0, 0.0), (1, 0.5))
+    }
+    base = Row({0: made(0, 4, 1.0, 0.0)}, {})
+    one = knobs_page.pooled(Row({0: made(0, 8, 1.0, 0.0)}, found), base)
+    assert one.name == "topk=8" and one.accuracy == [[0.25, 1.0]]
 
 
 def test_a_place_without_a_base_is_named(tmp_path: Path) -> None:
