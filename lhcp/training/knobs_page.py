@@ -25,7 +25,7 @@ def cells(row: Row, base: Row) -> list[str]:
         label(row, base),
         f"{row.subsequence:,}",
         ", ".join(f"{seed}: {loss:.3f}" for seed, loss in sorted(row.finals.items())),
-        number(fmean(less), "+") if less and row is not base else "-",
+        less_base(less) if row is not base else "-",
         number(fmean(s.lighthouse for s in switches)),
         number(fmean(s.dense for s in switches)),
         number(row.falling, "+"),
@@ -40,6 +40,14 @@ HEADER = [
     *("at the switch, lighthouse mode", "dense mode", "falling"),
     *("s a step, stage 1 / 2", "seconds", "passkey"),
 ]
+
+
+def less_base(differences: Sequence[float]) -> str:
+    """Return the mean of differences from the base, and all of them where they are several."""
+    if not differences:
+        return "-"
+    each = ", ".join(number(d, "+") for d in differences)
+    return number(fmean(differences), "+") + (f" ({each})" if len(differences) > 1 else "")
 
 
 def markdown(
@@ -57,8 +65,8 @@ def markdown(
         "",
         f"Each knob changes the base, trained {steps} steps in {stage} mode and then {tail} "
         "densely. Losses are nats per byte of held-out text. `less base`: mean over the seeds that "
-        "both have; with all layers dense it is dense from scratch. `falling`: the training "
-        f"loss of the last {LATELY:.0%} of the steps less that of as many before; far below 0, the "
+        "both have (and each); with all layers dense it is dense throughout. `falling`: the "
+        f"training loss of the last {LATELY:.0%} of the steps less that of as many before; far below 0, the "
         "steep phase was not past. Seconds a step are medians, `seconds` sums of training steps. "
         "`passkey`: share of right digits at the end, densely, over all contexts and depths; 0.1 "
         "is chance." + noise(base),
@@ -88,6 +96,12 @@ def noise(base: Row) -> str:
     if len(finals) < 2:
         return " **The base has one seed: what a difference is worth is not known.**"
     apart = max(finals) - min(finals)
+    (first, *_) = base.results.values()
+    if first.run.get("short", {}).get("steps"):
+        return (
+            f" Seeds of the base lie {apart:.3f} apart, by their short stages and texts, which the "
+            "knobs of a seed share: **what a difference is worth, its seeds' agreement tells.**"
+        )
     return f" **Seeds of the base lie {apart:.3f} apart: smaller differences say nothing.**"
 
 

@@ -181,6 +181,16 @@ def test_numbers_of_two_knobs(tmp_path: Path) -> None:
     assert [s["less_base"] for s in record["knobs"]] == [[0.0, 0.0], [-0.25]]
 
 
+def test_a_difference_is_shown_by_seed() -> None:
+    """Fails if two seeds that disagree look like one number, or a shared start is not told of."""
+    assert knobs_page.less_base([]) == "-" and knobs_page.less_base([-0.25]) == "-0.250"
+    assert knobs_page.less_base([-0.25, 0.75]) == "+0.250 (-0.250, +0.750)"
+    results = {seed: made(seed, 4, 1.0 + seed, 0.0) for seed in (0, 1)}
+    assert "lie 1.000 apart: smaller" in knobs_page.noise(Row(results, {}))
+    begun = {s: replace(r, run=r.run | {"short": {"steps": 3}}) for s, r in results.items()}
+    assert "lie 1.000 apart, by their short" in knobs_page.noise(Row(begun, {}))
+
+
 def test_answers_of_seeds_are_one_map() -> None:
     """Fails if a map is of one seed, or named after a folder of its machine."""
     asked = Asked(contexts=(64,), depths=(0.0, 1.0))
