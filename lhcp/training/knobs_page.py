@@ -67,7 +67,8 @@ def markdown(
         "densely. Losses are nats per byte of held-out text. `less base`: mean over the seeds that "
         "both have (and each); with all layers dense it is dense throughout. `falling`: the "
         f"training loss of the last {LATELY:.0%} of the steps less that of as many before; far "
-        "below 0, the steep phase was not past. Seconds a step are medians, `seconds` sums of training steps. "
+        "below 0, the steep phase was not past. Seconds a step are medians, `seconds` sums of "
+        "training steps. "
         "`passkey`: share of right digits at the end, densely, over all contexts and depths; 0.1 "
         "is chance." + noise(base),
         "",
