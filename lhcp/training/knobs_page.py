@@ -80,12 +80,12 @@ def markdown(
     if contexts:
         lines += table(
             "Passkey by context",
-            "Share of right digits, mean over depths and seeds.",
-            ["changed", *(f"{context:,}" for context in contexts)],
+            "Share of right digits, mean over depths. A seed learns the test or does not.",
+            ["changed", "seed", *(f"{context:,}" for context in contexts)],
             [
-                [label(row, base), *(number(share) for share in by_context(row))]
+                [label(row, base), seed, *(number(share) for share in by_context(found))]
                 for row in rows.values()
-                if row.found
+                for seed, found in sorted(row.found.items())
             ],
         )
     return "\n".join(lines) + "\n"
@@ -106,20 +106,18 @@ def noise(base: Row) -> str:
     return f" **Seeds of the base lie {apart:.3f} apart: smaller differences say nothing.**"
 
 
-def by_context(row: Row) -> list[float]:
-    """Return the share of right digits of each context, over depths and seeds."""
+def by_context(found: Found) -> list[float]:
+    """Return the share of right digits of each context, over depths."""
+    return [fmean(cells) for cells in found.accuracy]
+
+
+def models(rows: dict[str, Row], seed: int) -> list[Found]:
+    """Return what the models of a seed answered, each named after what its knob has changed."""
     return [
-        fmean(share for cells in same for share in cells)
-        for same in zip(*(found.accuracy for found in row.found.values()), strict=True)
+        replace(row.found[seed], name=f"{label(row, rows[BASE])}, seed {seed}")
+        for row in rows.values()
+        if seed in row.found
     ]
-
-
-def pooled(row: Row, base: Row) -> Found:
-    """Return a knob's answers as one model's: mean over seeds, named after what is changed."""
-    (first, *_) = row.found.values()
-    cells = [found.accuracy for found in row.found.values()]
-    accuracy = [[fmean(c) for c in zip(*r, strict=True)] for r in zip(*cells, strict=True)]
-    return replace(first, name=label(row, base), accuracy=accuracy)
 
 
 def document(rows: dict[str, Row], shorts: Sequence[ShortResult] = ()) -> dict[str, Any]:
@@ -156,10 +154,9 @@ def write(rows: dict[str, Row], folder: Path, shorts: Sequence[ShortResult] = ()
     pictures = [f"{stem}.png", f"{stem}_steps.png"]
     draw(rows, folder / pictures[0])
     draw_curves(rows, folder / pictures[1])
-    asked = [pooled(row, rows[BASE]) for row in rows.values() if row.found]
-    if asked:
-        pictures.append(f"{stem}_passkey.png")
-        retrieval_report.draw(asked, folder / pictures[2])
+    for seed in sorted({seed for row in rows.values() for seed in row.found}):
+        pictures.append(f"{stem}_passkey_seed{seed}.png")
+        retrieval_report.draw(models(rows, seed), folder / pictures[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(rows, shorts)) + "\n")
     page = folder / f"{stem}.md"
     page.write_text(markdown(rows, pictures, shorts), encoding="utf-8")

@@ -191,18 +191,21 @@ def test_a_difference_is_shown_by_seed() -> None:
     assert "lie 1.000 apart, by their short" in knobs_page.noise(Row(begun, {}))
 
 
-def test_answers_of_seeds_are_one_map() -> None:
-    """Fails if a map is of one seed, or named after a folder of its machine."""
-    asked = Asked(contexts=(64,), depths=(0.0, 1.0))
+def test_answers_are_shown_by_seed() -> None:
+    """Fails if a map or a row mixes seeds, or is named after a folder of its machine."""
+    asked = Asked(contexts=(64, 128), depths=(0.0, 1.0))
     found = {
         seed: Found(
-            name="/there", step=1, stages=[("dense", 1)], asked=asked, accuracy=[[x, 1.0]], run={}
+            name="/there", step=1, stages=[("dense", 1)], asked=asked, accuracy=cells, run={}
         )
-        for seed, x in ((0, 0.0), (1, 0.5))
+        for seed, cells in ((0, [[0.0, 1.0], [0.0, 0.0]]), (1, [[1.0, 1.0]] * 2))
     }
-    base = Row({0: made(0, 4, 1.0, 0.0)}, {})
-    one = knobs_page.pooled(Row({0: made(0, 8, 1.0, 0.0)}, found), base)
-    assert one.name == "topk=8" and one.accuracy == [[0.25, 1.0]]
+    results = {seed: made(seed, 8, 1.0, 0.0) for seed in (0, 1)}
+    rows = {"base": Row({0: made(0, 4, 1.0, 0.0)}, {0: found[0]}), "topk-8": Row(results, found)}
+    assert [one.name for one in knobs_page.models(rows, 0)] == ["base, seed 0", "topk=8, seed 0"]
+    assert knobs_page.models(rows, 1) == [replace(found[1], name="topk=8, seed 1")]
+    text = knobs_page.markdown(rows, ())
+    assert "| topk=8 | 0 | 0.500 | 0.000 |" in text and "| topk=8 | 1 | 1.000 | 1.000 |" in text
 
 
 def test_a_place_without_a_base_is_named(tmp_path: Path) -> None:
