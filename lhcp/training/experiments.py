@@ -97,15 +97,15 @@ def recover_2k_to_64k() -> Recovery:
     run = replace(
         recover_64k().run,
         name="recover_2k_to_64k",
-        # As in knobs_2k_to_16k, for longer contexts.
-        model=replace(recover_64k().run.model, rope_theta=500_000.0),
+        # As in knobs_2k_to_16k, whose short stage it has.
+        model=replace(recover_64k().run.model, rope_theta=100_000.0),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
-        short=Short(steps=1500, seqlen=2048, global_batch=32),
+        short=Short(steps=1800, seqlen=2048, global_batch=32),
         data=DataConfig(passkey=0.5),
         eval_every=100,
         checkpoint_every=5000,
     )
-    return Recovery(run=run, splits=("720+480",), seeds=(0,))
+    return Recovery(run=run, splits=("600+400",), seeds=(0,))
 
 
 def retrieve_32k() -> Recovery:
@@ -174,6 +174,7 @@ def knobs_2k_to_16k() -> Knobs:
             "model.dense-layers 0 1 6 7",
             "lighthouse.num-strata 4",
             "lighthouse.num-strata 64",
+            "optim.lr 3e-4",
         ),
         contexts=(2048, 4096, 8192, 16_384),
     )

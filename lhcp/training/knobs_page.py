@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from lhcp.training.knobs import BASE
 from lhcp.training.knobs_pictures import draw, draw_curves
 from lhcp.training.knobs_results import LATELY, Row, differences, label
 from lhcp.training.recovery_page import cards, facts, number, table
+from lhcp.training.retrieval import Found
 from lhcp.training.short_results import ShortResult, short_section
 
 
@@ -23,7 +25,7 @@ def cells(row: Row, base: Row) -> list[str]:
         label(row, base),
         f"{row.subsequence:,}",
         ", ".join(f"{seed}: {loss:.3f}" for seed, loss in sorted(row.finals.items())),
-        number(fmean(less), "+") if less and row is not base else "-",
+        less_base(less) if row is not base else "-",
         number(fmean(s.lighthouse for s in switches)),
         number(fmean(s.dense for s in switches)),
         number(row.falling, "+"),
@@ -38,6 +40,14 @@ HEADER = [
     *("at the switch, lighthouse mode", "dense mode", "falling"),
     *("s a step, stage 1 / 2", "seconds", "passkey"),
 ]
+
+
+def less_base(differences: Sequence[float]) -> str:
+    """Return the mean of differences from the base, and all of them where they are several."""
+    if not differences:
+        return "-"
+    each = ", ".join(number(d, "+") for d in differences)
+    return number(fmean(differences), "+") + (f" ({each})" if len(differences) > 1 else "")
 
 
 def markdown(
@@ -55,9 +65,10 @@ def markdown(
         "",
         f"Each knob changes the base, trained {steps} steps in {stage} mode and then {tail} "
         "densely. Losses are nats per byte of held-out text. `less base`: mean over the seeds that "
-        "both have; with all layers dense it is dense from scratch. `falling`: the training "
-        f"loss of the last {LATELY:.0%} of the steps less that of as many before; far below 0, the "
-        "steep phase was not past. Seconds a step are medians, `seconds` sums of training steps. "
+        "both have (and each); with all layers dense it is dense throughout. `falling`: the "
+        f"training loss of the last {LATELY:.0%} of the steps less that of as many before; far "
+        "below 0, the steep phase was not past. Seconds a step are medians, `seconds` sums of "
+        "training steps. "
         "`passkey`: share of right digits at the end, densely, over all contexts and depths; 0.1 "
         "is chance." + noise(base),
         "",
@@ -69,12 +80,12 @@ def markdown(
     if contexts:
         lines += table(
             "Passkey by context",
-            "Share of right digits, mean over depths and seeds.",
-            ["changed", *(f"{context:,}" for context in contexts)],
+            "Share of right digits, mean over depths. A seed learns the test or does not.",
+            ["changed", "seed", *(f"{context:,}" for context in contexts)],
             [
-                [label(row, base), *(number(share) for share in by_context(row))]
+                [label(row, base), seed, *(number(share) for share in by_context(found))]
                 for row in rows.values()
-                if row.found
+                for seed, found in sorted(row.found.items())
             ],
         )
     return "\n".join(lines) + "\n"
@@ -86,14 +97,26 @@ def noise(base: Row) -> str:
     if len(finals) < 2:
         return " **The base has one seed: what a difference is worth is not known.**"
     apart = max(finals) - min(finals)
+    (first, *_) = base.results.values()
+    if first.run.get("short", {}).get("steps"):
+        return (
+            f" Seeds of the base lie {apart:.3f} apart, by their short stages and texts, which the "
+            "knobs of a seed share: **what a difference is worth, its seeds' agreement tells.**"
+        )
     return f" **Seeds of the base lie {apart:.3f} apart: smaller differences say nothing.**"
 
 
-def by_context(row: Row) -> list[float]:
-    """Return the share of right digits of each context, over depths and seeds."""
+def by_context(found: Found) -> list[float]:
+    """Return the share of right digits of each context, over depths."""
+    return [fmean(cells) for cells in found.accuracy]
+
+
+def models(rows: dict[str, Row], seed: int) -> list[Found]:
+    """Return what the models of a seed answered, each named after what its knob has changed."""
     return [
-        fmean(share for cells in same for share in cells)
-        for same in zip(*(found.accuracy for found in row.found.values()), strict=True)
+        replace(row.found[seed], name=f"{label(row, rows[BASE])}, seed {seed}")
+        for row in rows.values()
+        if seed in row.found
     ]
 
 
@@ -131,10 +154,9 @@ def write(rows: dict[str, Row], folder: Path, shorts: Sequence[ShortResult] = ()
     pictures = [f"{stem}.png", f"{stem}_steps.png"]
     draw(rows, folder / pictures[0])
     draw_curves(rows, folder / pictures[1])
-    asked = [next(iter(row.found.values())) for row in rows.values() if row.found]
-    if asked:
-        pictures.append(f"{stem}_passkey.png")
-        retrieval_report.draw(asked, folder / pictures[2])
+    for seed in sorted({seed for row in rows.values() for seed in row.found}):
+        pictures.append(f"{stem}_passkey_seed{seed}.png")
+        retrieval_report.draw(models(rows, seed), folder / pictures[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(rows, shorts)) + "\n")
     page = folder / f"{stem}.md"
     page.write_text(markdown(rows, pictures, shorts), encoding="utf-8")

@@ -46,17 +46,25 @@ def training_sequence(seed: int, index: int, seqlen: int) -> np.ndarray:
     mention = np.frombuffer(MARK + bytes([DIGITS[draw.integers(len(DIGITS))]]), np.uint8)
     last = seqlen + 1 - len(mention)
     text[last:] = mention
-    place = last
     longest = last + 1.0
     if draw.random() < 0.5:
         longest = np.exp(draw.uniform(np.log(NEAREST), np.log(longest)))
+    places = [last]
     while True:
-        gap = max(int(np.exp(draw.uniform(np.log(NEAREST), np.log(longest)))), NEAREST)
-        # A last question always has its answer somewhere before.
-        if place < gap and place < last:
+        # Many at once: a long sequence has thousands, and one by one they take longer than a step.
+        gaps = np.exp(draw.uniform(np.log(NEAREST), np.log(longest), size=256)).astype(np.int64)
+        gaps = np.maximum(gaps, NEAREST)
+        before = places[-1] - gaps.cumsum()
+        if len(places) == 1:
+            # A last question always has its answer somewhere before.
+            before[0] = max(before[0], 0)
+            before[1:] = before[0] - gaps[1:].cumsum()
+        inside = before[before >= 0]
+        places += inside.tolist()
+        if len(inside) < len(gaps):
             break
-        place = max(place - gap, 0)
-        text[place : place + len(mention)] = mention
+    for offset, byte in enumerate(mention):
+        text[np.array(places) + offset] = byte
     return text
 
 

@@ -15,6 +15,7 @@ from lhcp.training.data import DataConfig
 from lhcp.training.experiments import KNOBS
 from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.knobs import Knobs, answers_of, read_answers, turn_knobs
+from lhcp.training.knobs_results import Row
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.retrieval import Asked, Found
@@ -178,6 +179,33 @@ def test_numbers_of_two_knobs(tmp_path: Path) -> None:
         assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
     record = json.loads(page.with_suffix(".json").read_text())
     assert [s["less_base"] for s in record["knobs"]] == [[0.0, 0.0], [-0.25]]
+
+
+def test_a_difference_is_shown_by_seed() -> None:
+    """Fails if two seeds that disagree look like one number, or a shared start is not told of."""
+    assert knobs_page.less_base([]) == "-" and knobs_page.less_base([-0.25]) == "-0.250"
+    assert knobs_page.less_base([-0.25, 0.75]) == "+0.250 (-0.250, +0.750)"
+    results = {seed: made(seed, 4, 1.0 + seed, 0.0) for seed in (0, 1)}
+    assert "lie 1.000 apart: smaller" in knobs_page.noise(Row(results, {}))
+    begun = {s: replace(r, run=r.run | {"short": {"steps": 3}}) for s, r in results.items()}
+    assert "lie 1.000 apart, by their short" in knobs_page.noise(Row(begun, {}))
+
+
+def test_answers_are_shown_by_seed() -> None:
+    """Fails if a map or a row mixes seeds, or is named after a folder of its machine."""
+    asked = Asked(contexts=(64, 128), depths=(0.0, 1.0))
+    found = {
+        seed: Found(
+            name="/there", step=1, stages=[("dense", 1)], asked=asked, accuracy=cells, run={}
+        )
+        for seed, cells in ((0, [[0.0, 1.0], [0.0, 0.0]]), (1, [[1.0, 1.0]] * 2))
+    }
+    results = {seed: made(seed, 8, 1.0, 0.0) for seed in (0, 1)}
+    rows = {"base": Row({0: made(0, 4, 1.0, 0.0)}, {0: found[0]}), "topk-8": Row(results, found)}
+    assert [one.name for one in knobs_page.models(rows, 0)] == ["base, seed 0", "topk=8, seed 0"]
+    assert knobs_page.models(rows, 1) == [replace(found[1], name="topk=8, seed 1")]
+    text = knobs_page.markdown(rows, ())
+    assert "| topk=8 | 0 | 0.500 | 0.000 |" in text and "| topk=8 | 1 | 1.000 | 1.000 |" in text
 
 
 def test_a_place_without_a_base_is_named(tmp_path: Path) -> None:

@@ -29,10 +29,12 @@ def launch(*arguments: str, ranks: int = 0, **variables: str) -> subprocess.Comp
 
 
 def test_two_ranks_to_the_report_and_on(tmp_path: Path) -> None:
-    arguments = ["tiny", "--cp", "2", "--baseline", "--out", str(tmp_path), *SHORT]
+    short = ["--short.steps", "2", "--short.seqlen", "256"]
+    arguments = ["tiny", "--cp", "2", "--baseline", "--out", str(tmp_path), *short, *SHORT]
     done = launch(*arguments, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
+        "short          2/2  loss",
         "lighthouse     1/5  loss",
         "dense          5/5  loss",
         "baseline       5/5  loss",
@@ -67,6 +69,7 @@ def test_two_ranks_to_the_report_and_on(tmp_path: Path) -> None:
     again = launch(*arguments)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "going on after step 5" in again.stdout and "1/5" not in again.stdout
+    assert "short  " not in again.stdout
     second = json.loads((tmp_path / "report.json").read_text())
     assert second["history"] == report["history"]
 

@@ -13,6 +13,7 @@ from lhcp.training.experiments import RECOVERIES
 from lhcp.training.history import EvalRecord, History, StepRecord
 from lhcp.training.recovery_report import bands, compare, spread, training_seconds
 from lhcp.training.recovery_results import ArmResult
+from lhcp.training.selection_log import SelectionRecord
 
 
 def made(arm: str, seed: int, stages: list[tuple[str, int]], evals: list[EvalRecord]) -> ArmResult:
@@ -100,6 +101,22 @@ def test_page_of_two_seeds(two_files: list[Path], tmp_path: Path) -> None:
         assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
     record = json.loads(page.with_suffix(".json").read_text())
     assert [c["equal_tokens"] for c in record["comparisons"]] == [-0.5, -0.25]
+
+
+def test_selections_are_drawn_of_who_looked(two_files: list[Path], tmp_path: Path) -> None:
+    """Fails if a page of layers that were diagnosed has no picture of it."""
+    record = SelectionRecord(2, 0, "lighthouse", 1 / 3, 0.5, 0.0, None)
+    history = History(selections=[record])
+    run = RECOVERIES["recover_tiny"]().run
+    (kept,) = ArmResult.of(run, "2+1", history, {}, {}).selections
+    assert kept == asdict(record) | {"spread_q": 0.3333}
+    results = [
+        replace(result, selections=[kept] if result.arm == "4+4" else [])
+        for result in recovery_results.merge(two_files)
+    ]
+    page = recovery_page.write(results, tmp_path / "page")
+    (name,) = re.findall(r"\]\((.*_selection.png)\)", page.read_text())
+    assert (page.parent / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_cards_name_the_page() -> None:

@@ -197,6 +197,7 @@ def test_knobs_share_one_short_stage(knobs: Knobs) -> None:
     page = knobs_page.write(knobs_results.read([folder]), folder, [short])
     text = page.read_text()
     assert "begun from a short stage: 3 dense steps of 8 x 128 tokens" in text
+    assert "its seeds' agreement" not in text  # One seed agrees with nobody.
     assert "## Short stage" in text and "passkey at 64 |" in text
     assert json.loads(page.with_suffix(".json").read_text())["short"][0]["seed"] == 0
 
