@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bench.common.arguments import add_json, make_parser
 from bench.common.page import last_line, text_table
-from lhcp.comm.layout import LAYOUTS, LayoutName, make_layout
+from lhcp.comm.layout import LAYOUTS, Layout, LayoutName, make_layout
 from lhcp.documents import Cut, limits_of
 from lhcp.ring.parts import ring_sources
-from lhcp.ring.shape import CAUSAL, Mask
+from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
     worst: float
     """The same of the worst draw."""
     sent: float
-    """Chunks of keys that all ranks send, over those without documents; mean over draws."""
+    """Keys that all ranks send, over those without documents; mean over draws."""
 
 
 def draw_starts(seqlen: int, mean_length: int, sigma: float, generator: torch.Generator) -> Tensor:
@@ -53,11 +53,15 @@ def work_of_chunks(starts: Tensor, seqlen: int, num_chunks: int) -> Tensor:
     return (tokens - first + 1).view(num_chunks, -1).sum(1)
 
 
-def chunks_sent(layout_name: LayoutName, world: int, mask: Mask) -> int:
-    """Chunks of keys that leave their ranks in a forward of p2p."""
-    layout, distances = make_layout(layout_name, world), (range(1, world),)
-    of_ranks = (ring_sources(rank, layout, mask, distances) for rank in range(world))
-    return sum(len(receivers) for of_rank in of_ranks for receivers in of_rank)
+def keys_sent(layout: Layout, seqlen: int, mask: Mask) -> int:
+    """Keys that leave their ranks in a forward of p2p."""
+    shape = AttentionShape(
+        seqlen=seqlen, layout=layout, num_heads=1, num_kv_heads=1, head_dim=1, mask=mask
+    )
+    world = layout.world_size
+    of_ranks = (ring_sources(rank, layout, mask, (range(1, world),)) for rank in range(world))
+    chunks = sum(len(receivers) for of_rank in of_ranks for receivers in of_rank)
+    return chunks * shape.met_rows
 
 
 def count(setting: tuple[int, int, int, LayoutName], draws: int, sigma: float) -> Row:
@@ -72,7 +76,7 @@ def count(setting: tuple[int, int, int, LayoutName], draws: int, sigma: float) -
         busiest.append(float(of_rank.max() / of_rank.mean()))
         cut = Cut(1, seqlen, layout.num_chunks, (0,))
         mask = Mask(True, *limits_of(starts, cut).tolist())
-        sent.append(chunks_sent(name, world, mask) / chunks_sent(name, world, CAUSAL))
+        sent.append(keys_sent(layout, seqlen, mask) / keys_sent(layout, seqlen, CAUSAL))
     return Row(seqlen, mean_length, world, name, mean(busiest), max(busiest), mean(sent))
 
 

@@ -262,8 +262,8 @@ def step_seconds(step: Step, setting: Setting) -> float:
     heads = kv_heads * shape.num_heads // shape.num_kv_heads
     seconds = 0.0
     for call in step.calls:
-        chunks, keys = call.q[1] - call.q[0], call.num_keys * shape.chunk
-        queries, batch = chunks * shape.chunk, shape.batch
+        rows, chunks = step.of_chunk(shape.chunk), call.q[1] - call.q[0]
+        queries, keys, batch = chunks * rows, call.num_keys * rows, shape.batch
         if call.per_chunk:
             queries, keys, batch = shape.chunk, shape.chunk, shape.batch * chunks
         # Calls of other heads run beside this one, so that a few heads fill a GPU as all do.

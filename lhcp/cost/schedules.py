@@ -18,8 +18,8 @@ def _p2p(clocks: Clocks) -> None:
     shape = clocks.shape
     world, rounds, held = shape.world_size, shape.rounds, shape.holds_all_parts
     steps = [p2p_steps(shape, rank, clocks.backward) for rank in range(world)]
-    grads, sums = shape.grad_bytes, shape.kv_sum_bytes
-    chunk, part = float(shape.chunk_bytes), float(shape.part_bytes)
+    grads, sums = map(shape.of_met_rows, (shape.grad_bytes, shape.kv_sum_bytes))
+    chunk, part = (float(shape.of_met_rows(b)) for b in (shape.chunk_bytes, shape.part_bytes))
     seen = _chunks_seen(shape)
 
     def fetch(i: int) -> list[float]:

@@ -89,9 +89,9 @@ def traffic(rotation: str, shape: AttentionShape, direction: Direction, rank: in
 def _p2p(sent: _Sent, shape: AttentionShape, back: bool, rank: int) -> None:
     owners, leaving = ring_route(rank, shape.layout, shape.mask, range(1, shape.world_size))
     for _, receiver in leaving:
-        sent.add(receiver, shape.chunk_bytes, 2)
+        sent.add(receiver, shape.of_met_rows(shape.chunk_bytes), 2)
     for owner in owners if back else ():
-        sent.add(owner, shape.part_bytes, 2)
+        sent.add(owner, shape.of_met_rows(shape.part_bytes), 2)
 
 
 def _gather(sent: _Sent, shape: AttentionShape, size: int, groups: int = 1) -> None:

@@ -119,7 +119,7 @@ class Communication:
         chunk = self._plan.shape.chunk
         for i, (step, _) in enumerate(rotation.deliver()):
             heads = step.heads[1] - step.heads[0]
-            runs = [(call, call.num_keys * chunk) for call in step.calls]
+            runs = [(call, call.num_keys * step.of_chunk(chunk)) for call in step.calls]
             rotation.collect(i, [CallGrads(call, self._gradient(run, heads)) for call, run in runs])
         rotation.owned_grads()
 

@@ -151,32 +151,39 @@ class Cuts:
         longest = self._shape.mask.longest
         if call.per_chunk:
             ends = torch.stack(
-                [_rows_within(mine[:, :, slot], [c], chunk) for slot, c in enumerate(own)], 1
+                [_rows_within(mine[:, :, s], _runs([c], chunk)) for s, c in enumerate(own)], 1
             )
             cut = _lay_out(ends.flatten(0, 1), chunk)
             return Bounds(cut, cut, min(longest, chunk), min(longest, chunk), before.shape[1] > 1)
-        rows, num_keys = chunk * len(own), chunk * len(keys)
+        part = step.of_chunk(chunk)
+        runs_of_rows, runs_of_keys = _runs(own, chunk), _runs(keys, chunk)
+        if part < chunk:
+            runs_of_rows = [(c * chunk, c * chunk + part) for c in own]
+            runs_of_keys = [((c + 1) * chunk - part, (c + 1) * chunk) for c in keys]
+        rows, num_keys = part * len(own), part * len(keys)
         if self._shape.mask.causal and not call.mask.causal:
             # What both share is the first document of the queries.
             cuts = mine[:, :, 0, :2]
         else:
             # Where the second chunk's numbers are the first one's too, it is cut already.
             cuts = mine.flatten(2).cummax(2).values
-        cut = _lay_out(_rows_within(cuts, own, chunk), rows)
+        cut = _lay_out(_rows_within(cuts, runs_of_rows), rows)
         if call.mask.causal:
             longest = min(longest, rows)
             return Bounds(cut, cut, longest, longest, before.shape[1] > 1)
-        of_keys = _lay_out(_rows_within(cuts, keys, chunk), num_keys)
+        of_keys = _lay_out(_rows_within(cuts, runs_of_keys), num_keys)
         return Bounds(cut, of_keys, rows, num_keys, before.shape[1] > 1)
 
 
-def _rows_within(before: Tensor, chunks: Sequence[int], size: int) -> Tensor:
-    """Return how many rows of some chunks are among the first `before` of the sequence."""
+def _runs(chunks: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Return the rows [start, stop) of ascending chunks; neighbours are one run."""
     edges = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(chunks)) if b != a + 1), len(chunks)]
-    counts = [
-        (before - chunks[start] * size).clamp(0, (stop - start) * size)
-        for start, stop in pairwise(edges)
-    ]
+    return [(chunks[a] * size, (chunks[b - 1] + 1) * size) for a, b in pairwise(edges)]
+
+
+def _rows_within(before: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Return how many rows of some runs are among the first `before` of the sequence."""
+    counts = [(before - start).clamp(0, stop - start) for start, stop in runs]
     return counts[0] if len(counts) == 1 else sum(counts[1:], counts[0])
 
 

@@ -49,13 +49,13 @@ def ring_forward(
 
     def start(i: int, step: Step, call: Call, kv_i: KV) -> tuple[Tensor, Tensor]:
         with spans.span("ring_forward", "compute", i, q.device):
-            keys = views.keys(kv_i, call)
+            keys = views.keys(kv_i, call, step)
             return blocks.forward(views.queries(q, call, step), keys, call, step)
 
     def finish(i: int, step: Step, results: Sequence[tuple[Tensor, Tensor]]) -> None:
         for call, (out, lse) in zip(step.calls, results, strict=True):
             out, lse = views.unfold(out, call), views.unfold_lse(lse, call)
-            merge.add(views.rows(call), views.heads(step), out, lse)
+            merge.add(views.rows(call, step), views.heads(step), out, lse)
 
     _take_steps(rotation, q.device, shape, start, finish, late=shape.gives_head_start)
     out, lse = merge.result()
@@ -92,7 +92,7 @@ def ring_backward(
             mine = BackwardInputs(
                 views.queries(dout, call, step),
                 views.queries(q, call, step),
-                views.keys(kv_i, call),
+                views.keys(kv_i, call, step),
                 views.queries(out, call, step),
                 views.lse(lse, call, step),
             )
@@ -101,7 +101,7 @@ def ring_backward(
     def finish(i: int, step: Step, results: Sequence[Grads]) -> None:
         grads = []
         for call, (dq, *dkv) in zip(step.calls, results, strict=True):
-            merge.add(views.rows(call), views.heads(step), views.unfold(dq, call))
+            merge.add(views.rows(call, step), views.heads(step), views.unfold(dq, call))
             grads.append(CallGrads(call, KV(*(views.unfold(x, call) for x in dkv))))
         rotation.collect(i, grads)
 
@@ -159,9 +159,11 @@ class _Views:
         self._chunk = shape.chunk
         self._groups = shape.num_heads // shape.num_kv_heads
 
-    def rows(self, call: Call) -> tuple[int, int]:
+    def rows(self, call: Call, step: Step) -> tuple[int, int]:
         """Return the run of the call's queries."""
-        return call.q[0] * self._chunk, call.q[1] * self._chunk
+        (first, stop), rows = call.q, step.of_chunk(self._chunk)
+        assert rows == self._chunk or stop == first + 1, (call, step)
+        return first * self._chunk, (stop - 1) * self._chunk + rows
 
     def heads(self, step: Step) -> tuple[int, int]:
         """Return the run of the step's query heads."""
@@ -169,16 +171,16 @@ class _Views:
 
     def queries(self, x: Tensor, call: Call, step: Step) -> Tensor:
         """Return the call's queries of [B, n, H, D]."""
-        return self._fold(x[:, slice(*self.rows(call)), slice(*self.heads(step))], call)
+        return self._fold(x[:, slice(*self.rows(call, step)), slice(*self.heads(step))], call)
 
-    def keys(self, kv: KV, call: Call) -> KV:
+    def keys(self, kv: KV, call: Call, step: Step) -> KV:
         """Return the call's keys of what was delivered."""
-        run = kv.tokens(call.kv[0] * self._chunk, call.kv[1] * self._chunk)
+        run = kv.tokens(*(edge * step.of_chunk(self._chunk) for edge in call.kv))
         return run.map(lambda x: self._fold(x, call)) if call.per_chunk else run
 
     def lse(self, lse: Tensor, call: Call, step: Step) -> Tensor:
         """Return the call's queries of [B, H, n]."""
-        run = lse[:, slice(*self.heads(step)), slice(*self.rows(call))]
+        run = lse[:, slice(*self.heads(step)), slice(*self.rows(call, step))]
         if not call.per_chunk:
             return run.contiguous()
         return run.unflatten(2, (call.q[1] - call.q[0], -1)).transpose(1, 2).flatten(0, 1)

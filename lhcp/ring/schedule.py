@@ -49,6 +49,12 @@ class Step(NamedTuple):
     """The chunks of the sequence that are delivered, in order."""
     last: bool = False
     """It begins once all other steps' gradients are under way, and hides the last of them."""
+    rows: int = 0
+    """Of each chunk, so many: the first of its queries, the last of its keys; 0: all of them."""
+
+    def of_chunk(self, size: int) -> int:
+        """Return the rows of a chunk of `size` that take part."""
+        return self.rows or size
 
 
 def calls_by_keys(
@@ -160,7 +166,8 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
     In the forward each query is in one call of a round, so that few results are merged; in the
     backward each key, so that few gradients travel. Calls of long tiles come first: a forward's
     tile goes through all keys, a backward's through all queries. Where `shape.splits_own` a
-    backward leaves a part of the own keys for last.
+    backward leaves a part of the own keys for last. Where no document is longer than a chunk, a
+    chunk of queries meets the one before it alone, and with `shape.met_rows` of both.
     """
     layout, mask, heads = shape.layout, shape.mask, (0, shape.num_kv_heads)
     mine, by_queries = layout.chunks(rank), mask.causal and not backward
@@ -172,7 +179,7 @@ def p2p_steps(shape: AttentionShape, rank: int, backward: bool) -> tuple[Step, .
         run = round_chunks(rank, layout, mask, distances)
         calls = calls_by_queries(mine, run, mask) if by_queries else calls_by_keys(mine, run, mask)
         # Later queries see more keys, and earlier keys, which come last, are seen by more queries.
-        steps.append(Step(calls[::-1], heads, False, run))
+        steps.append(Step(calls[::-1], heads, False, run, rows=shape.met_rows))
     if splits:
         steps.append(Step((BELOW_DIAGONAL,), heads, False, mine, last=True))
     return tuple(steps)

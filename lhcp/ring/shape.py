@@ -124,6 +124,15 @@ class AttentionShape:
         return self.seqlen // self.layout.num_chunks
 
     @property
+    def met_rows(self) -> int:
+        """Rows of a chunk that others attend to, and that attend to others, in a ring: of queries
+        its first, of keys its last; all of them where documents may be longer than a chunk."""
+        mask = self.mask
+        if not (mask.causal and mask.documents) or mask.reach > 1:
+            return self.chunk
+        return min(self.chunk, mask.longest)
+
+    @property
     def sum_bytes(self) -> int:
         """Bytes of an element of a sum over calls or ranks."""
         return 8 if self.element_bytes == 8 else 4
@@ -167,6 +176,10 @@ class AttentionShape:
     def part_bytes(self) -> int:
         """Bytes of a part: of dk and dv of one chunk, from one rank."""
         return self.grad_bytes // self.layout.chunks_per_rank
+
+    def of_met_rows(self, num_bytes: int) -> int:
+        """Return what is left of so many bytes of whole chunks where `met_rows` of each travel."""
+        return num_bytes * self.met_rows // self.chunk
 
     @cached_property
     def rounds(self) -> tuple[range, ...]:
@@ -227,7 +240,7 @@ class AttentionShape:
     @property
     def holds_all_parts(self) -> bool:
         """Whether parts of all rounds are summed at once; else each round's once they have come."""
-        return (self.world_size - 1) * self.grad_bytes <= self.tuning.held_bytes
+        return (self.world_size - 1) * self.of_met_rows(self.grad_bytes) <= self.tuning.held_bytes
 
     @property
     def round_bytes(self) -> int:

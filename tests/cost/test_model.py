@@ -94,7 +94,7 @@ def test_schedules_cover_the_triangle(rotation: str, world: int) -> None:
     ],
     ids=["default", "rounds", "split"],
 )
-@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=str)
+@pytest.mark.parametrize("mask", [CAUSAL, FULL, Mask(True, 2, 2, 1)], ids=str)
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_the_model_plays_the_schedule_that_runs(

@@ -47,6 +47,8 @@ def starts(kind: str, seqlen: int, chunk: int) -> set[int]:
 
 KINDS = ("one", "at edges", "before edges", "after edges", "of one token", "long")
 KINDS += ("all of one token", "random 0", "random 1", "random 2")
+SHORT = "short"
+"""Documents of three tokens at most, in all rows and heads: parts of chunks meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,11 @@ class Packed:
         """Rows differ: each takes the kind after the one before's."""
         found = []
         for row in range(self.batch):
-            kind = KINDS[(KINDS.index(self.kind) + row + 3 * head) % len(KINDS)]
-            of_row = {0} | starts(kind, self.seqlen, self.chunk)
+            if self.kind == SHORT:
+                of_row = {0} | set(range(1 + (row + head) % 3, self.seqlen, 3))
+            else:
+                kind = KINDS[(KINDS.index(self.kind) + row + 3 * head) % len(KINDS)]
+                of_row = {0} | starts(kind, self.seqlen, self.chunk)
             found += [row * self.seqlen + t for t in sorted(of_row) if t < self.seqlen]
         return torch.tensor([*found, self.batch * self.seqlen], dtype=torch.int32)
 
@@ -184,6 +189,25 @@ def fits(choice: dict[str, Any]) -> bool:
 
 
 CASES = [Packed(**choice) for choice in covering(FACTORS, fits)]
+CASES += [
+    Packed(
+        world_size=world_size,
+        layout=layout,
+        rotation=rotation,
+        backend=("cpu", "math")[per_head],
+        chunk=7,
+        batch=2,
+        num_kv_heads=4,
+        groups=3,
+        kind=SHORT,
+        per_head=per_head,
+    )
+    for world_size in (2, 3, 4)
+    for layout in LAYOUTS
+    for rotation in ("p2p", "hybrid", "hybrid_context_first")
+    for per_head in (False, True)
+    if serves(rotation, world_size, 12)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -107,7 +107,7 @@ def launches(geom: Geometry, dtype: torch.dtype, head_dim: int, heads: int, kv_h
         add_fused(merged, wholes)
     parts = torch.stack((k, k))[:, None].expand(2, 3, *k.shape)
     for own in (KV(k, v), None):
-        sum_fused(parts, 3, own, KV(k, v))
+        sum_fused(parts, 3, own, KV(k, v), parts.shape[3])
 
 
 def main() -> None:

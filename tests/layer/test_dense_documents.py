@@ -1,6 +1,6 @@
 """Documents in dense attention as users ask for it: compiled, recomputed, wrong, across ranks."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,8 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lhcp
 from lhcp import reference
+from lhcp.comm.layout import make_layout
+from lhcp.cost.calibration import Direction
+from lhcp.cost.traffic import traffic
+from lhcp.documents import Cut, limits_of
 from lhcp.layer.module import Mode
 from lhcp.reference_documents import documents
+from lhcp.ring.shape import AttentionShape, Mask
 from lhcp.testing.inputs import qkv, small_config
 from lhcp.testing.ranks import RankPool
 from tests.distributed.test_messages import MessageRecorder
@@ -143,8 +148,9 @@ def test_other_documents_are_said_on_every_rank(
             assert "cu_seqlens: 2 documents of digest" in said or what == "none"
 
 
-def sent(group: Any, layout: Any, starts: list[int] | None) -> list[int]:
-    """How many chunks of keys this rank gives in a forward, and parts in its backward."""
+def sent(group: Any, layout: Any, starts: list[int] | None, tokens: int) -> list[int]:
+    """How many chunks of keys this rank gives in a forward, and parts in its backward; of each so
+    many tokens."""
     parts = [lhcp.shard(x, group, layout=layout) for x in qkv(SEQLEN)]
     q, k, v = (x.requires_grad_() for x in parts[:3])
     cu_seqlens = None if starts is None else bounds(*starts)
@@ -163,27 +169,48 @@ def sent(group: Any, layout: Any, starts: list[int] | None) -> list[int]:
     with MessageRecorder() as backward:
         torch.autograd.grad(o, (q, k, v), parts[3])
     for recorder in (forward, backward):
-        assert all(kind == "send" for kind, *_ in recorder.messages)
+        sizes = {(kind, size) for kind, size, *_ in recorder.messages}
+        assert sizes <= {("send", tokens * parts[1][0, 0].numel())}
         found.append(len(recorder.messages) // 2)
     return found
 
 
 @pytest.mark.parametrize(
-    ("starts", "total"),
+    ("starts", "total", "tokens"),
     [
         # W = 4, zigzag, chunks of 6: each chunk but a rank's own is seen by those after it.
-        (None, 18),
+        (None, 18, 6),
         # Documents of one chunk each, and of half a chunk more: none, or the one before.
-        ([*range(0, SEQLEN + 1, 6)], 0),
-        ([0, *range(3, SEQLEN, 6), SEQLEN], 6),
+        ([*range(0, SEQLEN + 1, 6)], 0, 6),
+        ([0, *range(3, SEQLEN, 6), SEQLEN], 6, 6),
+        # Of three tokens, which count as four: so many of the one before.
+        ([0, *range(1, SEQLEN, 3), SEQLEN], 6, 4),
+        ([0, *range(1, SEQLEN, 2), SEQLEN], 6, 2),
     ],
-    ids=["none", "of a chunk", "across edges"],
+    ids=["none", "of a chunk", "across edges", "of three tokens", "of two"],
 )
 def test_keys_go_as_far_as_documents_reach(
-    ranks: RankPool, starts: list[int] | None, total: int
+    ranks: RankPool, starts: list[int] | None, total: int, tokens: int
 ) -> None:
     """Fails if keys that no document brings together travel all the same."""
-    counts = ranks.run(sent, 4, "zigzag", starts)
+    counts = ranks.run(sent, 4, "zigzag", starts, tokens)
     assert sum(forward for forward, _ in counts) == total
     # Keys travel in a backward too, and parts of their gradients as often.
     assert sum(backward for _, backward in counts) == 2 * total
+    # The cost model counts the same: messages of k and of v, 4 heads of 16 in float64.
+    cut = Cut(1, SEQLEN, 8, (0,))
+    limits = [] if starts is None else limits_of(torch.tensor(starts[:-1]), cut).tolist()
+    shape = AttentionShape(
+        seqlen=SEQLEN,
+        layout=make_layout("zigzag", 4),
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        element_bytes=8,
+        mask=Mask(True, *limits),
+    )
+    for rank, both in enumerate(counts):
+        for direction, chunks in zip(get_args(Direction), both, strict=True):
+            counted = traffic("p2p", shape, direction, rank)
+            assert counted.num_messages == 2 * chunks
+            assert counted.num_bytes == counted.num_messages * tokens * 4 * 16 * 8

@@ -84,12 +84,19 @@ def test_what_is_sent_is_what_is_awaited(world: int, layout: LayoutName, reach: 
                 assert back == sorted(wanted)
 
 
-def draw(batch: int, heads: int, seqlen: int, generator: random.Random) -> list[list[list[int]]]:
-    """First rows of documents of each batch row and head; now and then of one row, or edges'."""
+def draw(
+    batch: int, heads: int, seqlen: int, generator: random.Random, most: int
+) -> list[list[list[int]]]:
+    """First rows of documents of each batch row and head; now and then of one row, or edges'.
+
+    most: rows of one, more or less; 0: any.
+    """
     found = []
     for _ in range(batch):
         count = generator.choice([0, 1, 3, seqlen // 2, seqlen])
         all_starts = sorted({0, *generator.choices(range(seqlen), k=count)})
+        if most:
+            all_starts = sorted({*all_starts, *range(0, seqlen, most)})
         # Heads take some of the documents, as selections do, at rows of their own.
         found.append(
             [
@@ -133,12 +140,13 @@ def steps_of(rotation: str, shape: AttentionShape, rank: int) -> tuple[Step, ...
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_runs_are_documents(world: int, layout: LayoutName, causal: bool, rotation: str) -> None:
-    """Fails if a call of some schedule joins two documents, or parts one: random cuts."""
+    """Fails if a call of some schedule joins two documents or parts one, or if two rows of one do
+    not meet, or twice: random cuts, of short ones too."""
     generator = random.Random(f"{world} {layout} {causal} {rotation}")
-    for trial in range(6):
-        heads, chunk = 1 + trial % 2, generator.choice([1, 3, 6])
+    for trial in range(8):
+        heads, chunk = 1 + trial % 2, (1, 3, 6, 9)[trial % 4]
         plain = shape_of(world, layout, Mask(causal), chunk)
-        starts = draw(plain.batch, heads, plain.seqlen, generator)
+        starts = draw(plain.batch, heads, plain.seqlen, generator, most=(0, 3)[trial // 4])
         numbers = numbers_of(starts, plain.seqlen)
         cut = Cut(plain.batch, plain.seqlen, plain.layout.num_chunks, (0,))
         ends = [
@@ -147,10 +155,15 @@ def test_runs_are_documents(world: int, layout: LayoutName, causal: bool, rotati
         ]
         limits = torch.stack([limits_of(torch.tensor(e), cut) for e in ends]).amax(0)
         shape = shape_of(world, layout, Mask(causal, *limits.tolist()), chunk)
-        by_chunk = numbers.unflatten(2, (-1, chunk))
+        assert (
+            shape.met_rows < chunk if causal and trial >= 6 else causal or shape.met_rows == chunk
+        )
+        places = torch.arange(plain.seqlen).unflatten(0, (-1, chunk))
+        pairs_met = torch.zeros(plain.batch, heads, plain.seqlen, plain.seqlen, dtype=torch.int32)
         for rank in range(world):
             cuts, mine = Cuts(numbers, shape, rank), shape.layout.chunks(rank)
             for step in steps_of(rotation, shape, rank):
+                part = step.of_chunk(chunk)
                 for call in step.calls:
                     bounds = cuts.bounds(call, step)
                     assert bounds.per_head == (heads > 1)
@@ -158,15 +171,20 @@ def test_runs_are_documents(world: int, layout: LayoutName, causal: bool, rotati
                     keys = sorted(step.keys[slice(*call.kv)])
                     pairs = [([c], [c]) for c in own] if call.per_chunk else [([*own], keys)]
                     segments = [
-                        (by_chunk[b, h, q].flatten(), by_chunk[b, h, k].flatten())
+                        (b, h, places[q, :part].flatten(), places[k, chunk - part :].flatten())
                         for b in range(plain.batch)
                         for q, k in pairs
                         for h in range(heads)
                     ]
-                    for i, (q, k) in enumerate(segments):
+                    for i, (b, h, q, k) in enumerate(segments):
                         seen = met(bounds, len(q), len(k), i)
-                        assert torch.equal(seen, q[:, None] == k[None, :])
+                        assert torch.equal(seen, numbers[b, h, q][:, None] == numbers[b, h, k])
+                        if call.mask.causal:
+                            seen &= q[:, None] >= k
+                        pairs_met[b, h, q[:, None], k] += seen
                     lengths = bounds.q.diff().max(), bounds.kv.diff().max()
                     assert lengths[0] <= bounds.longest_q and lengths[1] <= bounds.longest_kv
-                    assert bounds.q[-1] == sum(len(q) for q, _ in segments)
-                    assert bounds.kv[-1] == sum(len(k) for _, k in segments)
+                    assert bounds.q[-1] == sum(len(q) for *_, q, _ in segments)
+                    assert bounds.kv[-1] == sum(len(k) for *_, k in segments)
+        may = numbers[..., :, None] == numbers[..., None, :]
+        assert torch.equal(pairs_met, (may.tril() if causal else may).int())

@@ -20,6 +20,7 @@ def _sum_kernel(
     first,
     B,
     T,
+    CHUNK,
     s_own_k_b,
     s_own_k_t,
     s_own_v_b,
@@ -34,13 +35,16 @@ def _sum_kernel(
     HAS_OWN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sum parts. Example: 3 parts, first=2: chunk 0 sums parts 0 and 1, chunk 1 sums part 2."""
+    """Sum parts, of the last T rows of a chunk of CHUNK.
+
+    Example: 3 parts, first=2: chunk 0 sums parts 0 and 1, chunk 1 sums part 2.
+    """
     i_t, i_slot, i_kb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_kind, i_b = i_kb // B, (i_kb % B).to(tl.int64)
     o_t = (i_t * BT + tl.arange(0, BT)).to(tl.int64)
     o_d = tl.arange(0, BD)
     m_td = (o_t < T)[:, None] & (o_d < HD)[None, :]
-    o_row = i_slot.to(tl.int64) * T + o_t
+    o_row = (i_slot.to(tl.int64) + 1) * CHUNK - T + o_t
 
     b_sum = tl.full([BT, BD], 0.0, WIDE)
     if HAS_OWN:
@@ -70,7 +74,7 @@ def _rows_together(x: Tensor) -> Tensor:
     return x if together else x.contiguous()
 
 
-def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
+def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV, chunk: int) -> None:
     """Sum as `lhcp.ring.merge.sum_parts.sum_parts`, in float32."""
     _, num_parts, batch, tokens, heads, head_dim = parts.shape
     width = heads * head_dim
@@ -81,7 +85,7 @@ def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
     strides = [stride for x in (*given, *out) for stride in x.stride()[:2]]
     assert all(_rows_together(x) is x for x in out), "sums are written in rows that lie together"
     _sum_kernel.launch(
-        (ceil_div(tokens, rows), out[0].shape[1] // tokens, 2 * batch),
+        (ceil_div(tokens, rows), out[0].shape[1] // chunk, 2 * batch),
         (
             parts,
             *given,
@@ -90,6 +94,7 @@ def sum_fused(parts: Tensor, first: int, own: KV | None, out: KV) -> None:
             first,
             batch,
             tokens,
+            chunk,
             *strides,
         ),
         num_warps=4,

@@ -70,7 +70,8 @@ class AllGather:
         if self._total is None:
             self._total = KV(like.new_empty(like.shape), like.new_empty(like.shape))
         own = None if self._own is None else self._own.heads(*heads)
-        sum_parts(parts, self._leaving.first, own, self._total.heads(*heads))
+        chunk = self._context.shape.chunk
+        sum_parts(parts, self._leaving.first, own, self._total.heads(*heads), chunk)
         self._arrived += 1
         self._leaving = None
 

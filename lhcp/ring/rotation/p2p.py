@@ -99,7 +99,7 @@ class P2P:
                 # The own part of the first chunk, which comes last.
                 counts[0] += 1
             batch, _, *rest = self._like.shape
-            row = (batch, self._context.shape.chunk, *rest)
+            row = (batch, self._context.shape.met_rows, *rest)
             self._first = counts[0]
             allocate = self._context.ranks.receive_buffer
             self._parts = allocate(self._like, 2, sum(counts), *row)
@@ -124,6 +124,12 @@ class P2P:
             return
         assert self._parts is not None
         dtype = like.dtype if self._arrived == rounds else wide(like.dtype)
-        total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
-        sum_parts(self._parts, self._first, self._total, total)
+        own, chunk = self._total, self._context.shape.chunk
+        assert own is not None
+        if self._parts.shape[3] == chunk:
+            total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
+        else:
+            # Most rows have no parts: they are what the own are.
+            total = own = own.map(lambda x: x.to(dtype).contiguous())
+        sum_parts(self._parts, self._first, own, total, chunk)
         self._total, self._parts = total, None

@@ -14,6 +14,8 @@ from lhcp.ring.rotation.messages import join_chunks, split_chunks
 class RoundFetch:
     """k and v of the chunks of a round of the ring, straight from their owners, under way.
 
+    Of each chunk its last `met_rows`.
+
     Args:
         kv: [B, slots * tokens, heads, D], this rank's.
         distances: of the round; keys come from as many ranks back as each says.
@@ -22,7 +24,11 @@ class RoundFetch:
     def __init__(self, context: RotationContext, kv: KV, distances: range) -> None:
         layout, group = context.layout, context.group
         owners, leaving = ring_route(group.rank(), layout, context.mask, distances)
-        own = [split_chunks(x, layout.chunks_per_rank).unbind() for x in kv]
+        rows = context.shape.met_rows
+        own = [
+            [chunk[:, -rows:].contiguous() for chunk in x.chunk(layout.chunks_per_rank, 1)]
+            for x in kv
+        ]
         self._buffers = [
             context.ranks.receive_buffer(x, len(owners), *slots[0].shape)
             for x, slots in zip(kv, own, strict=True)

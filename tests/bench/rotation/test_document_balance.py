@@ -2,7 +2,8 @@
 
 import torch
 
-from bench.rotation.document_balance import chunks_sent, count, work_of_chunks
+from bench.rotation.document_balance import count, keys_sent, work_of_chunks
+from lhcp.comm.layout import make_layout
 from lhcp.ring.shape import CAUSAL, Mask
 
 
@@ -12,10 +13,13 @@ def test_work_is_pairs_inside_documents() -> None:
 
 
 def test_keys_sent_are_those_that_documents_reach() -> None:
-    assert chunks_sent("zigzag", 4, CAUSAL) == 18
-    assert chunks_sent("zigzag", 4, Mask(True, 1, 6, 0)) == 0
+    # Chunks of 6.
+    layout = make_layout("zigzag", 4)
+    assert keys_sent(layout, 48, CAUSAL) == 18 * 6
+    assert keys_sent(layout, 48, Mask(True, 1, 6, 0)) == 0
     # Each chunk but the last is seen by the one after it: on another rank, but for one.
-    assert chunks_sent("zigzag", 4, Mask(True, 2, 6, 1)) == 6
+    assert keys_sent(layout, 48, Mask(True, 2, 8, 1)) == 6 * 6
+    assert keys_sent(layout, 48, Mask(True, 2, 4, 1)) == 6 * 4
 
 
 def test_documents_longer_than_the_sequence_are_none() -> None:
