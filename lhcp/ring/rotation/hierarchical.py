@@ -92,8 +92,8 @@ class Hierarchical:
             parts = self._parts.wait()
         dtype = wide(like.dtype)
         total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
-        own, chunk = self._own if j == 0 else None, self._context.shape.chunk
-        sum_parts(parts, self._parts.first, own, total, chunk)
+        grads, chunk = self._own if j == 0 else None, self._context.shape.chunk
+        sum_parts(parts, self._parts.first, grads, total, chunk)
         self._parts = None
         self._node += 1
         if j == 0:
