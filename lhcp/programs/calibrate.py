@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 import tyro
-from torch.distributed.device_mesh import init_device_mesh
 
-from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.measure.calibrate import Grid, calibrate
+from lhcp.programs.over_nodes import joined
 from lhcp.training.process import Process, run_to_exit
 
 ON = {
@@ -111,20 +110,6 @@ def rows(found: Calibration) -> list[str]:
         f"{link.gather_factor:.2f} of that time a byte, all-to-alls {link.alltoall_factor:.2f}"
         for name, link in (("inside", found.inner), ("across", found.outer))
     ]
-
-
-def joined(nodes: int, own: Process) -> Ranks:
-    """Return all ranks, of two axes where there are several nodes; a collective.
-
-    Raises:
-        ValueError: the ranks do not divide over the nodes.
-    """
-    if nodes < 1 or own.world_size % nodes:
-        raise ValueError(f"nodes={nodes}: must divide the {own.world_size} ranks")
-    if nodes == 1:
-        return Ranks(dist.group.WORLD if own.world_size > 1 else None)
-    shape = (nodes, own.world_size // nodes)
-    return as_ranks(init_device_mesh(own.device.type, shape, mesh_dim_names=("node", "local")))
 
 
 def main(arguments: Arguments, own: Process) -> None:

@@ -3,8 +3,10 @@
     torchrun --standalone --nproc-per-node 8 -m lhcp overhead --seqlen 98304
     torchrun ... -m lhcp overhead --seqlen 98304 --dense --heads 32 --kv-heads 8
     torchrun ... -m lhcp overhead --seqlen 98304 --step-seconds 1.9 --layers 26
+    torchrun --nnodes 4 ... -m lhcp overhead --seqlen 1048576 --nodes 4 --rotation hybrid
 
-With the last two: the share of your training step. The layer is that of LighthouseConfig.fit.
+With --step-seconds and --layers: the share of your training step. The layer is that of
+LighthouseConfig.fit.
 """
 
 from collections.abc import Sequence
@@ -13,12 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import tyro
 
 from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
+from lhcp.cost.tables import read_calibration
 from lhcp.measure import measure_overhead
+from lhcp.programs.over_nodes import joined
+from lhcp.ring.heads import TWO_AXES
 from lhcp.training.process import Process, run_to_exit
 
 
@@ -45,6 +49,10 @@ class Arguments:
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     rotation: str = "auto"
     """By its name."""
+    calibration: str = ""
+    """A table by which the rotation is chosen, of `lhcp calibrate`; empty: `rotation` says."""
+    nodes: int = 1
+    """Of as many ranks each: above 1, rotations for several nodes can be measured."""
     backend: str = "auto"
     """The block attention, by its name."""
     kernels: str = "auto"
@@ -76,9 +84,18 @@ class Arguments:
 def main(arguments: Arguments, own: Process) -> None:
     """Measure on all ranks; rank 0 prints."""
     a, config = arguments, arguments.config(own.world_size)
-    group = dist.group.WORLD if own.world_size > 1 else None
-    padded = ContextParallel(group, layout=a.layout).padded_length(a.seqlen, config)
-    dtype = a.dtype
+    if a.calibration and a.rotation != "auto":
+        raise ValueError(
+            f"calibration={a.calibration!r} and rotation={a.rotation!r}: both choose a rotation; "
+            "leave one out"
+        )
+    if a.nodes == 1 and a.rotation in TWO_AXES:
+        raise ValueError(
+            f"rotation={a.rotation!r}: is for several nodes; say with --nodes 2 that these ranks "
+            "are on two, or count as two"
+        )
+    ranks, dtype = joined(a.nodes, own), a.dtype
+    padded = ContextParallel(ranks, layout=a.layout).padded_length(a.seqlen, config)
     if dtype == "auto":
         dtype = "bfloat16" if own.device.type == "cuda" else "float32"
     report = measure_overhead(
@@ -89,9 +106,9 @@ def main(arguments: Arguments, own: Process) -> None:
         head_dim=a.head_dim,
         batch=a.batch,
         dtype=getattr(torch, dtype),
-        group=group,
+        group=ranks,
         layout=a.layout,
-        rotation=a.rotation,
+        rotation=read_calibration(a.calibration, ranks) if a.calibration else a.rotation,
         backend=a.backend,
         kernels=a.kernels,
         device=own.device,

@@ -44,6 +44,17 @@ def test_overhead_is_a_sentence_within_its_budget(tmp_path: Path) -> None:
     assert "N=1,000 " in run(tmp_path, "overhead", *small, "--dense", "--seqlen", "997")
 
 
+def test_overhead_of_a_rotation_for_nodes(tmp_path: Path) -> None:
+    """Fails if ranks cannot be told that they are on nodes, or two ways to choose both count."""
+    small = ("--seqlen", "1000", "--heads", "2", "--head-dim", "16", "--budget", "1", "--dense")
+    over_nodes = ("overhead", *small, "--nodes", "2")
+    assert "\nhybrid | zigzag | W=2" in run(tmp_path, *over_nodes, "--rotation", "hybrid")
+    said = run(tmp_path, *over_nodes, "--rotation", "p2p", "--calibration", "x.json", status=1)
+    assert "leave one out" in said
+    said = run(tmp_path, "overhead", *small, "--rotation", "hybrid", status=1)
+    assert "--nodes" in said
+
+
 def test_calibrate_writes_what_is_read_back(tmp_path: Path) -> None:
     sizes = ("--seqlens", "128", "--queries", "64", "--keys", "64", "--heads", "2")
     said = run(tmp_path, "calibrate", "--out", "table.json", *sizes)
