@@ -1,7 +1,7 @@
 """For each length, how to split GPUs over sequences and ranks of one: the most tokens a second.
 
     python -m bench.scaling.plan                        # 32 and 256 GPUs, H200 and B200, 256K to 4M
-    python -m bench.scaling.plan --gpus 64 --seqlens 1048576 --calibrations mine.json --eager
+    python -m bench.scaling.plan --gpus 64 --seqlens 1048576 --calibrations mine.json --room-gib 80
 
 Every (dp, cp) whose sequences are no more than --batch-tokens together, and whose rank has room, by
 the cost model with the fastest rotation of each: attention layers alone, since the matrix products
@@ -24,6 +24,8 @@ ROOM = {"H200": 141e9 / 2**30, "B200": 180e9 / 2**30}
 """GiB of a GPU."""
 SPARE = 0.9
 """Of which a run uses so much at most."""
+TOKENS = 2**17, 2**24
+"""Of a step, where nothing is said: for each GPU, and at most."""
 
 
 def splits(gpus: int, seqlen: int, batch_tokens: int) -> Iterator[tuple[int, int]]:
@@ -51,12 +53,9 @@ def options(asked: Question, gpus: int, batch_tokens: int, room: float) -> list[
     return sorted(found, key=lambda row: -row["tokens_s"])
 
 
-def show(page: Page, calibration: Calibration, args: argparse.Namespace) -> list[Row]:
+def show(page: Page, calibration: Calibration, room: float, args: argparse.Namespace) -> list[Row]:
     """Show the best split of each length and the next best, for each number of GPUs."""
     best = []
-    room = args.room_gib or ROOM.get(calibration.name.split(",")[0])
-    if room is None:
-        raise SystemExit(f"--room-gib: how much memory has a {calibration.name}?")
     for gpus, batch_tokens in zip(args.gpus, args.batch_tokens, strict=True):
         page.table(
             f"{calibration.name}, {gpus} GPUs",
@@ -96,13 +95,18 @@ def parse() -> argparse.Namespace:
         "--batch-tokens",
         type=int,
         nargs="*",
-        default=[2**22, 2**24],
-        help="of a step, at most: for each of --gpus",
+        help=f"of a step, at most: for each of --gpus; by default {TOKENS[0]:,} a GPU, and "
+        f"{TOKENS[1]:,} at most",
     )
     parser.add_argument("--room-gib", type=float, help="memory of a GPU, if it is no built-in one")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--out", help="write <out>.md and <out>.json")
     args = parser.parse_args()
+    if args.batch_tokens is None:
+        args.batch_tokens = [min(TOKENS[0] * gpus, TOKENS[1]) for gpus in args.gpus]
+    unknown = [name for name in args.calibrations if name not in ROOM]
+    if unknown and args.room_gib is None:
+        parser.error(f"--room-gib: how much memory has a GPU of {unknown[0]}?")
     if len(args.batch_tokens) != len(args.gpus):
         parser.error(f"--batch-tokens: as many as --gpus, which are {len(args.gpus)}")
     return args
@@ -123,7 +127,8 @@ def main() -> None:
     records = []
     for name in args.calibrations:
         table = read_or_built_in(name)
-        records += show(page, table if args.eager else table.in_graphs(), args)
+        room = args.room_gib or ROOM[name]
+        records += show(page, table if args.eager else table.in_graphs(), room, args)
     page.close(args.out, records)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench.scaling.layer import Question, binds
 from bench.scaling.limits import limit
-from bench.scaling.plan import options, splits
+from bench.scaling.plan import options, parse, splits
 from lhcp.cost.calibration import Host, Link
 from lhcp.cost.choose import predict
 from lhcp.cost.tables import B200
@@ -68,6 +68,19 @@ def test_no_prediction_beats_the_limit(rotation: str) -> None:
     for direction in ("forward", "backward"):
         phase = found[direction]
         assert phase["ms"]["NIC"] == pytest.approx(1e3 * phase["bytes"][0] / 40e9)
+
+
+def test_tokens_of_a_step_follow_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --gpus alone is refused, or a table of unknown memory is not refused at once."""
+    command = ["plan", "--gpus", "32", "64", "256"]
+    monkeypatch.setattr("sys.argv", command)
+    assert parse().batch_tokens == [4 * M, 8 * M, 16 * M]
+    for more in (["--batch-tokens", "1"], ["--calibrations", "mine.json"]):
+        monkeypatch.setattr("sys.argv", command + more)
+        with pytest.raises(SystemExit):
+            parse()
+    monkeypatch.setattr("sys.argv", [*command, "--calibrations", "mine.json", "--room-gib", "80"])
+    assert parse().room_gib == 80
 
 
 @pytest.mark.slow
