@@ -16,9 +16,9 @@ from bench.rotation.predict_rows import milliseconds
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
-from lhcp.cost.choose import predict
+from lhcp.cost.choose import PhasePrediction, predict
 from lhcp.cost.tables import read_calibration
-from lhcp.measure import measure_overhead
+from lhcp.measure import OverheadReport, measure_overhead
 from lhcp.measure.calibrate import Grid, calibrate, with_links
 from lhcp.ring.shape import AttentionShape
 
@@ -100,18 +100,56 @@ def compare(
     record["link"] = asdict(calibration.outer)
     for phase in ("forward", "backward"):
         guess, found = getattr(predicted, phase), report.phase(phase)
+        seconds = found.compute.median
+        played = with_compute(rotation, shape, calibration, phase, seconds)
         record[phase] = {
             "bytes": found.bytes_per_rank,
             "across_bytes": guess.traffic.across_bytes if args.nodes > 1 else 0,
             "predicted": milliseconds(guess),
+            "with_compute": milliseconds(played),
             "measured": {
                 "T": 1e3 * found.real.median,
-                "C": 1e3 * found.compute.median,
+                "C": 1e3 * seconds,
+                "calls": [1e3 * calls(report, phase, run) for run in ("compute", "real")],
                 "M": 1e3 * found.communication.median,
                 "exposed": 1e3 * found.exposed,
             },
         }
     return record
+
+
+def calls(report: OverheadReport, phase: str, run: str) -> float:
+    """Sum the block calls of each step's slowest rank, in a run: "compute", alone, or "real".
+
+    In both, ranks of uneven pace have more than C, where they wait for nobody; in the real one also
+    what messages take of compute.
+    """
+    return sum(
+        step.timing.median
+        for step in report.steps
+        if (step.variant, step.phase, step.kind) == (run, phase, "compute")
+    )
+
+
+def with_compute(
+    rotation: str, shape: AttentionShape, calibration: Calibration, phase: str, seconds: float
+) -> PhasePrediction:
+    """Play a direction with blocks and merges that take the compute's seconds, all slower alike.
+
+    What is exposed is predicted from compute and links: this leaves the links and the schedule.
+    """
+    factor = 1.0
+    for _ in range(8):
+        table = replace(
+            calibration,
+            square=tuple((n, factor * f, factor * b) for n, f, b in calibration.square),
+            full=tuple((n, m, factor * f, factor * b) for n, m, f, b in calibration.full),
+            merge_bandwidth=calibration.merge_bandwidth / factor,
+        )
+        found: PhasePrediction = getattr(predict(rotation, shape, table), phase)
+        # Copies and the smallest operation stay as they are, so that one step is not enough.
+        factor *= seconds / found.compute
+    return found
 
 
 def print_comparison(record: Row) -> None:
