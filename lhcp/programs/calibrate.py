@@ -16,7 +16,7 @@ import tyro
 
 from lhcp.cost.calibration import Calibration
 from lhcp.measure.calibrate import Grid, calibrate
-from lhcp.programs.over_nodes import joined
+from lhcp.training.placement import over_nodes
 from lhcp.training.process import Process, run_to_exit
 
 ON = {
@@ -114,7 +114,7 @@ def rows(found: Calibration) -> list[str]:
 
 def main(arguments: Arguments, own: Process) -> None:
     """Measure on all ranks; rank 0 prints the table and writes it."""
-    ranks = joined(arguments.nodes, own)
+    ranks = over_nodes(arguments.nodes, own.device)
 
     def say(text: str) -> None:
         if own.rank == 0:

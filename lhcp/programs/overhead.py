@@ -21,8 +21,8 @@ from lhcp.config import LighthouseConfig
 from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.tables import read_calibration
 from lhcp.measure import measure_overhead
-from lhcp.programs.over_nodes import joined
 from lhcp.ring.heads import TWO_AXES
+from lhcp.training.placement import over_nodes
 from lhcp.training.process import Process, run_to_exit
 
 
@@ -94,7 +94,7 @@ def main(arguments: Arguments, own: Process) -> None:
             f"rotation={a.rotation!r}: is for several nodes; say with --nodes 2 that these ranks "
             "are on two, or count as two"
         )
-    ranks, dtype = joined(a.nodes, own), a.dtype
+    ranks, dtype = over_nodes(a.nodes, own.device), a.dtype
     padded = ContextParallel(ranks, layout=a.layout).padded_length(a.seqlen, config)
     if dtype == "auto":
         dtype = "bfloat16" if own.device.type == "cuda" else "float32"

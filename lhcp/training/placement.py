@@ -140,3 +140,18 @@ def wants_graphs(run: Run, device: torch.device) -> bool:
 def _started_together() -> int:
     """Return the ranks of a node that the launcher started; without one, all are on one node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def over_nodes(nodes: int, device: torch.device) -> Ranks:
+    """Return all ranks, of two axes where they are on several nodes; a collective.
+
+    Raises:
+        ValueError: they do not divide over the nodes.
+    """
+    world_size = dist.get_world_size()
+    if nodes < 1 or world_size % nodes:
+        raise ValueError(f"nodes={nodes}: must divide the {world_size} ranks")
+    if nodes == 1:
+        return Ranks(dist.group.WORLD if world_size > 1 else None)
+    shape = (nodes, world_size // nodes)
+    return as_ranks(init_device_mesh(device.type, shape, mesh_dim_names=OVER_NODES))
