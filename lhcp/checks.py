@@ -5,6 +5,11 @@ from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_AXES = "axes are [batch, seqlen, heads, head_dim]: transpose(1, 2) makes them of torch's order"
+
+_MOST_HEADS = 256
+"""More than any model has: where they outnumber the tokens, too, these are tokens."""
+
 
 def shape_of(x: Tensor) -> str:
     """Return shape, dtype and device of a tensor, for an error message."""
@@ -83,12 +88,17 @@ def _check(named: dict[str, Tensor]) -> None:
     if "v" in named and named["v"].shape != k.shape:
         raise ValueError(f"{_listing(named)}: k and v must have the same shape")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{_listing(named)}: q and k must agree in all axes but the heads")
+        raise ValueError(
+            f"{_listing(named)}: q and k must agree in all axes but the heads; {_AXES}"
+        )
+    # In this order, so that a graph does not depend on the number of tokens.
+    if q.shape[2] > _MOST_HEADS and q.shape[2] > q.shape[1]:
+        raise ValueError(f"{_listing(named)}: {q.shape[2]} heads of {q.shape[1]} tokens; {_AXES}")
     if q.shape[2] % k.shape[2]:
         fits = [n for n in range(1, q.shape[2] + 1) if q.shape[2] % n == 0]
         raise ValueError(
             f"{_listing(named)}: the {q.shape[2]} query heads must be a multiple of the "
-            f"{k.shape[2]} kv heads; kv heads that fit: {', '.join(map(str, fits))}"
+            f"{k.shape[2]} kv heads; kv heads that fit: {', '.join(map(str, fits))}; {_AXES}"
         )
 
 

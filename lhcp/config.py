@@ -223,6 +223,8 @@ class LighthouseConfig:
         wishes = {name: getattr(self, name) for name in self.__dataclass_fields__}
         found = self._fit(seqlen, self.num_strata, wishes)
         changed = [f"{k}={getattr(found, k)}" for k, v in wishes.items() if getattr(found, k) != v]
+        if not changed:
+            return ""
         length = found.padded_length(seqlen)
         return f"; or seqlen={length} with {', '.join(changed)} (LighthouseConfig.fit)"
 

@@ -50,6 +50,15 @@ def test_a_field_names_value_rule_and_what_fits(
         LighthouseConfig(**{field: value} | others)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("what", ["layout", "rotation", "backend", "kernels"])
+def test_a_name_that_is_none_is_refused_where_a_layer_is_made(what: str) -> None:
+    """Fails if a mistyped choice is heard of in the first step alone."""
+    choice: dict[str, Any] = {what: "p3p"}
+    for make in (lhcp.ContextParallel, lambda **c: lhcp.LighthouseAttention(None, **c)):
+        with pytest.raises(ValueError, match=f"{what}='p3p': must be one of"):
+            make(**choice)
+
+
 def test_unknown_scorer_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="scorer='loud': must be one of norm, dilated"):
         LighthouseConfig(scorer="loud")  # type: ignore[arg-type]
@@ -83,6 +92,14 @@ def test_seqlen_that_does_not_cut_names_what_keeps_every_rule(seqlen: int) -> No
         length, topk = map(int, re.findall(r"(?:seqlen|topk)=(\d+)", other))
         assert seqlen <= length < config.min_seqlen
         assert replace(config, topk=topk).subsequence_length(length) < length
+
+
+def test_the_smallest_config_offers_no_other() -> None:
+    """Fails if an offer names a config that is the same."""
+    config = LighthouseConfig(num_levels=2, pool_factor=2, topk=2, num_strata=1)
+    with pytest.raises(ValueError, match="for example 4;") as raised:
+        config.check_seqlen(3)
+    assert "LighthouseConfig.fit" not in str(raised.value)
 
 
 def test_seqlen_too_short_for_topk_offers_a_topk_that_fits() -> None:
@@ -141,6 +158,16 @@ BAD_TENSORS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda q, k, v: (q, k[:, :, :3], v[:, :, :3]),
         ValueError,
         "kv heads that fit: 1, 2, 4",
+    ),
+    "torchs-order": (
+        lambda q, k, v: tuple(x.transpose(1, 2) for x in (q, k[:, :, :2], v[:, :, :2])),
+        ValueError,
+        r"axes are \[batch, seqlen, heads, head_dim\]",
+    ),
+    "torchs-order-of-equal-heads": (
+        lambda q, k, v: (torch.zeros(1, 4, 512, 8),) * 3,
+        ValueError,
+        r"512 heads of 4 tokens; axes are \[batch, seqlen, heads, head_dim\]",
     ),
 }
 

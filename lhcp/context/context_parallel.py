@@ -18,7 +18,7 @@ from lhcp.context.sdpa import check_sdpa, in_torchs_dtype
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.plan import Choices, by_name
+from lhcp.layer.plan import Choices, by_name, check_names
 from lhcp.timing import Spans
 
 
@@ -43,8 +43,8 @@ class ContextParallel:
             every batch.
 
     Raises:
-        TypeError, ValueError: the group is none, this rank is not in it, or no layout has this
-            name.
+        TypeError, ValueError: the group is none, this rank is not in it, or a name is none that
+            there is.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class ContextParallel:
         self.cut = make_layout(layout, self.ranks.world_size)
         self.ignore_index = ignore_index
         self.choices = Choices(layout, rotation, backend, kernels, timers=timers, debug=debug)
+        check_names(self.choices)
         self._agreed = False
 
     @property

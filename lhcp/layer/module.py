@@ -17,7 +17,7 @@ from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given
 from lhcp.layer.graphs import Graphs, Kind
 from lhcp.layer.lighthouse import sparse_attention
-from lhcp.layer.plan import Choices, by_name
+from lhcp.layer.plan import Choices, by_name, check_names
 from lhcp.layer.spread import warn_if_constant
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection
@@ -62,6 +62,7 @@ class LighthouseAttention(nn.Module):
         super().__init__()
         # Here, because a module makes a parameter its own.
         check_scale(scale)
+        check_names(Choices(layout, rotation, backend, kernels))
         self.config = config
         self.ranks = as_ranks(group, two_axes=by_name(rotation))
         self.layout: LayoutName = layout

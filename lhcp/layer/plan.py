@@ -84,6 +84,24 @@ def by_name(rotation: str | Calibration) -> bool:
     return not isinstance(rotation, str) or rotation in TWO_AXES
 
 
+def check_names(choices: Choices) -> None:
+    """Check that every choice is one that there is, before anything is known of tensors.
+
+    Raises:
+        ValueError: one is not; the message has those that are.
+    """
+    make_layout(choices.layout, 1)
+    if isinstance(choices.rotation, str):
+        _check_name("rotation", choices.rotation, (*rotations.names(), *PACKAGE_RINGS))
+    _check_name("backend", choices.backend, tuple(BLOCKS))
+    _check_name("kernels", choices.kernels, KERNELS)
+
+
+def _check_name(what: str, name: str, names: Sequence[str]) -> None:
+    if name != "auto" and name not in names:
+        raise ValueError(f"{what}={name!r}: must be one of auto, {', '.join(names)}")
+
+
 def make_plan(
     q: Tensor,
     k: Tensor,
@@ -146,9 +164,7 @@ def check_rotation(name: str, ranks: Ranks, num_heads: int) -> None:
     Raises:
         ValueError: it does not, or cannot.
     """
-    names = (*rotations.names(), *PACKAGE_RINGS)
-    if name not in names:
-        raise ValueError(f"rotation={name!r}: must be one of auto, {', '.join(names)}")
+    _check_name("rotation", name, (*rotations.names(), *PACKAGE_RINGS))
     if (reason := rotations.refuses(name, ranks, num_heads)) is not None:
         raise ValueError(f"rotation={name!r}: {reason}")
 
@@ -215,8 +231,7 @@ def choose_backend(
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
             _announce(name, asked)
-    if name not in BLOCKS:
-        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BLOCKS)}")
+    _check_name("backend", name, tuple(BLOCKS))
     block = BLOCKS[name]
     if block.missing is not None:
         raise ImportError(f"backend={name!r}: {block.missing}")
@@ -289,8 +304,7 @@ def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> st
     if kernels == "auto":
         fits = device.type == "cuda" and dtype != torch.float64
         return "triton" if fits and HAS_TRITON else "torch"
-    if kernels not in KERNELS:
-        raise ValueError(f"kernels={kernels!r}: must be one of auto, {', '.join(KERNELS)}")
+    _check_name("kernels", kernels, KERNELS)
     if kernels == "triton" and not HAS_TRITON:
         raise ImportError("kernels='triton': Triton is missing; pip install 'lhcp[triton]'")
     if kernels == "triton" and dtype == torch.float64:

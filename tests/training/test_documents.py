@@ -82,7 +82,7 @@ def test_without_documents_every_byte_is_asked_for(tmp_path: Path) -> None:
 
 def test_every_sequence_fits_the_selection(tmp_path: Path, small_run: Run) -> None:
     """Fails if a run could meet a stratum in which more documents begin than it can expand."""
-    run = replace(small_run, seqlen=256)
+    run = replace(small_run, seqlen=256, data=DataConfig(documents=True))
     generator = np.random.default_rng(0)
     corpus = corpus_of(tmp_path, generator.integers(1, 12, 250).tolist())
     data = Sequences(corpus, run.seqlen, 0, shortest=run.shortest_document)

@@ -1,4 +1,5 @@
-"""A checkpoint that changes shape: on other ranks, and back from dense, layers take equal entries.
+"""A checkpoint that changes shape: on other ranks, with layers cut over them, and back from dense,
+layers take equal entries.
 
 Selections of whole models have equal bits as far as rounding leaves scores in order: in float32, of
 a small model whose first layer is dense (equal bytes have equal scores there), it does.
@@ -61,20 +62,21 @@ def look(group: object, run: Run) -> Seen:
             set_mode(trainee.model, mode)
             seen.picked.append([])
             (loss,) = sum_over_ranks([loss_sum(trainee, batch)], torch.device("cpu"))
-            seen.losses.append(loss / batch.tokens.numel())
+            # Ranks that cut layers among them have the same share.
+            seen.losses.append(loss / batch.tokens.numel() / run.tp)
     return seen
 
 
 def joined(parts: list[Seen], run: Run) -> Seen:
-    """Put the parts of all ranks of a sequence together."""
+    """Put the parts of all ranks of a sequence together, and the heads of those that cut layers."""
+
+    def whole_of(mode: int, layer: int, i: int) -> Tensor:
+        own = [part.picked[mode][layer][i] for part in parts]
+        # Neighbours have the same tokens.
+        return torch.cat([together(own[t :: run.tp], run.layout, 2) for t in range(run.tp)], 1)
+
     whole = [
-        [
-            tuple(
-                together([part.picked[m][layer][i] for part in parts], run.layout, 2)
-                for i in (0, 1)
-            )
-            for layer in range(len(parts[0].picked[m]))
-        ]
+        [(whole_of(m, layer, 0), whole_of(m, layer, 1)) for layer in range(len(parts[0].picked[m]))]
         for m in range(len(MODES))
     ]
     return Seen(parts[0].done, parts[0].losses, whole)
@@ -107,7 +109,8 @@ def test_layers_select_the_same_on_other_ranks_and_after_the_dense_stage(
     before: list[Seen] = []
     for cp, step in ((2, 3), (4, 5), (1, 7)):
         run_ranks(cp, stop_after, replace(run, cp=cp), step)
-        found = [joined(run_ranks(n, look, replace(run, cp=n)), run) for n in (2, 4, 1)]
+        meshes = [replace(run, cp=cp, tp=tp) for cp, tp in ((2, 1), (4, 1), (1, 1), (2, 2))]
+        found = [joined(run_ranks(mesh.cp * mesh.tp, look, mesh), mesh) for mesh in meshes]
         first = found[0]
         assert first.done == step - 1
         assert first.losses[0] != first.losses[1], "both modes attend alike"
