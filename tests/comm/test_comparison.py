@@ -16,11 +16,17 @@ WORLD = 4
 
 def late(group: Any) -> str:
     own = dist.new_group(range(WORLD))
-    store_of(own).set_timeout(timedelta(seconds=2))
     if own.rank() == 2:
         return ""
-    with pytest.raises(ValueError) as error:
-        compare(Ranks(own), {"call": "x"})
+    store = store_of(own)
+    # Of the one store of all groups, which later tests wait at.
+    before = store.timeout
+    store.set_timeout(timedelta(seconds=2))
+    try:
+        with pytest.raises(ValueError) as error:
+            compare(Ranks(own), {"call": "x"})
+    finally:
+        store.set_timeout(before)
     return str(error.value)
 
 

@@ -27,11 +27,14 @@ from tests.training.test_checkpoint import Silent, do, numbers
 ROOT = Path(__file__).parents[2]
 RunRanks = Callable[..., list[Any]]
 
-SHORT = [
-    *("--lighthouse-steps", "30", "--dense-steps", "30", "--eval-every", "20"),
+SMALL = [
+    *("--lighthouse-steps", "30", "--eval-every", "20"),
     *("--sample-bytes", "0", "--seqlen", "256", "--lighthouse.topk", "8"),
     *("--eval-sequences", "4", "--checkpoint-every", "4", "--optim.warmup-steps", "4"),
 ]
+SHORT = [*SMALL, "--dense-steps", "30"]
+ENDLESS = [*SMALL, "--dense-steps", "99970"]
+"""For runs that a test ends, however late its signal comes."""
 
 
 class Signals(Silent):
@@ -113,8 +116,8 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 
 def test_an_interrupted_run_says_one_line(tmp_path: Path) -> None:
     """Fails if Ctrl-C prints a stack, or ends as a success."""
-    process = start("tiny", "--out", str(tmp_path), *SHORT)
-    read_until(process, "1/60  loss")
+    process = start("tiny", "--out", str(tmp_path), *ENDLESS)
+    read_until(process, "1/100000  loss")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -123,8 +126,8 @@ def test_an_interrupted_run_says_one_line(tmp_path: Path) -> None:
 
 def test_a_stopped_run_says_one_line_and_its_status(tmp_path: Path) -> None:
     """Fails if SIGTERM prints a stack or ends without a checkpoint, or as a success."""
-    process = start("tiny", "--out", str(tmp_path), *SHORT)
-    read_until(process, "1/60  loss")
+    process = start("tiny", "--out", str(tmp_path), *ENDLESS)
+    read_until(process, "1/100000  loss")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
