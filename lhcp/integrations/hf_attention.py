@@ -91,7 +91,8 @@ class HFAttention(nn.Module):
         if scaling != self.layer.scale:
             raise ValueError(
                 f"scaling={scaling}, and {self.layer.scale} when the model was attached: detach it "
-                "and attach it again"
+                "and attach it again where you changed it; a model that passes another than its "
+                "modules have, as OPT, cannot be attached"
             )
         out: Tensor = self.layer(q, k, v, **given, **scores)
         return out

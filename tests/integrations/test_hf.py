@@ -382,6 +382,16 @@ def test_soft_capped_logits_are_refused() -> None:
         model(**cp.shard(batch()))
 
 
+def test_a_model_that_scales_q_itself_is_refused() -> None:
+    """Fails if q is scaled twice, or once too little."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    config = transformers.OPTConfig(**sizes, num_attention_heads=4, word_embed_proj_dim=32)
+    model, cp = transformers.OPTForCausalLM(config).eval(), lhcp.ContextParallel()
+    hf.attach(model, cp, None)
+    with pytest.raises(ValueError, match=r"scaling=1\.0, and 0\.35.*as OPT, cannot be attached"):
+        model(**cp.shard(batch()))
+
+
 def rope_of(kind: str, known: int) -> dict[str, Any]:
     """Config of rotary embeddings that turn otherwise beyond `known` positions."""
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
