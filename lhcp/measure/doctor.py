@@ -21,8 +21,8 @@ from lhcp.ring.shape import AttentionShape
 
 SLOW_PAIR = 0.5
 """Of the pairs' median rate: a slower pair is named."""
-QUICK = 0.25
-"""Of the quickest pair's rate: ranks that no pair with as much joins are of different nodes."""
+GAP = 4.0
+"""Between the rates of a node's pairs and those of others."""
 MOST_PAIRS = 16
 """Ranks up to which each pair is measured alone."""
 
@@ -146,7 +146,7 @@ def _links(ranks: Ranks, device: torch.device) -> tuple[list[str], list[Trouble]
     middle = median(rates.values())
     low, high = min(rates.values()) / 1e9, max(rates.values()) / 1e9
     lines.append(f"pairs, one at a time: {low:.2f} to {high:.2f} GB/s, median {middle / 1e9:.2f}")
-    groups = islands(rates, QUICK)
+    groups = islands(rates, GAP)
     if len(groups) > 1:
         across = [rate for (a, b), rate in rates.items() if not any({a, b} <= {*g} for g in groups)]
         said = ", ".join(map(str, groups))

@@ -1,7 +1,7 @@
 """Links between ranks: latency and bandwidth of messages, posted as rotations post them."""
 
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 import torch.distributed as dist
@@ -114,14 +114,19 @@ def pair_rates(
     return found
 
 
-def islands(rates: Mapping[tuple[int, int], float], share: float) -> list[list[int]]:
+def islands(rates: Mapping[tuple[int, int], float], gap: float) -> list[list[int]]:
     """Return the ranks that quick pairs join, directly or through others, in order.
+
+    Rates have a widest gap, from one to the next by their ratio, and pairs above it are quick: a
+    pair of a node that was held up is still nearer to the others of nodes than to a network.
 
     Args:
         rates: of each pair of ranks.
-        share: of the quickest pair's rate; a pair that has less is not quick.
+        gap: what the widest one must be; where none is, all pairs are quick.
     """
-    quick = [pair for pair, rate in rates.items() if rate >= share * max(rates.values())]
+    ordered = sorted(rates.values())
+    widest, least = max(((b / a, b) for a, b in pairwise(ordered)), default=(1.0, 0.0))
+    quick = [pair for pair, rate in rates.items() if widest < gap or rate >= least]
     found = [{rank} for rank in sorted({rank for pair in rates for rank in pair})]
     for pair in quick:
         joined = set[int]().union(*(island for island in found if island & set(pair)))

@@ -61,7 +61,7 @@ def test_doctor_sees_both_nodes_and_the_slow_link(network: Nodes) -> None:
     """Fails if ranks of two nodes do not meet, or a link between them passes for one inside."""
     layer = ("--seqlen", "256", "--heads", "2", "--head-dim", "16")
     said = network.torchrun(2, ("-m", "lhcp", "doctor", *layer), 240)
-    assert "links between the ranks [0, 1], [2, 3] are slow: 0.0" in said
+    assert "links between the ranks [0, 1], [2, 3] are slow: 0.0" in said, said
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ def test_a_noisy_link_is_not_endlessly_fast(
 def test_ranks_that_quick_pairs_join_are_one_node() -> None:
     """Fails if nodes are merged, or one slow pair of a node divides it."""
     two = {(0, 1): 4.0, (0, 2): 0.1, (0, 3): 0.1, (1, 2): 0.1, (1, 3): 0.2, (2, 3): 3.0}
-    assert links.islands(two, 0.25) == [[0, 1], [2, 3]]
-    assert links.islands(two | {(1, 3): 1.0}, 0.25) == [[0, 1, 2, 3]]
-    assert links.islands({(0, 1): 4.0, (0, 2): 0.1, (1, 2): 0.1}, 0.25) == [[0, 1], [2]]
+    assert links.islands(two, 4.0) == [[0, 1], [2, 3]]
+    assert links.islands(two | {(1, 3): 1.0}, 4.0) == [[0, 1, 2, 3]]
+    assert links.islands({(0, 1): 4.0, (0, 2): 0.1, (1, 2): 0.1}, 4.0) == [[0, 1], [2]]
+    assert links.islands(two | {(2, 3): 0.9}, 4.0) == [[0, 1], [2, 3]]
+    assert links.islands({(0, 1): 4.0, (0, 2): 2.0, (1, 2): 1.1}, 4.0) == [[0, 1, 2]]
+    assert links.islands({(0, 1): 4.0}, 4.0) == [[0, 1]]
