@@ -13,37 +13,16 @@ from filelock import FileLock
 from lhcp.training import knobs_page, knobs_results, recovery_results, retrieval_report
 from lhcp.training.data import DataConfig
 from lhcp.training.experiments import KNOBS
-from lhcp.training.history import EvalRecord, StepRecord
+from lhcp.training.history import EvalRecord
 from lhcp.training.knobs import Knobs, answers_of, read_answers, turn_knobs
 from lhcp.training.knobs_results import Row
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.retrieval import Asked, Found
 from lhcp.training.run import Run
+from tests.training.teller import Teller
 
 OWN = Process(0, 1, torch.device("cpu"))
-
-
-class Teller:
-    """Counts steps and keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps, self.said = 0, ""
-
-    def say(self, text: str) -> None:
-        self.said += text + "\n"
-
-    def on_start(self, done: int, folder: Path) -> None:
-        pass
-
-    def on_passed_over(self, said: str) -> None:
-        self.say(said)
-
-    def on_step(self, record: StepRecord, stages: Any) -> None:
-        self.steps += 1
-
-    def on_eval(self, record: EvalRecord) -> None:
-        pass
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from lhcp.training import checkpoint, recovery_results
 from lhcp.training.data import DataConfig, open_data
 from lhcp.training.experiments import RECOVERIES
-from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.loop import train
 from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory, build, whole_model
@@ -22,32 +21,9 @@ from lhcp.training.recovery_report import compare
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.run import Run
 from lhcp.training.stages import OptimConfig
+from tests.training.teller import Teller
 
 RunRanks = Callable[..., list[Any]]
-
-
-class Teller:
-    """Counts steps and keeps what it is told; can stop at a step, as a crash would."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.stop_after, self.steps, self.said = stop_after, 0, ""
-
-    def say(self, text: str) -> None:
-        self.said += text + "\n"
-
-    def on_start(self, done: int, folder: Path) -> None:
-        pass
-
-    def on_passed_over(self, said: str) -> None:
-        self.say(said)
-
-    def on_step(self, record: StepRecord, stages: Any) -> None:
-        self.steps += 1
-        if self.steps == self.stop_after:
-            raise InterruptedError
-
-    def on_eval(self, record: EvalRecord) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from filelock import FileLock
 from lhcp.training import checkpoint, knobs_page, knobs_results, short_stage
 from lhcp.training.checkpoint import Sharing
 from lhcp.training.data import DataConfig, open_data
-from lhcp.training.history import EvalRecord, StepRecord
 from lhcp.training.identity import MAY_CHANGE
 from lhcp.training.knobs import Knobs, turn_knobs
 from lhcp.training.loop import train
@@ -24,31 +23,9 @@ from lhcp.training.short import Short
 from lhcp.training.short_results import read_short
 from lhcp.training.short_stage import train_short
 from tests.training.conftest import RunRanks
+from tests.training.teller import Teller
 
 OWN = Process(0, 1, torch.device("cpu"))
-
-
-class Teller:
-    """Keeps what it is told, and the losses of each stage."""
-
-    def __init__(self) -> None:
-        self.said = ""
-        self.losses: dict[str, list[float]] = {}
-
-    def say(self, text: str) -> None:
-        self.said += text + "\n"
-
-    def on_start(self, done: int, folder: Path) -> None:
-        pass
-
-    def on_passed_over(self, said: str) -> None:
-        self.say(said)
-
-    def on_step(self, record: StepRecord, stages: Any) -> None:
-        self.losses.setdefault(record.stage, []).append(record.loss)
-
-    def on_eval(self, record: EvalRecord) -> None:
-        pass
 
 
 @pytest.fixture
