@@ -95,12 +95,15 @@ class LighthouseAttention(nn.Module):
     @property
     def choices(self) -> Choices:
         """What the layer was asked for, as its attributes say now."""
+        return self._choices(self.scale)
+
+    def _choices(self, scale: float | None) -> Choices:
         return Choices(
             self.layout,
             self.rotation,
             self.backend,
             self.kernels,
-            self.scale,
+            scale,
             self.timers,
             self.debug,
         )
@@ -116,12 +119,14 @@ class LighthouseAttention(nn.Module):
         score_k: Tensor | None = None,
         valid: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Attend: q [B, N / W, H, D], k and v [B, N / W, Hk, D] -> [B, N / W, H, D].
 
-        The keyword arguments are as in `lhcp.lighthouse_attention`. Documents, `cu_seqlens`, are
-        for both modes; the others are for the lighthouse mode: the dense one does not use them, nor
-        need it: padding is at the end, which nobody before sees.
+        The keyword arguments are as in `lhcp.lighthouse_attention`. Documents, `cu_seqlens`, and
+        `scale`, in place of the layer's own, are for both modes; the others are for the lighthouse
+        mode: the dense one does not use them, nor need it: padding is at the end, which nobody
+        before sees.
 
         Raises:
             TypeError, ValueError: as `lhcp.lighthouse_attention` and `lhcp.ring_attention`.
@@ -136,25 +141,24 @@ class LighthouseAttention(nn.Module):
             bounds = Bounds(cu_seqlens, q, self.ranks, self.layout, config)
             documents = bounds.agreed(self._token, self.debug)
         given = Given(selection, score_q, score_k, valid, documents)
+        check_scale(scale)
+        choices = self._choices(self.scale if scale is None else scale)
         if self.graphs is None:
-            out = self.attend(q, k, v, given)
+            out = self.attend(QKV(q, k, v), given, choices)
         else:
-            out = self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given)
+            out = self.graphs.outside(self._by_graph, self.graphs, QKV(q, k, v), given, choices)
         # Afterwards: the call has checked what it was given.
         if not (torch.compiler.is_compiling() or self._looked or self._mode == "dense"):
             self._look(q, k, given)
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Given) -> Tensor:
+    def attend(self, qkv: QKV, given: Given, choices: Choices) -> Tensor:
         """Attend in the mode that is set, without a graph."""
-        qkv = QKV(q, k, v)
         if self._mode == "dense":
-            out, _ = dense_attention(
-                qkv, self.ranks, self.choices, CAUSAL, given.documents, self._token
-            )
+            out, _ = dense_attention(qkv, self.ranks, choices, CAUSAL, given.documents, self._token)
             return out
         assert self.config is not None
-        return sparse_attention(qkv, self.config, self.ranks, self.choices, given, self._token)
+        return sparse_attention(qkv, self.config, self.ranks, choices, given, self._token)
 
     def _look(self, q: Tensor, k: Tensor, given: Given) -> None:
         """Warn, once, where this call's scores are nearly constant."""
@@ -167,13 +171,13 @@ class LighthouseAttention(nn.Module):
             score_k = k if given.score_k is None else given.score_k
             warn_if_constant(score_q, score_k, given.valid)
 
-    def _by_graph(self, graphs: Graphs, qkv: QKV, given: Given) -> Tensor:
+    def _by_graph(self, graphs: Graphs, qkv: QKV, given: Given, choices: Choices) -> Tensor:
         """Attend by a graph where that can be."""
         names, others = given.flat()
 
         def attend(*tensors: Tensor) -> Tensor:
             q, k, v, *more = tensors
-            return self.attend(q, k, v, Given.from_flat(names, more))
+            return self.attend(QKV(q, k, v), Given.from_flat(names, more), choices)
 
         tensors = [*qkv, *others]
         kind = qkv.q.device.type
@@ -183,7 +187,7 @@ class LighthouseAttention(nn.Module):
         if self.debug:
             return graphs.as_it_is("debugging looks at each call", attend, tensors)
         leave_uncounted(self.ranks)
-        asked = (self.config, self.choices, names, autocast)
+        asked = (self.config, choices, names, autocast)
         return graphs.call(attend, tensors, self._token, Kind(self._mode, self.ranks, asked))
 
     def extra_repr(self) -> str:

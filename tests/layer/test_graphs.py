@@ -53,6 +53,21 @@ def test_the_same_bits_through_both_stages(checkpointed: bool, shared: bool) -> 
     assert eager["first calls"] == 8
 
 
+def test_another_scale_is_another_graph() -> None:
+    """Fails if a call with a scale of its own is answered by the graph of another."""
+    layer, graphs = layer_with_graph()
+    plain = lhcp.LighthouseAttention(CONFIG)
+    for scale in (None, 0.3):
+        warm(layer, scale=scale)
+    for scale in (0.3, None):
+        out, leaves, do = called(layer, 7, scale=scale)
+        ours = [out.detach().clone(), *torch.autograd.grad(out, leaves, do)]
+        out, leaves, do = called(plain, 7, scale=scale)
+        theirs = [out, *torch.autograd.grad(out, leaves, do)]
+        assert all(map(torch.equal, ours, theirs))
+    assert graphs.recorder.recorded == 4
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_same_bits_across_ranks(ranks: RankPool, shared: bool) -> None:
     """Fails if a replay sends other messages than the call that it stands for."""

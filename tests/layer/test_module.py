@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -105,6 +106,19 @@ def test_modes_are_the_two_functions() -> None:
     layer.mode = "dense"
     assert torch.equal(layer(q, k, v), lhcp.ring_attention(q, k, v, scale=0.7, backend="math"))
     assert not list(layer.parameters()) and not layer.state_dict()
+
+
+def test_a_call_may_have_a_scale_of_its_own() -> None:
+    """Fails if a call's scale is not taken, in either mode, or is kept for the next call."""
+    q, k, v, _ = inputs(None)
+    layer = lhcp.LighthouseAttention(CONFIG, scale=0.7, backend="math")
+    attend = partial(lhcp.lighthouse_attention, q, k, v, config=CONFIG, backend="math")
+    dense = partial(lhcp.ring_attention, q, k, v, backend="math")
+    for function in (attend, dense):
+        for scale in (0.3, None, 0.4):
+            theirs = function(scale=0.7 if scale is None else scale)
+            assert torch.equal(layer(q, k, v, scale=scale), theirs)
+        layer.mode = "dense"
 
 
 def test_a_layer_without_a_config_is_dense() -> None:

@@ -129,7 +129,7 @@ class P2P:
         if self._parts.shape[3] == chunk:
             total = KV(*(like.new_empty(like.shape, dtype=dtype) for _ in range(2)))
         else:
-            # Most rows have no parts: they are what the own are.
-            total = own = own.map(lambda x: x.to(dtype).contiguous())
+            # Most rows have no parts: they are what the own are. Those that have are summed wide.
+            total = own.map(lambda x: x.to(dtype).contiguous())
         sum_parts(self._parts, self._first, own, total, chunk)
         self._total, self._parts = total, None
