@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.gpus import SHARED, by_nccl
+from tests.signals import heed_interrupts
 
 ROOT = Path(__file__).parents[2]
 BY_NCCL = by_nccl(2)
@@ -141,7 +142,12 @@ def _popen(
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
     with open(file, "wb") as out:
         return subprocess.Popen(
-            [*before, sys.executable, *words], cwd=ROOT, env=environment, stdout=out, stderr=out
+            [*before, sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            preexec_fn=heed_interrupts,
         )
 
 

@@ -22,6 +22,7 @@ from lhcp.training.checkpoint_files import Record
 from lhcp.training.history import StepRecord
 from lhcp.training.run import Run
 from lhcp.training.stopping import Stopped
+from tests.signals import heed_interrupts
 from tests.training.test_checkpoint import Silent, do, numbers
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,7 @@ def start(*arguments: str, ranks: int = 0, restarts: int = 0, **how: Any) -> sub
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         **how,
     )
 
