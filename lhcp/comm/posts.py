@@ -118,7 +118,7 @@ class Posts:
     def last_word(self, place: Place, end: End, said: str) -> None:
         """Post how this rank ended; later posts repeat it."""
         calls = calls_made()
-        own = Whereabouts(place, calls.count, calls.trail, still=self._own.still, group=calls.group)
+        own = Whereabouts.of(place, calls, self._own.still)
         self.post(replace(own, end=end, said=said, asked=calls.last), look=False)
 
     def heard(self) -> list[Heard]:

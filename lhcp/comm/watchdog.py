@@ -197,10 +197,7 @@ class _Mind:
     def _talk(self) -> None:
         posts = self.posts
         while not self._closing.is_set() and not posts.lost:
-            calls = calls_made()
-            own = Whereabouts(
-                self.marks.place, calls.count, calls.trail, still=self._still, group=calls.group
-            )
+            own = Whereabouts.of(self.marks.place, calls_made(), self._still)
             posts.post(own, look=self._still > posts.beat)
             self._closing.wait(posts.beat)
 

@@ -48,6 +48,11 @@ class Whereabouts:
     group: int = -1
     """Of its calls, as of `Calls`."""
 
+    @classmethod
+    def of(cls, place: Place, calls: Calls, still: float) -> "Whereabouts":
+        """Return those of a rank that made these calls, without what the last one asked for."""
+        return cls(place, calls.count, calls.trail, still=still, group=calls.group)
+
     @property
     def made(self) -> Calls:
         """Its calls so far."""

@@ -141,7 +141,6 @@ class LighthouseAttention(nn.Module):
             bounds = Bounds(cu_seqlens, q, self.ranks, self.layout, config)
             documents = bounds.agreed(self._token, self.debug)
         given = Given(selection, score_q, score_k, valid, documents)
-        check_scale(scale)
         choices = self._choices(self.scale if scale is None else scale)
         if self.graphs is None:
             out = self.attend(QKV(q, k, v), given, choices)

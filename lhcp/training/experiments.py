@@ -89,19 +89,28 @@ def recover_64k() -> Recovery:
     return replace(base, run=run)
 
 
+def from_2k(run: Run) -> Run:
+    """Return a run that begins from a short stage of 2,048 tokens, half of its text passkey text:
+    the same stage for all of a seed, whatever their length.
+    """
+    return replace(
+        run,
+        # Slower turns than 10,000 gives: positions beyond the short ones are less of a surprise.
+        model=replace(run.model, rope_theta=100_000.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=40),
+        short=Short(steps=1800, seqlen=2048, global_batch=32),
+        data=DataConfig(passkey=0.5),
+    )
+
+
 def recover_2k_to_64k() -> Recovery:
     """Context extension: a short stage of 2,048 tokens, then dense or 3:2 at 65,536, half of it
     passkey text; 8 minutes each arm on a GPU of its own: --part dense, --part splits, with one
     --short.out. Wants --data.text.
     """
     run = replace(
-        recover_64k().run,
+        from_2k(recover_64k().run),
         name="recover_2k_to_64k",
-        # As in knobs_2k_to_16k, whose short stage it has.
-        model=replace(recover_64k().run.model, rope_theta=100_000.0),
-        optim=OptimConfig(lr=1e-3, warmup_steps=40),
-        short=Short(steps=1800, seqlen=2048, global_batch=32),
-        data=DataConfig(passkey=0.5),
         eval_every=100,
         checkpoint_every=5000,
     )
@@ -141,15 +150,9 @@ def knobs_2k_to_16k() -> Knobs:
     Most of the loss falls in one steep phase, and the passkey test is learnt, which takes over a
     thousand steps at 16,384 tokens. So a short stage of each seed, 2,048 tokens, does both once.
     """
-    base = retrieve_16k()
     run = replace(
-        base.run,
+        from_2k(retrieve_16k().run),
         name="knobs_2k_to_16k",
-        # Slower turns than 10,000 gives: positions beyond the short ones are less of a surprise.
-        model=replace(base.run.model, rope_theta=100_000.0),
-        optim=OptimConfig(lr=1e-3, warmup_steps=40),
-        short=Short(steps=1800, seqlen=2048, global_batch=32),
-        data=DataConfig(passkey=0.5),
         eval_every=50,
         eval_sequences=16,
         # Its marks have checkpoints all the same.

@@ -69,27 +69,6 @@ def resume(training: Training, found: Path) -> tuple[int, History]:
     return done, history
 
 
-def begin_from_short(training: Training, found: Path) -> None:
-    """Load weights and optimiser of the short stage's checkpoint `found`; no step is done then.
-
-    Raises:
-        ValueError: the checkpoint is not of the run's short stage, and `accept` does not say that
-            it may be; the message names what differs.
-        RanksFailed: it cannot be loaded.
-    """
-    run, (stage,) = training.run, training.run.short_stages
-    dtype = compute_dtype(run, training.trainee.placement.device)
-    _, beside = checkpoint.read_beside(found)
-    accepted_changes(
-        beside["identity"],
-        identity(run.short_run, (stage,), training.data.manifest, dtype, stage.steps),
-        run.accept,
-        0,
-        details=training.data.manifest.changes(beside.get("files", [])),
-    )
-    checkpoint.load(found, training.trainee.model, training.trainee.optimizer)
-
-
 def train(
     run: Run,
     trainee: Trainee,
@@ -142,7 +121,8 @@ def train_until(
 
     def take(path: Path) -> None:
         if path == sharing.weights:
-            begin_from_short(training, path)
+            # What the short stage ends with; no step of this run is done.
+            resume(replace(training, run=run.short_run, stages=run.short_stages), path)
         else:
             resumed.append(resume(training, path))
 

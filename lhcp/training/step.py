@@ -176,11 +176,12 @@ def train_step(
     if stop is not None:
         stop.hear(asked)
     stage = stage_at(stages, step).name
-    skipped = not (math.isfinite(loss) and norm <= spike and math.isfinite(norm))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    skipped = not (finite and norm <= spike)
     if skipped and run.on_bad_step == "stop":
         found = f"step {step + 1} ({stage}): loss {loss}, gradient norm {norm}"
         lower = f"a lower --optim.lr (now {rate:g}) or more warm-up"
-        if math.isfinite(loss) and math.isfinite(norm):
+        if finite:
             raise FloatingPointError(
                 f"{found}: a spike, above {spike:g}, which is {run.spike_factor:g} times the "
                 "median of the stage's last steps; go on with --on-bad-step skip, which leaves out "

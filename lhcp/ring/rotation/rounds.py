@@ -25,10 +25,8 @@ class RoundFetch:
         layout, group = context.layout, context.group
         owners, leaving = ring_route(group.rank(), layout, context.mask, distances)
         rows = context.shape.met_rows
-        own = [
-            [chunk[:, -rows:].contiguous() for chunk in x.chunk(layout.chunks_per_rank, 1)]
-            for x in kv
-        ]
+        chunks = [split_chunks(x, layout.chunks_per_rank, copy=False) for x in kv]
+        own = [by_chunk[:, :, -rows:].contiguous().unbind() for by_chunk in chunks]
         self._buffers = [
             context.ranks.receive_buffer(x, len(owners), *slots[0].shape)
             for x, slots in zip(kv, own, strict=True)
