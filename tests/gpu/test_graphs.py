@@ -1,7 +1,6 @@
 """CUDA graphs of layers, for real: the same bits as without, through stages and checkpoints."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,11 +20,7 @@ BACKEND = "flash"
 MODES = ["lighthouse"] * 5 + ["dense"] * 5 + ["lighthouse"] * 2
 
 
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
 def layer_of(problem: LayerProblem, backend: str = BACKEND) -> lhcp.LighthouseAttention:

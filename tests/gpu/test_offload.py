@@ -1,9 +1,5 @@
 """Activations that wait in the host's memory: equal gradients, and a lower peak on the GPU."""
 
-import warnings
-from collections.abc import Iterator
-
-import pytest
 import torch
 
 from lhcp import LighthouseAttention
@@ -30,17 +26,6 @@ def step(offload: bool) -> tuple[list[torch.Tensor], int]:
     model(tokens, torch.arange(SEQLEN, device="cuda")).float().square().mean().backward()
     peak = torch.cuda.max_memory_allocated() - before
     return [p.grad for p in model.parameters() if p.grad is not None], peak
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """The same bits every run: cuDNN's backward, which is taken else, has others each time."""
-    # Products warn that several streams at once would need a setting of theirs.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_offloading_keeps_gradients_and_frees_the_inputs_of_layers(deterministic: None) -> None:

@@ -11,13 +11,6 @@ from tests.gpu.problems import NAMES, LayerProblem, distance
 LONG = LayerProblem(8, 4, 128, config=lhcp.LighthouseConfig(topk=512), seqlen=32768)
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_our_kernels_give_the_same_bits_every_run():
     problem, geom = LONG, LONG.geom
     q, k, v, dout = (x.detach() for x in problem.draw())
