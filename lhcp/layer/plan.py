@@ -7,7 +7,7 @@ name is never replaced.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from operator import index
 
@@ -134,7 +134,7 @@ def make_plan(
         mask=mask,
         node_size=ranks.node_size,
     )
-    name = _rotation(shape, choices.rotation, q.device)
+    name = _rotation(_likely(shape) if packed else shape, choices.rotation, q.device)
     check_rotation(name, ranks, shape.num_heads)
     if (package := PACKAGE_RINGS.get(name)) is not None:
         package.check(_request(q.dtype, q.shape[3], q.device, packed), layout, mask)
@@ -167,6 +167,15 @@ def check_rotation(name: str, ranks: Ranks, num_heads: int) -> None:
     _check_name("rotation", name, (*rotations.names(), *PACKAGE_RINGS))
     if (reason := rotations.refuses(name, ranks, num_heads)) is not None:
         raise ValueError(f"rotation={name!r}: {reason}")
+
+
+def _likely(shape: AttentionShape) -> AttentionShape:
+    """Return a shape whose documents are as long as a chunk: what the model plays for packed rows.
+
+    Their bounds are another's every step, and the choice must not be: a gather sends and attends to
+    what no document reaches, however long they are.
+    """
+    return replace(shape, mask=Mask(shape.mask.causal, 1, shape.chunk, 1))
 
 
 def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.device) -> str:

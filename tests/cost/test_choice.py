@@ -39,6 +39,18 @@ def test_the_table_decides(ranks: RankPool) -> None:
     assert len(set(ranks.run(chosen, 4, "auto"))) == 1
 
 
+def chosen_for(group: Any, packed: bool) -> str:
+    q, k, _, _ = qkv(64, num_heads=8, num_kv_heads=8, head_dim=128, dtype=torch.float32)
+    choices, sizes = Choices(rotation=H200), {"tokens": 2**19, "packed": packed}
+    return make_plan(q, k, as_ranks(group), choices, **sizes).rotation
+
+
+def test_documents_are_not_gathered_whole(ranks: RankPool) -> None:
+    """Fails if "auto" takes for documents what sends and attends to keys that none reaches."""
+    assert ranks.run(chosen_for, 2, False) == ["allgather"] * 2
+    assert ranks.run(chosen_for, 2, True) == ["p2p"] * 2
+
+
 def read(group: Any, path: str) -> str:
     """Only rank 0 sees the file."""
     own = path if group.rank() == 0 else "nowhere.json"
