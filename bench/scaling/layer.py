@@ -19,6 +19,11 @@ HEADS, HEAD_DIM, LAYERS = 8, 128, 30
 NODE = 8
 """GPUs of a node."""
 MODES = ("lighthouse", "dense")
+STAGES = 60e-6
+"""Seconds of a layer's six local kernels beside the bytes that they move, forward and backward: what
+is left of their times for 32K to 256K tokens (bench/results/latency_h200_2026-11-24_fa4.md). The
+bytes, in rows of q: the pool reads three a token and writes one, the scatter and the two backward
+kernels move five more; the four that know entries move eleven an entry."""
 BINDS = 0.05
 """What would save less than this share of an attention's time does not bind it."""
 
@@ -70,8 +75,7 @@ def layer(asked: Question, rotation: str | None = None) -> Row:
     # q, k, v in and out; saved for the backward: q, k, v, out of the attention, and its lse.
     memory = 8 * local * row + 4 * sub * row + 4 * sub * asked.heads
     if asked.mode == "lighthouse":
-        # Both directions move each of q, k, v, o once over the tokens and once over the entries.
-        seconds += 2 * calibration.copy_seconds(4 * (local + sub) * row)
+        seconds += calibration.copy_seconds((9 * local + 11 * sub) * row) + STAGES
         if asked.cp > 1:
             link = calibration.inner if shape.node_size is None else calibration.outer
             owed = boundary_bytes(shape, asked.config.num_levels) / link.bandwidth

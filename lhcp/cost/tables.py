@@ -1,12 +1,13 @@
 """The built-in tables, and one's own read on every rank."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from lhcp.comm.mesh import Group, Ranks, as_ranks
-from lhcp.cost.calibration import Calibration, Host, Link
+from lhcp.cost.calibration import Calibration, FullBlock, Host, Link
 
 
 def read_calibration(path: str, group: Group | Ranks = None) -> Calibration:
@@ -39,58 +40,92 @@ def built_in(device: str) -> Calibration:
     return B200 if torch.cuda.get_device_capability()[0] >= 10 else H200
 
 
-def _full_blocks(
-    rate: tuple[float, float], tiles: int
-) -> tuple[tuple[int, int, float, float], ...]:
-    """Return a grid of blocks without a mask, 8 heads of 128, at `rate` where they fill a GPU.
+def _full_blocks(rows: Sequence[tuple[int, int, float, float]]) -> tuple[FullBlock, ...]:
+    """Return (queries, keys, forward, backward) of microseconds in seconds."""
+    return tuple((queries, keys, f * 1e-6, b * 1e-6) for queries, keys, f, b in rows)
 
-    The forward works on tiles of 128 queries, the backward on tiles of 128 keys; with fewer than
-    `tiles` of them a part of the machine is idle.
+
+def _on_b200(rows: Sequence[FullBlock]) -> tuple[FullBlock, ...]:
+    """Return an H200's blocks without a mask, of 8 heads, as fast as a B200 would be.
+
+    The forward works on tiles of 128 queries, the backward on tiles of 128 keys. With fewer of them
+    than multiprocessors, of which a B200 has 148 and an H200 132, each card uses as many.
     """
-    rows = []
-    for queries in (2**i for i in range(8, 18)):
-        for keys in (2**i for i in range(8, 20)):
-            flops = 4 * queries * keys * 8 * 128
-            filled = [min(1.0, n * 8 / 128 / tiles) for n in (queries, keys)]
-            rows.append(
-                (queries, keys, flops / rate[0] / filled[0], 2.5 * flops / rate[1] / filled[1])
-            )
-    return tuple(rows)
 
+    def faster(rows_of_tiles: int) -> float:
+        tiles = rows_of_tiles * 8 / 128
+        return _RATE * min(1.0, tiles / 148) / min(1.0, tiles / 132)
+
+    return tuple((q, k, f / faster(q), b / faster(k)) for q, k, f, b in rows)
+
+
+_RATE = 2.27
+"""Bf16 products a second of a B200 over an H200's, as published."""
 
 H200 = Calibration(
     name="H200",
     source=(
-        "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, bf16, 2026-11-23 and -24. Blocks without a "
-        "mask: 690 and 600 TFLOP/s where they fill 128 tiles, after prefixes of 2,048 to 16,384 "
-        "queries. NVLink between two of them, 2026-11-25: 300 GB/s a direction, and 120 us for a "
-        "batch of messages as the host launches it: 100 of these are taken to be the host's. A "
-        "small Triton kernel takes the host 55 us (2026-11-26), a block call about 75. InfiniBand "
-        "is not measured: 400 Gb/s at 80%, one NIC a GPU, 10 us more than NVLink"
+        "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, NCCL 2.28.9, bf16: lhcp calibrate on two of "
+        "them, 2026-11-26 (bench/results/calibration_h200x2_2026-11-26.json), timed inside CUDA "
+        "graphs; squares above 65,536 tokens of 2026-11-23, launched. InfiniBand is not measured: "
+        "400 Gb/s at 80%, one NIC a GPU, 10 us more than NVLink; nor what a step of a ring "
+        "collective adds (1 and 3 us), which two GPUs do not show"
     ),
     num_heads=8,
     head_dim=128,
     square=(
-        (6144, 0.206e-3, 0.550e-3),
-        (8192, 0.291e-3, 0.774e-3),
-        (12288, 0.643e-3, 1.58e-3),
-        (18432, 1.23e-3, 3.11e-3),
-        (24576, 2.06e-3, 5.42e-3),
-        (32768, 3.43e-3, 9.91e-3),
-        (49152, 8.23e-3, 23.1e-3),
-        (65536, 14.7e-3, 40.1e-3),
+        (1024, 19.3e-6, 51.5e-6),
+        (2048, 32.3e-6, 92.6e-6),
+        (4096, 94.8e-6, 267.5e-6),
+        (8192, 276.3e-6, 755.2e-6),
+        (16384, 0.925e-3, 2.653e-3),
+        (32768, 3.808e-3, 10.345e-3),
+        (65536, 14.959e-3, 42.069e-3),
         (98304, 34.2e-3, 91.9e-3),
         (131072, 61.1e-3, 163.9e-3),
         (262144, 268e-3, 649e-3),
     ),
-    full=_full_blocks((690e12, 600e12), 128),
-    copy_bandwidth=4.2e12,
-    merge_bandwidth=3.0e12,
-    launch=5e-6,
-    inner=Link(latency=20e-6, bandwidth=300e9, hop=1e-6),
-    outer=Link(latency=30e-6, bandwidth=40e9, hop=3e-6),
+    full=_full_blocks(
+        (
+            (512, 1024, 18.8, 31.5),
+            (512, 2048, 30.5, 34.7),
+            (512, 4096, 54.2, 57.7),
+            (512, 8192, 101.1, 105.0),
+            (512, 16384, 196.9, 187.5),
+            (512, 65536, 759.9, 653.5),
+            (1024, 1024, 19.0, 50.7),
+            (1024, 2048, 30.9, 55.1),
+            (1024, 4096, 54.7, 95.4),
+            (1024, 8192, 102.1, 175.7),
+            (1024, 16384, 197.5, 325.5),
+            (1024, 65536, 759.4, 1322.0),
+            (2048, 1024, 20.1, 88.2),
+            (2048, 2048, 32.1, 93.4),
+            (2048, 4096, 56.7, 170.5),
+            (2048, 8192, 107.0, 315.5),
+            (2048, 16384, 204.8, 606.8),
+            (2048, 65536, 823.3, 2679.3),
+            (4096, 1024, 33.9, 166.4),
+            (4096, 2048, 57.6, 173.5),
+            (4096, 4096, 106.7, 316.5),
+            (4096, 8192, 206.2, 599.0),
+            (4096, 16384, 402.5, 1264.8),
+            (4096, 65536, 1813.0, 5141.3),
+            (8192, 1024, 62.6, 319.0),
+            (8192, 2048, 109.6, 327.0),
+            (8192, 4096, 208.1, 614.4),
+            (8192, 8192, 405.7, 1169.5),
+            (8192, 16384, 830.0, 2587.6),
+            (8192, 65536, 3637.7, 10209.7),
+        )
+    ),
+    copy_bandwidth=4.26e12,
+    merge_bandwidth=2.92e12,
+    launch=1.6e-6,
+    inner=Link(latency=9.1e-6, bandwidth=270e9, hop=1e-6, gather_factor=1.20, alltoall_factor=1.16),
+    outer=Link(latency=19.1e-6, bandwidth=40e9, hop=3e-6),
     nics=8,
-    host=Host(call=75e-6, message=100e-6, launch=55e-6),
+    host=Host(call=42e-6, message=70e-6, launch=35e-6),
 )
 
 B200 = replace(
@@ -98,14 +133,15 @@ B200 = replace(
     name="B200",
     source=(
         "not measured: the H200's blocks divided by 2.27 and its copy by 1.67, the ratios of the "
-        "published bf16 and memory rates; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates; "
+        "published bf16 and memory rates, and fewer where a block has not a tile for each "
+        "multiprocessor; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates; "
         "the H200's host and latencies"
     ),
-    square=tuple((n, f / 2.27, b / 2.27) for n, f, b in H200.square),
-    full=_full_blocks((690e12 * 2.27, 600e12 * 2.27), 148),
-    copy_bandwidth=7.0e12,
-    merge_bandwidth=5.0e12,
-    inner=Link(latency=20e-6, bandwidth=720e9, hop=1e-6),
+    square=tuple((n, f / _RATE, b / _RATE) for n, f, b in H200.square),
+    full=_on_b200(H200.full),
+    copy_bandwidth=7.1e12,
+    merge_bandwidth=4.9e12,
+    inner=replace(H200.inner, bandwidth=720e9),
 )
 
 CPU = Calibration(
