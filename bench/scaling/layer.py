@@ -20,10 +20,11 @@ NODE = 8
 """GPUs of a node."""
 MODES = ("lighthouse", "dense")
 STAGES = 60e-6
-"""Seconds of a layer's six local kernels beside the bytes that they move, forward and backward: what
-is left of their times for 32K to 256K tokens (bench/results/latency_h200_2026-11-24_fa4.md). The
-bytes, in rows of q: the pool reads three a token and writes one, the scatter and the two backward
-kernels move five more; the four that know entries move eleven an entry."""
+"""Seconds of a layer's six local kernels, forward and backward, beside the bytes that they move:
+what is left of their times for 32K to 256K tokens
+(bench/results/latency_h200_2026-11-24_fa4.md). The bytes, in rows of q: the pool reads three a
+token and writes one, the scatter and the two backward kernels move five more; the four that know
+entries move eleven an entry."""
 BINDS = 0.05
 """What would save less than this share of an attention's time does not bind it."""
 

@@ -35,6 +35,7 @@ from lhcp.training.model import num_parameters
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.sequences import Sequences
 from lhcp.training.stages import Stage
 from lhcp.training.step import train_step
@@ -159,7 +160,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     """Print the card and a row a mode."""
     ranks = all_ranks(device)
     run = run_of(args, ranks.world_size)
-    run.check(ranks.world_size)
+    check_run(run, ranks.world_size)
     if args.compile:
         # One compiled block a mode and kind of layer, each of static shape.
         torch._dynamo.config.recompile_limit = 64

@@ -27,12 +27,13 @@ from lhcp.training.progress import Progress
 from lhcp.training.recipes import RECIPES
 from lhcp.training.rotation_report import measure_rotation
 from lhcp.training.run import SLOW, Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.short_stage import train_short
 
 
 def main(run: Run, own: Process) -> None:
     """Do the run, and its baseline where asked for, and report; alone in its folder."""
-    run.check(own.world_size)
+    check_run(run, own.world_size)
     own.marks.at("start", patience=SLOW)
     progress = Progress(shown=own.rank == 0)
     with held(run.folder) as remark:

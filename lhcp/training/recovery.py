@@ -21,6 +21,7 @@ from lhcp.training.parallel import build, compute_dtype
 from lhcp.training.process import Process
 from lhcp.training.recovery_results import ArmResult
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.short_stage import Teller, train_short
 from lhcp.training.stages import Stage, total_steps
 
@@ -149,7 +150,7 @@ class Recovery:
                 "seed, lighthouse_steps, dense_steps, baseline: an experiment has --seeds, "
                 "--splits and --part in their place"
             )
-        run.check(world_size)
+        check_run(run, world_size)
 
 
 def seed_folder(run: Run, seed: int) -> Path:

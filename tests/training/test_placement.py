@@ -11,6 +11,7 @@ import torch
 from lhcp.cost.tables import CPU
 from lhcp.training.placement import chosen_rotation, make_mesh, num_nodes, place
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 
 
 def test_nodes_are_as_started_or_as_named(small_run: Run) -> None:
@@ -32,9 +33,9 @@ def test_nodes_are_as_started_or_as_named(small_run: Run) -> None:
 def test_runs_that_say_what_cannot_be_are_refused(small_run: Run) -> None:
     """Fails if nodes that do not divide, or two ways to choose a rotation, are found out late."""
     with pytest.raises(ValueError, match="nodes=3: must divide the cp=4 ranks"):
-        replace(small_run, cp=4, nodes=3).check(4)
+        check_run(replace(small_run, cp=4, nodes=3), 4)
     with pytest.raises(ValueError, match="rotation='p2p' is asked for by name"):
-        replace(small_run, calibration="H200", rotation="p2p").check(1)
+        check_run(replace(small_run, calibration="H200", rotation="p2p"), 1)
 
 
 def placed(group: object, run: Run) -> tuple[int, int, int | None, str]:

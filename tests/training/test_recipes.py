@@ -9,6 +9,7 @@ from lhcp.training.model import Decoder, num_parameters
 from lhcp.training.parallel import attention_factory
 from lhcp.training.recipes import RECIPES
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -17,7 +18,7 @@ def test_recipe_builds(name: str) -> None:
     assert run.name == name and RECIPES[name].__doc__
     for dp in (1, 2, 4):
         if run.global_batch % (dp * run.accumulate) == 0:
-            run.check(dp * run.cp)
+            check_run(run, dp * run.cp)
     with torch.device("meta"):
         model = Decoder(run.model, attention_factory(run, None))
     assert num_parameters(model) > 0
@@ -49,4 +50,4 @@ def test_wrong_sizes_are_named(
     small_run: Run, change: dict[str, int], world_size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(small_run, **change).check(world_size)
+        check_run(replace(small_run, **change), world_size)

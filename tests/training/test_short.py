@@ -19,6 +19,7 @@ from lhcp.training.loop import train
 from lhcp.training.parallel import build
 from lhcp.training.process import Process
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.short import Short
 from lhcp.training.short_results import read_short
 from lhcp.training.short_stage import train_short
@@ -46,7 +47,7 @@ def begin(run: Run, folder: str = "two") -> Teller:
     teller = Teller()
     world_size = torch.distributed.get_world_size()
     own = Process(torch.distributed.get_rank(), world_size, torch.device("cpu"))
-    run.check(world_size)
+    check_run(run, world_size)
     train_short(run, own, teller)
     data = open_data(run.data, run.seqlen, run.seed)
     sharing = Sharing(weights=run.short_checkpoint)
@@ -143,7 +144,7 @@ def test_a_run_of_another_short_stage_is_another_run(run: Run) -> None:
 )
 def test_what_does_not_fit_is_named(run: Run, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(run, short=replace(run.short, **change)).check(2)
+        check_run(replace(run, short=replace(run.short, **change)), 2)
 
 
 @pytest.fixture

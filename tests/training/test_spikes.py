@@ -15,6 +15,7 @@ from lhcp.training.history import StepRecord
 from lhcp.training.loop import train
 from lhcp.training.parallel import Trainee, build
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.spikes import LEAST, WINDOW, spike_limit
 from tests.training.test_checkpoint import Silent
 
@@ -48,7 +49,7 @@ def test_the_limit_is_a_multiple_of_the_median_of_the_stages_last_norms(
 def test_a_factor_that_is_none_is_refused(small_run: Run, factor: float) -> None:
     """Fails if a run starts whose every step, or none, is a spike."""
     with pytest.raises(ValueError, match=r"spike_factor=.*more than 1, as 10, or 0 for none"):
-        replace(small_run, spike_factor=factor).check(1)
+        check_run(replace(small_run, spike_factor=factor), 1)
 
 
 class Steepening(Silent):

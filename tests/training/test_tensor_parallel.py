@@ -16,6 +16,7 @@ from lhcp.training.data import open_data
 from lhcp.training.model import Joined
 from lhcp.training.parallel import build, whole_model
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 from lhcp.training.stages import Stage
 from lhcp.training.step import train_step
 from lhcp.training.training_state import tensors_of
@@ -134,7 +135,7 @@ def test_what_does_not_fit_is_refused(
     small_run: Run, changes: dict[str, int], world_size: int, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        replace(small_run, **changes).check(world_size)
+        check_run(replace(small_run, **changes), world_size)
 
 
 SEEDS = range(6)

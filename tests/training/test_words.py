@@ -8,6 +8,7 @@ import torch
 
 from lhcp.training.parallel import build
 from lhcp.training.run import Run
+from lhcp.training.run_checks import check_run
 
 NAN, INF = float("nan"), float("inf")
 
@@ -31,14 +32,14 @@ NAN, INF = float("nan"), float("inf")
 def test_fields_of_a_run(small_run: Run, change: dict[str, Any], said: str) -> None:
     """Fails if the field is taken, or torch's or numpy's words are all that is said."""
     with pytest.raises(ValueError, match=said):
-        replace(small_run, **change).check(1)
+        check_run(replace(small_run, **change), 1)
 
 
 def test_bytes_need_256(small_run: Run) -> None:
     """Fails if a byte of the text is an index outside of the embedding, at some step."""
     run = replace(small_run, model=replace(small_run.model, vocab_size=100))
     with pytest.raises(ValueError, match=r"vocab_size=100: .* bytes, which need at least 256"):
-        run.check(1)
+        check_run(run, 1)
 
 
 @pytest.mark.parametrize(
