@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -141,13 +142,23 @@ def watched(
     return code
 
 
+def ended_with_it(error: BaseException) -> int | None:
+    """Return the signal that asked to stop, if it ended a process that this one waited for and
+    that is what `error` is about; else None."""
+    for one in causes(error):
+        if isinstance(one, subprocess.CalledProcessError) and -one.returncode in SIGNALS:
+            return -one.returncode
+    return None
+
+
 def run_to_exit(
     main: Callable[[Process], None], timeout: float = TIMEOUT, debug: Path | None = None
 ) -> None:
     """Join, call `main`, leave.
 
     Exit status: 0; 1 after an error, which is printed with its rank; 143 or 138 after SIGTERM or
-    SIGUSR1, when the run has saved; 130 after Ctrl-C, at once; 124 where ranks waited in vain.
+    SIGUSR1, when the run has saved, or could not since the signal ended a compiler too; 130 after
+    Ctrl-C, at once; 124 where ranks waited in vain.
 
     Args:
         timeout: Seconds that ranks wait for one another at a mark; they have `START` times that to
@@ -173,6 +184,16 @@ def run_to_exit(
             if rank == "0":
                 print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
             leave(130)
+        if (number := ended_with_it(error)) is not None:
+            # Whoever stops a job tells all of its processes, also those that compile for a step.
+            name = signal.Signals(number).name
+            print(
+                f"\nrank {rank}: stopped by {name} while a step was being compiled, and its "
+                "compiler with it: checkpoints are as they were, and the same command goes on from "
+                f"the newest (exit status {128 + number})",
+                file=sys.stderr,
+            )
+            leave(128 + number)
         traceback.print_exc()
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         leave(1)
