@@ -19,6 +19,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 CANDIDATES = ("allgather", "p2p", "hierarchical", "hybrid", "hybrid_context_first")
 """What is chosen among. lhcp/METHOD.md, Rotations, says why "alltoall" is taken by name only."""
+FOLLOW_DOCUMENTS = ("p2p", "hybrid", "hybrid_context_first")
+"""Of these, what sends and attends to keys as far as documents reach; a gather always to all."""
 
 
 @dataclass(frozen=True)

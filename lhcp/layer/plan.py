@@ -7,7 +7,7 @@ name is never replaced.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from operator import index
 
@@ -18,7 +18,7 @@ from lhcp.checks import check_scale
 from lhcp.comm.layout import Layout, LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
-from lhcp.cost.choose import choose
+from lhcp.cost.choose import CANDIDATES, FOLLOW_DOCUMENTS, choose
 from lhcp.cost.tables import built_in
 from lhcp.lighthouse.kernel_sets import KERNELS
 from lhcp.operators import HAS_TRITON
@@ -134,7 +134,7 @@ def make_plan(
         mask=mask,
         node_size=ranks.node_size,
     )
-    name = _rotation(_likely(shape) if packed else shape, choices.rotation, q.device)
+    name = _rotation(shape, choices.rotation, q.device, packed)
     check_rotation(name, ranks, shape.num_heads)
     if (package := PACKAGE_RINGS.get(name)) is not None:
         package.check(_request(q.dtype, q.shape[3], q.device, packed), layout, mask)
@@ -169,16 +169,9 @@ def check_rotation(name: str, ranks: Ranks, num_heads: int) -> None:
         raise ValueError(f"rotation={name!r}: {reason}")
 
 
-def _likely(shape: AttentionShape) -> AttentionShape:
-    """Return a shape whose documents are as long as a chunk: what the model plays for packed rows.
-
-    Their bounds are another's every step, and the choice must not be: a gather sends and attends to
-    what no document reaches, however long they are.
-    """
-    return replace(shape, mask=Mask(shape.mask.causal, 1, shape.chunk, 1))
-
-
-def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.device) -> str:
+def _rotation(
+    shape: AttentionShape, rotation: str | Calibration, device: torch.device, packed: bool
+) -> str:
     if isinstance(rotation, str) and rotation != "auto":
         return rotation
     if shape.world_size == 1:
@@ -186,11 +179,17 @@ def _rotation(shape: AttentionShape, rotation: str | Calibration, device: torch.
     table = None if isinstance(rotation, str) else rotation.text
     # The choice depends on the length: index makes a symbolic one a number, for this graph alone.
     sizes = tuple(index(value) for value in shape.pack())
-    return fastest_rotation(shape.layout.name, shape.world_size, sizes, device.type, table)
+    layout, world_size = shape.layout.name, shape.world_size
+    return fastest_rotation(layout, world_size, sizes, device.type, table, packed)
 
 
 def fastest_rotation(
-    layout: LayoutName, world_size: int, shape: tuple[int, ...], device: str, table: str | None
+    layout: LayoutName,
+    world_size: int,
+    shape: tuple[int, ...],
+    device: str,
+    table: str | None,
+    packed: bool = False,
 ) -> str:
     """Return the rotation that is predicted to be the fastest, and log it once.
 
@@ -199,9 +198,12 @@ def fastest_rotation(
     Args:
         shape: the packed shape. device: the type of device.
         table: a `Calibration` as text; None for the built-in one of the device.
+        packed: whether there are documents. Other ones come every step, and the choice must not
+            change with them: it is among the rotations that follow them, by their times without.
     """
     calibration = built_in(device) if table is None else _from_text(table)
-    return _fastest(AttentionShape.unpack(make_layout(layout, world_size), shape), calibration)
+    unpacked = AttentionShape.unpack(make_layout(layout, world_size), shape)
+    return _fastest(unpacked, calibration, FOLLOW_DOCUMENTS if packed else CANDIDATES)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.
@@ -214,8 +216,8 @@ def _from_text(text: str) -> Calibration:
 
 
 @cache
-def _fastest(shape: AttentionShape, calibration: Calibration) -> str:
-    rotation, reason = choose(shape, calibration)
+def _fastest(shape: AttentionShape, calibration: Calibration, among: tuple[str, ...]) -> str:
+    rotation, reason = choose(shape, calibration, among)
     message = "rotation %r for %d ranks, %d tokens: %s"
     _log.info(message, rotation, shape.world_size, shape.seqlen, reason)
     return rotation

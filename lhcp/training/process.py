@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from lhcp.console import keep_printing
 from lhcp.training.debugging import record_messages, serve_messages, write_messages
 from lhcp.training.meeting import meet, stay_on_this_machine
 from lhcp.training.run import SLOW, START, TIMEOUT
-from lhcp.training.stopping import SIGNALS, Stopped
+from lhcp.training.stopping import SIGNALS, Stopped, StoppedCompiling
 from lhcp.training.together import causes
 
 
@@ -92,12 +91,12 @@ def join(timeout: float = START * TIMEOUT) -> Process:
     return Process(rank, world_size, device)
 
 
-def leave(code: int) -> None:
+def leave(code: int, *, at_once: bool = False) -> None:
     """End this process with exit status `code`; does not return.
 
-    After an error this rank goes at once, and the launcher ends the others.
+    After an error, or where asked to, this rank goes at once, and the launcher ends the others.
     """
-    if code in (0, *(128 + number for number in SIGNALS)):
+    if not at_once and code in (0, *(128 + number for number in SIGNALS)):
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -133,6 +132,10 @@ def watched(
             code = stop.code
             if own.rank == 0:
                 print(f"\n{stop}", file=sys.stderr)
+        except StoppedCompiling as stop:
+            print(f"\nrank {own.rank}: {stop}", file=sys.stderr)
+            # Others may be in the middle of a message: at once, as after an error.
+            leave(stop.code, at_once=True)
         except RuntimeError:
             # The launcher ends this rank as soon as it sees another's death; first it says whose.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -142,22 +145,13 @@ def watched(
     return code
 
 
-def ended_with_it(error: BaseException) -> int | None:
-    """Return the signal that asked to stop, if it ended a process that this one waited for and
-    that is what `error` is about; else None."""
-    for one in causes(error):
-        if isinstance(one, subprocess.CalledProcessError) and -one.returncode in SIGNALS:
-            return -one.returncode
-    return None
-
-
 def run_to_exit(
     main: Callable[[Process], None], timeout: float = TIMEOUT, debug: Path | None = None
 ) -> None:
     """Join, call `main`, leave.
 
     Exit status: 0; 1 after an error, which is printed with its rank; 143 or 138 after SIGTERM or
-    SIGUSR1, when the run has saved, or could not since the signal ended a compiler too; 130 after
+    SIGUSR1, when the run has saved, or cannot, since the signal ended a compiler too; 130 after
     Ctrl-C, at once; 124 where ranks waited in vain.
 
     Args:
@@ -184,16 +178,6 @@ def run_to_exit(
             if rank == "0":
                 print("\ninterrupted: checkpoints are as they were", file=sys.stderr)
             leave(130)
-        if (number := ended_with_it(error)) is not None:
-            # Whoever stops a job tells all of its processes, also those that compile for a step.
-            name = signal.Signals(number).name
-            print(
-                f"\nrank {rank}: stopped by {name} while a step was being compiled, and its "
-                "compiler with it: checkpoints are as they were, and the same command goes on from "
-                f"the newest (exit status {128 + number})",
-                file=sys.stderr,
-            )
-            leave(128 + number)
         traceback.print_exc()
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         leave(1)

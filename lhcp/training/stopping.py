@@ -1,6 +1,7 @@
 """A run that is asked to stop: it ends the step, saves, and leaves with a status of its own."""
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from threading import current_thread, main_thread
 from types import FrameType
 
 import torch.distributed as dist
+
+from lhcp.training.together import causes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop; the second is what Slurm is told to send before its time is over."""
@@ -24,6 +27,20 @@ class Stopped(Exception):
         )
         self.code = 128 + number
         """Exit status, as a shell shows a process that a signal ended: 143, or 138 of SIGUSR1."""
+
+
+class StoppedCompiling(Exception):
+    """The run was asked to stop, and so was the compiler that a step waited for: whoever ends a job
+    tells all of its processes. The step cannot end, and nothing is saved."""
+
+    def __init__(self, number: int, error: subprocess.CalledProcessError) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name} in a step that waited for a compiler, which it ended too "
+            f"({error}): checkpoints are as they were, and the same command goes on from the "
+            f"newest (exit status {128 + number})"
+        )
+        self.code = 128 + number
 
 
 class Stop:
@@ -51,7 +68,11 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Catch the signals that ask to stop, until the block ends; in a thread there are none."""
+    """Catch the signals that ask to stop, until the block ends; in a thread there are none.
+
+    Raises:
+        StoppedCompiling: the block failed after one came, because it had ended a compiler too.
+    """
     stop = Stop()
     if current_thread() is not main_thread():
         yield stop
@@ -59,6 +80,11 @@ def stoppable() -> Iterator[Stop]:
     before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
     try:
         yield stop
+    except Exception as error:
+        for one in causes(error) if stop.asked else ():
+            if isinstance(one, subprocess.CalledProcessError) and -one.returncode in SIGNALS:
+                raise StoppedCompiling(-one.returncode, one) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -39,16 +39,23 @@ def test_the_table_decides(ranks: RankPool) -> None:
     assert len(set(ranks.run(chosen, 4, "auto"))) == 1
 
 
-def chosen_for(group: Any, packed: bool) -> str:
-    q, k, _, _ = qkv(64, num_heads=8, num_kv_heads=8, head_dim=128, dtype=torch.float32)
-    choices, sizes = Choices(rotation=H200), {"tokens": 2**19, "packed": packed}
+def chosen_for(group: Any, rotation: Any, packed: bool) -> str:
+    q, k, _, _ = qkv(64, dtype=torch.float32)
+    choices, sizes = Choices(rotation=rotation), {"tokens": 64, "packed": packed}
     return make_plan(q, k, as_ranks(group), choices, **sizes).rotation
 
 
 def test_documents_are_not_gathered_whole(ranks: RankPool) -> None:
     """Fails if "auto" takes for documents what sends and attends to keys that none reaches."""
-    assert ranks.run(chosen_for, 2, False) == ["allgather"] * 2
-    assert ranks.run(chosen_for, 2, True) == ["p2p"] * 2
+    assert ranks.run(chosen_for, 4, SLOW_NEIGHBOURS, False) == ["allgather"] * 4
+    assert ranks.run(chosen_for, 4, SLOW_NEIGHBOURS, True) == ["p2p"] * 4
+
+
+def test_documents_over_nodes_have_the_fastest_that_follows_them(ranks: RankPool) -> None:
+    """Fails if several nodes get a ring of all their ranks, where documents may be long."""
+    across = replace(CPU, name="slow nodes", inner=FAST, outer=Link(latency=0.0, bandwidth=1e3))
+    (name,) = set(ranks.run(chosen_for, 4, across, True, num_nodes=2))
+    assert name in ("hybrid", "hybrid_context_first")
 
 
 def read(group: Any, path: str) -> str:

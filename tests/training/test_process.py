@@ -1,15 +1,16 @@
 """What a process of a run leaves to its launcher."""
 
 import json
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lhcp.training import process
-from lhcp.training.process import Process, run_to_exit, watched
+from lhcp.training.process import Process, watched
+from lhcp.training.stopping import StoppedCompiling
 
 
 def fail(own: Process) -> None:
@@ -25,30 +26,27 @@ def test_torchruns_summary_has_the_error(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(file.read_text())["message"]["message"] == "ValueError: a reason"
 
 
-def compile_until_told(own: Process) -> None:
-    """Wait for a compiler that the signal to stop ends."""
-    script = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"
-    try:
-        subprocess.run([sys.executable, "-c", script], check=True)
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError("of torch.compile") from error
+class Left(Exception):
+    """In place of the end of the process."""
 
 
-def test_a_compiler_that_is_stopped_too_is_no_failure(
+def stopped_compiling(own: Process) -> None:
+    raise StoppedCompiling(signal.SIGUSR1, subprocess.CalledProcessError(-10, "gcc"))
+
+
+def test_a_run_stopped_as_it_compiles_goes_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a job that is told to stop while it compiles ends as one that failed."""
-    codes: list[int] = []
+    """Fails if it waits for ranks that are in a message, or ends as a run that failed."""
+    left: list[tuple[int, bool]] = []
 
-    def leave(code: int) -> None:
-        codes.append(code)
-        raise SystemExit(code)
+    def leave(code: int, *, at_once: bool = False) -> None:
+        left.append((code, at_once))
+        raise Left
 
     monkeypatch.setattr(process, "leave", leave)
-    monkeypatch.setattr(process, "join", lambda _: Process(0, 1, torch.device("cpu")))
-    with pytest.raises(SystemExit):
-        run_to_exit(compile_until_told)
-    assert codes == [138]
+    with pytest.raises(Left):
+        watched(stopped_compiling, Process(0, 1, torch.device("cpu")), 5.0, None)
+    assert left == [(138, True)]
     said = capsys.readouterr().err
-    assert "stopped by SIGUSR1 while a step was being compiled" in said
-    assert "Traceback" not in said
+    assert "rank 0: stopped by SIGUSR1 in a step that waited for a compiler" in said

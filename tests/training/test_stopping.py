@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lhcp.training.checkpoint_files import Record
 from lhcp.training.history import StepRecord
 from lhcp.training.run import Run
-from lhcp.training.stopping import Stopped
+from lhcp.training.stopping import Stopped, StoppedCompiling, stoppable
 from tests.signals import heed_interrupts
 from tests.training.test_checkpoint import Silent, do, numbers
 
@@ -84,6 +84,29 @@ def test_a_signal_to_one_rank_saves_on_all(
         assert answer == [code, 3, True, True, True]
         assert f"stopped by {number.name} after step 3; " in said
         assert said.endswith(f"the same command goes on from there (exit status {code})")
+
+
+def compile_until(own: int | None, child: int) -> None:
+    """Wait for a process that ends by a signal, after another one came to this process."""
+    if own is not None:
+        os.kill(os.getpid(), own)
+    script = f"import os; os.kill(os.getpid(), {child})" if child else "raise SystemExit(1)"
+    try:
+        subprocess.run([sys.executable, "-c", script], check=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError("of torch.compile") from error
+
+
+def test_a_compiler_that_is_stopped_too_is_told_from_one_that_fails() -> None:
+    """Fails if a job that is told to stop as it compiles seems to fail, or a failure to stop."""
+    stopped, term, kill = r"stopped by SIGTERM in a step", signal.SIGTERM, signal.SIGKILL
+    with pytest.raises(StoppedCompiling, match=stopped) as told, stoppable():
+        compile_until(term, term)
+    assert told.value.code == 143
+    # Killed for memory; failed; ended by somebody who did not ask this run to stop.
+    for own, child in ((term, kill), (term, 0), (None, term)):
+        with pytest.raises(RuntimeError, match=r"of torch\.compile"), stoppable():
+            compile_until(own, child)
 
 
 def start(*arguments: str, ranks: int = 0, restarts: int = 0, **how: Any) -> subprocess.Popen[str]:
