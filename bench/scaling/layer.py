@@ -19,12 +19,12 @@ HEADS, HEAD_DIM, LAYERS = 8, 128, 30
 NODE = 8
 """GPUs of a node."""
 MODES = ("lighthouse", "dense")
-STAGES = 60e-6
-"""Seconds of a layer's six local kernels, forward and backward, beside the bytes that they move:
-what is left of their times for 32K to 256K tokens
-(bench/results/latency_h200_2026-11-24_fa4.md). The bytes, in rows of q: the pool reads three a
-token and writes one, the scatter and the two backward kernels move five more; the four that know
-entries move eleven an entry."""
+STAGE_RATE, STAGES = 0.93, 63e-6
+"""What a layer's six local kernels move their bytes at, of a copy's rate, and the seconds that they
+take beside, forward and backward: fitted to their times on an H200 for 32K to 256K tokens, which it
+meets within 2% (bench/results/latency_h200_2026-11-24_fa4.md); a B200 is given the same. Bytes in
+rows of q: the pool reads three a token and writes one, the scatter and the two backward kernels
+move five more; the four that know entries move eleven an entry."""
 BINDS = 0.05
 """What would save less than this share of an attention's time does not bind it."""
 
@@ -76,7 +76,8 @@ def layer(asked: Question, rotation: str | None = None) -> Row:
     # q, k, v in and out; saved for the backward: q, k, v, out of the attention, and its lse.
     memory = 8 * local * row + 4 * sub * row + 4 * sub * asked.heads
     if asked.mode == "lighthouse":
-        seconds += calibration.copy_seconds((9 * local + 11 * sub) * row) + STAGES
+        moved = (9 * local + 11 * sub) * row
+        seconds += STAGES + moved / (STAGE_RATE * calibration.copy_bandwidth)
         if asked.cp > 1:
             link = calibration.inner if shape.node_size is None else calibration.outer
             owed = boundary_bytes(shape, asked.config.num_levels) / link.bandwidth

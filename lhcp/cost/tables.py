@@ -45,18 +45,17 @@ def _full_blocks(rows: Sequence[tuple[int, int, float, float]]) -> tuple[FullBlo
     return tuple((queries, keys, f * 1e-6, b * 1e-6) for queries, keys, f, b in rows)
 
 
-def _on_b200(rows: Sequence[FullBlock]) -> tuple[FullBlock, ...]:
-    """Return an H200's blocks without a mask, of 8 heads, as fast as a B200 would be.
+def _faster(rows: int) -> float:
+    """Return how much faster a B200 is than an H200 on blocks of 8 heads, as published.
 
-    The forward works on tiles of 128 queries, the backward on tiles of 128 keys. With fewer of them
-    than multiprocessors, of which a B200 has 148 and an H200 132, each card uses as many.
+    A forward works on tiles of 128 queries, a backward on tiles of 128 keys. With fewer of them than
+    multiprocessors, of which a B200 has 148 and an H200 132, each card uses as many.
+
+    Args:
+        rows: queries in a forward, keys in a backward.
     """
-
-    def faster(rows_of_tiles: int) -> float:
-        tiles = rows_of_tiles * 8 / 128
-        return _RATE * min(1.0, tiles / 148) / min(1.0, tiles / 132)
-
-    return tuple((q, k, f / faster(q), b / faster(k)) for q, k, f, b in rows)
+    tiles = rows * 8 / 128
+    return _RATE * min(1.0, tiles / 148) / min(1.0, tiles / 132)
 
 
 _RATE = 2.27
@@ -67,7 +66,8 @@ H200 = Calibration(
     source=(
         "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, NCCL 2.28.9, bf16: lhcp calibrate on two of "
         "them, 2026-11-26 (bench/results/calibration_h200x2_2026-11-26.json), timed inside CUDA "
-        "graphs; squares above 65,536 tokens of 2026-11-23, launched. InfiniBand is not measured: "
+        "graphs; squares above 65,536 tokens of 2026-11-23, launched; longer ones, and blocks of more "
+        "than 8,192 queries or 65,536 keys, in proportion. InfiniBand is not measured: "
         "400 Gb/s at 80%, one NIC a GPU, 10 us more than NVLink; nor what a step of a ring "
         "collective adds (1 and 3 us), which two GPUs do not show"
     ),
@@ -137,8 +137,8 @@ B200 = replace(
         "multiprocessor; NVLink 5 and 400 Gb/s InfiniBand at 80% of their rates; "
         "the H200's host and latencies"
     ),
-    square=tuple((n, f / _RATE, b / _RATE) for n, f, b in H200.square),
-    full=_on_b200(H200.full),
+    square=tuple((n, f / _faster(n), b / _faster(n)) for n, f, b in H200.square),
+    full=tuple((q, k, f / _faster(q), b / _faster(k)) for q, k, f, b in H200.full),
     copy_bandwidth=7.1e12,
     merge_bandwidth=4.9e12,
     inner=replace(H200.inner, bandwidth=720e9),

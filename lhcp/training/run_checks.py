@@ -1,4 +1,7 @@
-"""What a training run must fit: its fields, its ranks, its lengths. Before anything starts."""
+"""What a training run must fit: its fields, its ranks, its lengths. Before anything starts.
+
+Not in `Run` itself, since most of it depends on the number of ranks, which a record does not have.
+"""
 
 import math
 
@@ -53,10 +56,10 @@ def check_run(run: Run, world_size: int) -> None:
     run.lighthouse.check_seqlen(run.seqlen)
     run.lighthouse.check_chunks(make_layout(run.layout, run.cp).num_chunks)
     if run.short.steps:
-        check_short(run, world_size)
+        check_short_stage(run, world_size)
 
 
-def check_short(run: Run, world_size: int) -> None:
+def check_short_stage(run: Run, world_size: int) -> None:
     """Check that the short stage fits on `world_size` ranks.
 
     Raises:
