@@ -48,8 +48,8 @@ def _full_blocks(rows: Sequence[tuple[int, int, float, float]]) -> tuple[FullBlo
 def _faster(rows: int) -> float:
     """Return how much faster a B200 is than an H200 on blocks of 8 heads, as published.
 
-    A forward works on tiles of 128 queries, a backward on tiles of 128 keys. With fewer of them than
-    multiprocessors, of which a B200 has 148 and an H200 132, each card uses as many.
+    A forward works on tiles of 128 queries, a backward on tiles of 128 keys. With fewer of them
+    than multiprocessors, of which a B200 has 148 and an H200 132, each card uses as many.
 
     Args:
         rows: queries in a forward, keys in a backward.
@@ -66,8 +66,8 @@ H200 = Calibration(
     source=(
         "NVIDIA H200, torch 2.11.0+cu130, cuDNN 9.19, NCCL 2.28.9, bf16: lhcp calibrate on two of "
         "them, 2026-11-26 (bench/results/calibration_h200x2_2026-11-26.json), timed inside CUDA "
-        "graphs; squares above 65,536 tokens of 2026-11-23, launched; longer ones, and blocks of more "
-        "than 8,192 queries or 65,536 keys, in proportion. InfiniBand is not measured: "
+        "graphs; squares above 65,536 tokens of 2026-11-23, launched; longer ones, and blocks of "
+        "more than 8,192 queries or 65,536 keys, in proportion. InfiniBand is not measured: "
         "400 Gb/s at 80%, one NIC a GPU, 10 us more than NVLink; nor what a step of a ring "
         "collective adds (1 and 3 us), which two GPUs do not show"
     ),

@@ -77,7 +77,8 @@ def ring_attention(
             two axes also "hierarchical", "hybrid" (query heads divide over the ranks of a node) and
             "hybrid_context_first" (over the nodes); "ring_flash_attn" (the package); or "auto":
             what the cost model predicts to be fastest, by a built-in table or by the `Calibration`
-            given instead, which on two axes chooses among those for nodes too.
+            given instead, which on two axes chooses among those for nodes too; with documents,
+            of "p2p" and the hybrids, which send and attend to no more than documents reach.
         backend: "cpu", "cudnn", "flash" (torch's operators), "flash_attn", "fa4" (packages),
             "math", or "auto".
         causal: mask keys after the query's global position.

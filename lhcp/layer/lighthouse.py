@@ -83,7 +83,8 @@ def lighthouse_attention(
             two axes also "hierarchical", "hybrid" (query heads divide over the ranks of a node) and
             "hybrid_context_first" (over the nodes); "ring_flash_attn" (the package); or "auto":
             what the cost model predicts to be fastest, by a built-in table or by the `Calibration`
-            given instead, which on two axes chooses among those for nodes too.
+            given instead, which on two axes chooses among those for nodes too; with documents,
+            of "p2p" and the hybrids, which send and attend to no more than documents reach.
         backend: of the attention: "cpu", "cudnn", "flash", "flash_attn", "fa4", "math", "auto".
         kernels: of the local stages: "triton", "torch" or "auto".
         scale: of the logits; D ** -0.5 by default.

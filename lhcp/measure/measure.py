@@ -50,7 +50,7 @@ def measure_overhead(
     single_seconds: float | None = None,
     progress: bool = True,
 ) -> OverheadReport:
-    """Measure what the rotation costs on these ranks, with random inputs.
+    """Measure what the rotation costs on these ranks, with random inputs and no documents.
 
     A collective: every rank of the group must call it with equal arguments. `print` the result for
     a sentence and what to change; its `table()` has the numbers.
@@ -60,7 +60,8 @@ def measure_overhead(
             layer by stages. None: dense attention over `seqlen` tokens.
         seqlen: N, tokens of the whole sequence.
         num_heads, num_kv_heads, head_dim, batch, dtype: of q, k, v; num_kv_heads None: num_heads.
-        group, layout, rotation, backend, kernels: as in `lhcp.lighthouse_attention`.
+        group, layout, rotation, backend, kernels: as in `lhcp.lighthouse_attention`. Name the
+            rotation if you train on documents, with which "auto" may take another.
         device: None: the current GPU if the group communicates by NCCL (or there is no group and
             there is a GPU), else the CPU.
         budget: seconds that it may take. Where they are few, forward and backward are measured in

@@ -199,6 +199,7 @@ def test_the_calls_of_four_ranks(backend: str, name: str, per_head: bool) -> Non
     check(got, inputs, numbers)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_leaks(backend: str) -> None:
     """Fails if one bit of another document moves with a token."""
@@ -214,16 +215,13 @@ def test_nothing_leaks(backend: str) -> None:
         attend = lambda *x: lhcp.ring_attention(*x, backend=backend, cu_seqlens=cu_seqlens)  # noqa: E731
         return answer(attend, (q, k, v, inputs[3]))
 
-    torch.use_deterministic_algorithms(True)
-    try:
-        before, after = results(0.0), results(3.0)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    before, after = results(0.0), results(3.0)
     for a, b in zip(before, after, strict=True):
         moved = (a != b).flatten(2).any(2)[0]
         assert not moved[docs != docs[token]].any() and moved[docs == docs[token]].any()
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_kept_serves_every_layer(backend: str) -> None:
     """Fails if bounds that a first layer made are written over, or others', when a later one reads
@@ -231,12 +229,8 @@ def test_what_is_kept_serves_every_layer(backend: str) -> None:
     usable(backend)
     inputs, kept = draw(2, 2), bounds("random", 2).cuda()
     layers = [lhcp.LighthouseAttention(None, backend=backend) for _ in range(3)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        found = [answer(lambda *x, of=of: of(*x, cu_seqlens=kept), inputs) for of in layers]
-        fresh = answer(lambda *x: layers[0](*x, cu_seqlens=kept.clone()), inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    found = [answer(lambda *x, of=of: of(*x, cu_seqlens=kept), inputs) for of in layers]
+    fresh = answer(lambda *x: layers[0](*x, cu_seqlens=kept.clone()), inputs)
     for results in found:
         assert all(map(torch.equal, results, fresh))
 
