@@ -17,6 +17,7 @@ from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.layer.graphs import CALLS_BEFORE
 from lhcp.layer.module import LighthouseAttention
+from lhcp.layer.plan import Choices, make_plan
 from lhcp.measure.clock import elapsed
 from lhcp.measure.rank_values import barrier, gathered, slowest
 
@@ -122,6 +123,15 @@ class Setting:
         bounds = torch.cat([self.starts[mean], torch.tensor([self.seqlen])]).int()
         return {"cu_seqlens": bounds.to(self.device)}
 
+    def rotation(self, packed: bool) -> str:
+        """Return the rotation that the layer takes."""
+        q, k, *_ = self.inputs
+        config, choice = self.problem.config, self.choice
+        entries = self.seqlen if config is None else config.subsequence_length(self.seqlen)
+        choices = Choices(rotation=choice.rotation, backend=choice.backend)
+        tokens = entries // self.ranks.world_size
+        return make_plan(q, k, self.ranks, choices, tokens=tokens, packed=packed).rotation
+
     def described(self, mean: int) -> Row:
         """Return how many documents there are, and how much work they leave, to whom."""
         starts, layout = self.starts[mean], make_layout("zigzag", self.ranks.world_size)
@@ -214,6 +224,9 @@ class Setting:
             "mode": "dense" if self.problem.config is None else "lighthouse",
             "backend": self.choice.backend,
             "ranks": ranks.world_size,
+            "rotation": {
+                name: self.rotation(packed) for name, packed in (("plain", False), ("packed", True))
+            },
             "documents": {mean: self.described(mean) for mean in self.starts},
             "ms": found,
             "peak_gib": peaks,

@@ -100,7 +100,7 @@ def ratios(found: dict[str, Spread], world_size: int) -> dict[str, float]:
 def print_row(row: Row) -> None:
     """Print a row in a few lines."""
     head = f"N={row['seqlen']:,} {row['mode']} {row['backend']} W={row['ranks']}"
-    print(f"{head}, documents: {row['documents']}")
+    print(f"{head}, rotation: {row['rotation']}, documents: {row['documents']}")
     for name, spread in row["ms"].items():
         gib = row["peak_gib"].get(name)
         print(f"  {name:<24} {spread} ms ({spread.count})" + (f" {gib:.2f} GiB" if gib else ""))

@@ -95,4 +95,6 @@ def test_two_ranks_measure() -> None:
     assert [row["mode"] for row in document["rows"]] == ["lighthouse", "dense"]
     for row in document["rows"]:
         assert set(row["ms"]) == {"plain", "packed 1024", "packed 128", "packed 256"}
+        # What is gathered is gathered whole, whatever the documents.
+        assert row["rotation"]["packed"] == "p2p"
         assert set(row["ratios"]) == {f"packed {n} over plain" for n in (1024, 128, 256)}
