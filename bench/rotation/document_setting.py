@@ -126,10 +126,8 @@ class Setting:
     def rotation(self, packed: bool) -> str:
         """Return the rotation that the layer takes."""
         q, k, *_ = self.inputs
-        config, choice = self.problem.config, self.choice
-        entries = self.seqlen if config is None else config.subsequence_length(self.seqlen)
-        choices = Choices(rotation=choice.rotation, backend=choice.backend)
-        tokens = entries // self.ranks.world_size
+        choices = Choices(rotation=self.choice.rotation, backend=self.choice.backend)
+        tokens = self.problem.attended // self.ranks.world_size
         return make_plan(q, k, self.ranks, choices, tokens=tokens, packed=packed).rotation
 
     def described(self, mean: int) -> Row:
@@ -224,9 +222,7 @@ class Setting:
             "mode": "dense" if self.problem.config is None else "lighthouse",
             "backend": self.choice.backend,
             "ranks": ranks.world_size,
-            "rotation": {
-                name: self.rotation(packed) for name, packed in (("plain", False), ("packed", True))
-            },
+            "rotation": {"plain": self.rotation(False), "packed": self.rotation(True)},
             "documents": {mean: self.described(mean) for mean in self.starts},
             "ms": found,
             "peak_gib": peaks,

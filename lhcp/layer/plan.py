@@ -202,8 +202,8 @@ def fastest_rotation(
             change with them: it is among the rotations that follow them, by their times without.
     """
     calibration = built_in(device) if table is None else _from_text(table)
-    unpacked = AttentionShape.unpack(make_layout(layout, world_size), shape)
-    return _fastest(unpacked, calibration, FOLLOW_DOCUMENTS if packed else CANDIDATES)
+    attention = AttentionShape.unpack(make_layout(layout, world_size), shape)
+    return _fastest(attention, calibration, FOLLOW_DOCUMENTS if packed else CANDIDATES)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it.

@@ -102,6 +102,7 @@ def train(
         FolderNotShared: a rank cannot write to `folder`, or sees another one there.
         SaveFailed: a checkpoint could not be written.
         Stopped: SIGTERM or SIGUSR1 came to a rank; the step in progress is done and saved.
+        StoppedCompiling: it came, and ended a compiler that the step waited for; nothing is saved.
     """
     with stoppable() as stop:
         return train_until(stop, Training(run, trainee, data, stages), folder, watcher, sharing)

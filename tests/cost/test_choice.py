@@ -26,11 +26,14 @@ FAST = Link(latency=0.0, bandwidth=1e15)
 SLOW_GATHERS = replace(CPU, name="slow gathers", inner=replace(FAST, hop=1.0))
 TEDIOUS = Link(latency=1.0, bandwidth=1e15, hop=0.0)
 SLOW_NEIGHBOURS = replace(CPU, name="slow neighbours", inner=TEDIOUS)
+# Nothing crosses nodes in time but what shares heads: the least bytes win.
+SLOW_NODES = replace(CPU, name="slow nodes", inner=FAST, outer=Link(latency=0.0, bandwidth=1e3))
 
 
-def chosen(group: Any, rotation: Any) -> str:
+def chosen(group: Any, rotation: Any, packed: bool = False) -> str:
     q, k, _, _ = qkv(64, dtype=torch.float32)
-    return make_plan(q, k, as_ranks(group), Choices(rotation=rotation), tokens=64).rotation
+    choices = Choices(rotation=rotation)
+    return make_plan(q, k, as_ranks(group), choices, tokens=64, packed=packed).rotation
 
 
 def test_the_table_decides(ranks: RankPool) -> None:
@@ -39,22 +42,15 @@ def test_the_table_decides(ranks: RankPool) -> None:
     assert len(set(ranks.run(chosen, 4, "auto"))) == 1
 
 
-def chosen_for(group: Any, rotation: Any, packed: bool) -> str:
-    q, k, _, _ = qkv(64, dtype=torch.float32)
-    choices, sizes = Choices(rotation=rotation), {"tokens": 64, "packed": packed}
-    return make_plan(q, k, as_ranks(group), choices, **sizes).rotation
-
-
 def test_documents_are_not_gathered_whole(ranks: RankPool) -> None:
     """Fails if "auto" takes for documents what sends and attends to keys that none reaches."""
-    assert ranks.run(chosen_for, 4, SLOW_NEIGHBOURS, False) == ["allgather"] * 4
-    assert ranks.run(chosen_for, 4, SLOW_NEIGHBOURS, True) == ["p2p"] * 4
+    assert ranks.run(chosen, 4, SLOW_NEIGHBOURS) == ["allgather"] * 4
+    assert ranks.run(chosen, 4, SLOW_NEIGHBOURS, True) == ["p2p"] * 4
 
 
 def test_documents_over_nodes_have_the_fastest_that_follows_them(ranks: RankPool) -> None:
     """Fails if several nodes get a ring of all their ranks, where documents may be long."""
-    across = replace(CPU, name="slow nodes", inner=FAST, outer=Link(latency=0.0, bandwidth=1e3))
-    (name,) = set(ranks.run(chosen_for, 4, across, True, num_nodes=2))
+    (name,) = set(ranks.run(chosen, 4, SLOW_NODES, True, num_nodes=2))
     assert name in ("hybrid", "hybrid_context_first")
 
 
@@ -87,11 +83,9 @@ def test_a_table_is_given_as_the_rotation(ranks: RankPool) -> None:
 
 def test_a_table_chooses_among_those_for_nodes(ranks: RankPool) -> None:
     """Fails if a mesh of two axes does not have the hybrids considered, or ranks differ."""
-    # Nothing crosses nodes in time but what shares heads: the least bytes win.
-    across = replace(CPU, name="slow nodes", inner=FAST, outer=Link(latency=0.0, bandwidth=1e3))
-    (name,) = set(ranks.run(chosen, 4, across, num_nodes=2))
+    (name,) = set(ranks.run(chosen, 4, SLOW_NODES, num_nodes=2))
     assert name in ("hybrid", "hybrid_context_first")
-    assert ranks.run(chosen, 4, across) == ["allgather"] * 4
+    assert ranks.run(chosen, 4, SLOW_NODES) == ["allgather"] * 4
 
 
 def test_built_in_tables_by_name() -> None:

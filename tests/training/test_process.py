@@ -31,7 +31,7 @@ class Left(Exception):
 
 
 def stopped_compiling(own: Process) -> None:
-    raise StoppedCompiling(signal.SIGUSR1, subprocess.CalledProcessError(-10, "gcc"))
+    raise StoppedCompiling(signal.SIGUSR1, subprocess.CalledProcessError(-signal.SIGUSR1, "gcc"))
 
 
 def test_a_run_stopped_as_it_compiles_goes_at_once(
