@@ -15,12 +15,12 @@ from lhcp.context.context_parallel import ContextParallel
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import built_in_calibration, read_calibration
 from lhcp.integrations.ring_flash_attn import RING_FLASH_ATTN
+from lhcp.layer.choices import PACKAGE_RINGS
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.graphed import graphed, ungraphed
 from lhcp.layer.lighthouse import lighthouse_attention
 from lhcp.layer.mode import set_mode
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.plan import PACKAGE_RINGS
 from lhcp.layer.select import select
 from lhcp.lighthouse.select import Selection
 from lhcp.measure import (

@@ -34,6 +34,10 @@ def text_table(header: Sequence[str], rows: Rows) -> str:
     )
 
 
+BY_HAND = "<!-- By hand: what follows stays when this page is written again. -->"
+"""The last line of a page, below which people write what it says."""
+
+
 def write(document: Any, path: str | Path | None) -> str:
     """Write the document to a file where asked; return it as one line of JSON."""
     text = json.dumps(document, default=_plain)
@@ -62,6 +66,11 @@ def today() -> str:
 def command() -> str:
     """Return the command that started this process."""
     return shlex.join([*program(), *sys.argv[1:]])
+
+
+def written_by_hand(page: Path) -> str:
+    """Return what a page has below `BY_HAND`; empty if it has none, or is not there."""
+    return page.read_text("utf-8").partition(BY_HAND)[2] if page.exists() else ""
 
 
 class Page:
@@ -125,6 +134,8 @@ class Page:
     def close(self, out: str | Path | None, records: Any) -> None:
         """Write `out`.md and `out`.json where asked; print the JSON document last.
 
+        What an older `out`.md has below `BY_HAND` stays there.
+
         Raises:
             SystemExit: something is wrong; status 1.
         """
@@ -132,8 +143,10 @@ class Page:
         self.line("WRONG: " + "; ".join(self.wrong) if self.wrong else "All rows hold.")
         stem = str(out).removesuffix(".md") if out else None
         if stem:
-            Path(stem).parent.mkdir(parents=True, exist_ok=True)
-            Path(stem + ".md").write_text(self.markdown, encoding="utf-8")
+            page = Path(stem + ".md")
+            page.parent.mkdir(parents=True, exist_ok=True)
+            text = f"{self.markdown}\n{BY_HAND}" + (written_by_hand(page) or "\n")
+            page.write_text(text, encoding="utf-8")
         document = {"card": self.facts, "records": records, "wrong": self.wrong}
         last_line(document, stem and stem + ".json")
         if self.wrong:

@@ -15,9 +15,10 @@ from bench.rotation.document_arms import RINGS, VARLEN, Documents
 from bench.rotation.document_balance import draw_starts, work_of_chunks
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
+from lhcp.layer.choices import Choices
 from lhcp.layer.graphs import CALLS_BEFORE
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.plan import Choices, make_plan
+from lhcp.layer.plan import make_plan
 from lhcp.measure.clock import elapsed
 from lhcp.measure.rank_values import barrier, gathered, slowest
 

@@ -26,7 +26,7 @@ from bench.common.turns import Spread
 from bench.rotation.document_arms import RINGS
 from bench.rotation.document_setting import Row, Setting, draw_bounds
 from lhcp.comm.sharding import shard
-from lhcp.testing.tolerance import assert_within_budget
+from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 
 GATE_TOKENS = 4096
 
@@ -59,9 +59,14 @@ def config_for(seqlen: int) -> lhcp.LighthouseConfig:
 def gate(problem: AttentionProblem, choice: Choice, device: torch.device) -> None:
     """Hold a backend's documents against float64 on one rank, over a short sequence; a collective.
 
+    In float64 on a CPU, whose flash kernel errs in float32 by more than plain attention.
+
     Raises:
-        AssertionError: the error is more than twice that of plain attention in the same dtype.
+        AssertionError: on a GPU, the error is more than twice that of plain attention in the same
+            dtype.
     """
+    if device.type == "cpu":
+        problem = replace(problem, dtype=torch.float64)
     starts = draw_bounds(problem.seqlen, problem.seqlen // 8, 1.0, 1)
     cu_seqlens = torch.cat([starts, torch.tensor([problem.seqlen])]).int()
     whole = problem.whole(device)
@@ -73,6 +78,10 @@ def gate(problem: AttentionProblem, choice: Choice, device: torch.device) -> Non
         q, k, *_ = whole
         plain["selection"] = lhcp.select(q, k, config=problem.config, **more)
     ours = problem.answer(tuple(shard(x, ranks) for x in whole), **choice.options, **more)
+    if problem.dtype == torch.float64:
+        for name, got, alone in zip(TENSORS, ours, problem.answer(whole, **plain), strict=True):
+            assert_close_float64(name, got, shard(alone.contiguous(), ranks))
+        return
     same = problem.answer(whole, **plain)
     exact = problem.answer(tuple(x.double() for x in whole), **plain)
     for name, got, theirs, true in zip(TENSORS, ours, same, exact, strict=True):

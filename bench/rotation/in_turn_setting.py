@@ -12,7 +12,8 @@ from bench.common.problem import TENSORS, AttentionProblem, Choice
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
-from lhcp.layer.plan import Choices, able_backends, choose_backend, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import able_backends, choose_backend, make_plan
 from lhcp.measure.runs import Job
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs

@@ -16,9 +16,9 @@ from lhcp.context import loss as losses
 from lhcp.context.batch import WholeBatch, describe, prepare
 from lhcp.context.sdpa import check_sdpa, in_torchs_dtype
 from lhcp.cost.calibration import Calibration
+from lhcp.layer.choices import Choices, by_name, check_names
 from lhcp.layer.dense import ring_attention
 from lhcp.layer.module import LighthouseAttention
-from lhcp.layer.plan import Choices, by_name, check_names
 from lhcp.timing import Spans
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.comm.layout import Layout
-from lhcp.layer.plan import PackageRing
+from lhcp.layer.choices import PackageRing
 from lhcp.ring.block.base import Request
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, Mask

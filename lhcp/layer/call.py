@@ -16,7 +16,7 @@ from lhcp.comm.torch_private import resolve_group
 from lhcp.comm.trail import Fields
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.plan import Choices
+from lhcp.layer.choices import Choices
 
 CONFIG_FIELDS = tuple(field.name for field in dataclass_fields(LighthouseConfig))
 

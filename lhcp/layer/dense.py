@@ -10,8 +10,9 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.documents import Documents
 from lhcp.layer.call import Call
+from lhcp.layer.choices import Choices, by_name
 from lhcp.layer.documents import Bounds
-from lhcp.layer.plan import Choices, by_name, carry_out, make_plan
+from lhcp.layer.plan import carry_out, make_plan
 from lhcp.ring.documents import PackedRows
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import Mask

@@ -12,9 +12,10 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
 from lhcp.layer.call import Call
+from lhcp.layer.choices import Choices, by_name
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given, scored_on
-from lhcp.layer.plan import Choices, by_name, carry_out, choose_kernels, make_plan
+from lhcp.layer.plan import carry_out, choose_kernels, make_plan
 from lhcp.layer.scatter_back import ScatterBack, ScatterPlan
 from lhcp.layer.select import local_geometry
 from lhcp.lighthouse import operators

@@ -12,12 +12,12 @@ from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.comm.trail import leave_uncounted
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
+from lhcp.layer.choices import Choices, by_name, check_names
 from lhcp.layer.dense import dense_attention
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given
 from lhcp.layer.graphs import Graphs, Kind
 from lhcp.layer.lighthouse import sparse_attention
-from lhcp.layer.plan import Choices, by_name, check_names
 from lhcp.layer.spread import warn_if_constant
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.lighthouse.select import Selection

@@ -6,20 +6,19 @@ name is never replaced.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from operator import index
 
 import torch
 from torch import Tensor
 
-from lhcp.checks import check_scale
-from lhcp.comm.layout import Layout, LayoutName, make_layout
+from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.choose import CANDIDATES, FOLLOW_DOCUMENTS, choose
 from lhcp.cost.tables import built_in
+from lhcp.layer.choices import PACKAGE_RINGS, Choices, check_name, rotation_names
 from lhcp.lighthouse.kernel_sets import KERNELS
 from lhcp.operators import HAS_TRITON
 from lhcp.ring import rotation as rotations
@@ -27,79 +26,11 @@ from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import Block, Request
 from lhcp.ring.documents import PackedRows
-from lhcp.ring.heads import TWO_AXES
 from lhcp.ring.plan import RingPlan
 from lhcp.ring.shape import CAUSAL, AttentionShape, Mask
-from lhcp.timing import UNTIMED, Spans
-
-
-@dataclass(frozen=True)
-class PackageRing:
-    """A whole ring of another package, which is taken by name only."""
-
-    check: Callable[[Request, Layout, Mask], None]
-    """(asked, layout, mask): raises ValueError or ImportError where the package cannot."""
-    attend: Callable[[Tensor, Tensor, Tensor, RingPlan], tuple[Tensor, Tensor]]
-    """(q, k, v, plan) -> (out, lse), as `lhcp.ring.attention`."""
-
-
-PACKAGE_RINGS: dict[str, PackageRing] = {}
-"""By the name of the rotation. `lhcp/__init__.py` fills it: integrations are above this room."""
+from lhcp.timing import Spans
 
 _log = logging.getLogger("lhcp")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user may choose about how an attention is carried out, and may leave to lhcp."""
-
-    layout: LayoutName = "zigzag"
-    rotation: str | Calibration = "auto"
-    """A name of `lhcp.ring.rotation` or of `PACKAGE_RINGS`, "auto", or a table by which the fastest
-    is taken."""
-    backend: str = "auto"
-    """A name of `lhcp.ring.block.BLOCKS`, or "auto"."""
-    kernels: str = "auto"
-    """A name of `lhcp.lighthouse.kernel_sets.KERNELS`, or "auto"."""
-    scale: float | None = None
-    """Factor of the logits; None: D ** -0.5."""
-    timers: Spans | None = None
-    """What measures; None: nothing. No object, since torch 2.11 traces none that is a default."""
-    debug: bool = False
-    """Whether ranks compare every call, and look through its tensors for what is not finite."""
-
-    @property
-    def spans(self) -> Spans:
-        """What names, or measures, the stages."""
-        return UNTIMED if self.timers is None else self.timers
-
-    def scale_of(self, q: Tensor) -> float:
-        """Return the factor of the logits for q [B, n, H, D]."""
-        check_scale(self.scale)
-        return q.shape[3] ** -0.5 if self.scale is None else self.scale
-
-
-def by_name(rotation: str | Calibration) -> bool:
-    """Return whether a rotation is one for a mesh of two axes, or a table that may take it."""
-    return not isinstance(rotation, str) or rotation in TWO_AXES
-
-
-def check_names(choices: Choices) -> None:
-    """Check that every choice is one that there is, before anything is known of tensors.
-
-    Raises:
-        ValueError: one is not; the message has those that are.
-    """
-    make_layout(choices.layout, 1)
-    if isinstance(choices.rotation, str):
-        _check_name("rotation", choices.rotation, (*rotations.names(), *PACKAGE_RINGS))
-    _check_name("backend", choices.backend, tuple(BLOCKS))
-    _check_name("kernels", choices.kernels, KERNELS)
-
-
-def _check_name(what: str, name: str, names: Sequence[str]) -> None:
-    if name != "auto" and name not in names:
-        raise ValueError(f"{what}={name!r}: must be one of auto, {', '.join(names)}")
 
 
 def make_plan(
@@ -164,7 +95,7 @@ def check_rotation(name: str, ranks: Ranks, num_heads: int) -> None:
     Raises:
         ValueError: it does not, or cannot.
     """
-    _check_name("rotation", name, (*rotations.names(), *PACKAGE_RINGS))
+    check_name("rotation", name, rotation_names())
     if (reason := rotations.refuses(name, ranks, num_heads)) is not None:
         raise ValueError(f"rotation={name!r}: {reason}")
 
@@ -242,7 +173,7 @@ def choose_backend(
         name = _preferred(able).name if able else "math"
         if able and not torch.compiler.is_compiling():
             _announce(name, asked)
-    _check_name("backend", name, tuple(BLOCKS))
+    check_name("backend", name, tuple(BLOCKS))
     block = BLOCKS[name]
     if block.missing is not None:
         raise ImportError(f"backend={name!r}: {block.missing}")
@@ -315,7 +246,7 @@ def choose_kernels(kernels: str, dtype: torch.dtype, device: torch.device) -> st
     if kernels == "auto":
         fits = device.type == "cuda" and dtype != torch.float64
         return "triton" if fits and HAS_TRITON else "torch"
-    _check_name("kernels", kernels, KERNELS)
+    check_name("kernels", kernels, KERNELS)
     if kernels == "triton" and not HAS_TRITON:
         raise ImportError("kernels='triton': Triton is missing; pip install 'lhcp[triton]'")
     if kernels == "triton" and dtype == torch.float64:

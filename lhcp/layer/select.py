@@ -9,9 +9,10 @@ from lhcp.checks import check_qk, check_qkv
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
+from lhcp.layer.choices import Choices
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given, scored_on
-from lhcp.layer.plan import Choices, choose_kernels
+from lhcp.layer.plan import choose_kernels
 from lhcp.lighthouse import operators
 from lhcp.lighthouse.geometry import Geometry
 from lhcp.lighthouse.kernel_set import QKV

@@ -13,7 +13,8 @@ from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
 from lhcp.cost.calibration import Calibration
-from lhcp.layer.plan import PACKAGE_RINGS, Choices, by_name, make_plan
+from lhcp.layer.choices import PACKAGE_RINGS, Choices, by_name
+from lhcp.layer.plan import make_plan
 from lhcp.layer.select import local_geometry
 from lhcp.measure.effort import LEAST, Effort, Progress, rounds, too_long
 from lhcp.measure.rank_values import barrier, gathered, slowest

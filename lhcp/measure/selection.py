@@ -8,9 +8,9 @@ from lhcp.comm.agreement import compared
 from lhcp.comm.layout import LayoutName, make_layout
 from lhcp.comm.mesh import Group, Ranks, as_ranks
 from lhcp.config import LighthouseConfig
+from lhcp.layer.choices import Choices
 from lhcp.layer.documents import Bounds
 from lhcp.layer.given import Given
-from lhcp.layer.plan import Choices
 from lhcp.layer.select import ScoredSelection, scored_selection
 from lhcp.measure.selection_counts import count
 from lhcp.measure.selection_report import SelectionReport, summarize

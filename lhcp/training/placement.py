@@ -13,7 +13,7 @@ from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.cost.calibration import Calibration
 from lhcp.cost.tables import CALIBRATIONS, read_calibration
-from lhcp.layer.plan import by_name
+from lhcp.layer.choices import by_name
 from lhcp.training.run import Run
 
 OVER_NODES = ("node", "local")

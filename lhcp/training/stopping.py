@@ -16,31 +16,34 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop; the second is what Slurm is told to send before its time is over."""
 
 
-class Stopped(Exception):
-    """The run stopped because it was asked to; its checkpoint is written."""
+class AskedToStop(Exception):
+    """The run ends because a signal asked it to, with a status of its own."""
 
-    def __init__(self, step: int, path: Path, number: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} after step {step}; {path} is written, and the same command goes on "
-            f"from there (exit status {128 + number})"
-        )
-        self.code = 128 + number
+    def __init__(self, number: int, said: str) -> None:
+        code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name} {said} (exit status {code})")
+        self.code = code
         """Exit status, as a shell shows a process that a signal ended: 143, or 138 of SIGUSR1."""
 
 
-class StoppedCompiling(Exception):
-    """The run was asked to stop, and so was the compiler that a step waited for: whoever ends a job
-    tells all of its processes. The step cannot end, and nothing is saved."""
+class Stopped(AskedToStop):
+    """All ranks ended one step, and its checkpoint is written."""
+
+    def __init__(self, step: int, path: Path, number: int) -> None:
+        said = f"after step {step}; {path} is written, and the same command goes on from there"
+        super().__init__(number, said)
+
+
+class StoppedCompiling(AskedToStop):
+    """The signal also ended the compiler that a step waited for: whoever ends a job tells all of
+    its processes. The step cannot end, and nothing is saved."""
 
     def __init__(self, number: int, error: subprocess.CalledProcessError) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name} in a step that waited for a compiler, which it ended too "
-            f"({error}): checkpoints are as they were, and the same command goes on from the "
-            f"newest (exit status {128 + number})"
+        said = (
+            f"in a step that waited for a compiler, which it ended too ({error}): checkpoints are "
+            "as they were, and the same command goes on from the newest"
         )
-        self.code = 128 + number
+        super().__init__(number, said)
 
 
 class Stop:

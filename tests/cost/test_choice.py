@@ -15,7 +15,8 @@ from lhcp.cost.calibration import Host, Link
 from lhcp.cost.choose import CANDIDATES, choose, play
 from lhcp.cost.clocks import Clocks, Setting
 from lhcp.cost.tables import CALIBRATIONS, CPU, H200
-from lhcp.layer.plan import Choices, fastest_rotation, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import fastest_rotation, make_plan
 from lhcp.ring.shape import AttentionShape
 from lhcp.testing.inputs import qkv
 from lhcp.testing.ranks import RankPool

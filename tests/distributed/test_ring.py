@@ -13,7 +13,8 @@ import lhcp
 from lhcp import reference
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import as_ranks
-from lhcp.layer.plan import Choices, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import make_plan
 from lhcp.ring.attention import attention
 from lhcp.ring.block import BLOCKS
 from lhcp.ring.block.base import BackwardInputs

@@ -13,7 +13,8 @@ from lhcp import reference
 from lhcp.comm.layout import LayoutName
 from lhcp.comm.mesh import as_ranks
 from lhcp.documents import Cut, number_tokens
-from lhcp.layer.plan import Choices, carry_out, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import carry_out, make_plan
 from lhcp.reference_documents import documents
 from lhcp.ring.documents import PackedRows
 from lhcp.ring.shape import Mask

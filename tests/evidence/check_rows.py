@@ -12,7 +12,8 @@ import torch
 
 from bench.common.problem import PEER, TENSORS, Answers, Choice
 from lhcp.comm.mesh import Ranks
-from lhcp.layer.plan import Choices, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import make_plan
 from lhcp.measure.rank_values import gathered
 from lhcp.testing.tolerance import assert_close_float64, assert_within_budget
 from tests.evidence.check_problem import Own, attempt, distances, select

@@ -12,7 +12,8 @@ from lhcp import reference
 from lhcp.comm.layout import make_layout
 from lhcp.comm.mesh import Ranks
 from lhcp.documents import Cut, limits_of
-from lhcp.layer.plan import Choices, carry_out, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import carry_out, make_plan
 from lhcp.precision import wide
 from lhcp.reference_documents import documents
 from lhcp.ring.block import BLOCKS

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 import lhcp
 from lhcp import reference
 from lhcp.documents import Cut
+from lhcp.layer.choices import Choices
 from lhcp.layer.given import Given
 from lhcp.layer.lighthouse import sparse_attention
 from lhcp.layer.module import LighthouseAttention, Mode
-from lhcp.layer.plan import Choices
 from lhcp.lighthouse.kernel_set import QKV
 from lhcp.packing import read_packing
 from lhcp.reference_documents import documents

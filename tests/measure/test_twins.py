@@ -12,7 +12,8 @@ from lhcp.comm.layout import LAYOUTS, LayoutName
 from lhcp.comm.mesh import Ranks, as_ranks
 from lhcp.cost.schedules import SCHEDULES
 from lhcp.cost.traffic import boundary_bytes, traffic
-from lhcp.layer.plan import Choices, carry_out, make_plan
+from lhcp.layer.choices import Choices
+from lhcp.layer.plan import carry_out, make_plan
 from lhcp.measure.runs import Job, Recorder
 from lhcp.measure.twins import RandomReceiveBuffers, silent
 from lhcp.ring.block import BLOCKS
