@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.common.arguments import program
+from lhcp.page import write_page
 
 Rows = Sequence[Sequence[object]]
 
@@ -32,10 +33,6 @@ def text_table(header: Sequence[str], rows: Rows) -> str:
         disable_numparse=True,
         colalign=("left", "left", *("right",) * (len(header) - 2)),
     )
-
-
-BY_HAND = "<!-- By hand: what follows stays when this page is written again. -->"
-"""The last line of a page, below which people write what it says."""
 
 
 def write(document: Any, path: str | Path | None) -> str:
@@ -66,11 +63,6 @@ def today() -> str:
 def command() -> str:
     """Return the command that started this process."""
     return shlex.join([*program(), *sys.argv[1:]])
-
-
-def written_by_hand(page: Path) -> str:
-    """Return what a page has below `BY_HAND`; empty if it has none, or is not there."""
-    return page.read_text("utf-8").partition(BY_HAND)[2] if page.exists() else ""
 
 
 class Page:
@@ -134,7 +126,7 @@ class Page:
     def close(self, out: str | Path | None, records: Any) -> None:
         """Write `out`.md and `out`.json where asked; print the JSON document last.
 
-        What an older `out`.md has below `BY_HAND` stays there.
+        What people added to an older `out`.md stays there, as by `write_page`.
 
         Raises:
             SystemExit: something is wrong; status 1.
@@ -145,8 +137,7 @@ class Page:
         if stem:
             page = Path(stem + ".md")
             page.parent.mkdir(parents=True, exist_ok=True)
-            text = f"{self.markdown}\n{BY_HAND}" + (written_by_hand(page) or "\n")
-            page.write_text(text, encoding="utf-8")
+            write_page(page, self.markdown)
         document = {"card": self.facts, "records": records, "wrong": self.wrong}
         last_line(document, stem and stem + ".json")
         if self.wrong:

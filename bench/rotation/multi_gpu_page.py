@@ -16,6 +16,7 @@ from bench.common.arguments import make_parser
 from bench.common.page import Page, last_line, today, write
 from bench.common.problem import TENSORS
 from lhcp.console import escape_unprintable
+from lhcp.page import write_page
 
 SHOWN_PHASES = ("forward", "both")
 Document = dict[str, Any]
@@ -202,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     for section in (correctness, overhead, peers, training):
         section(page, documents)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "multi_gpu.md").write_text(page.markdown, encoding="utf-8")
+    write_page(args.out / "multi_gpu.md", page.markdown)
     for document in documents.values():
         for report in document.get("reports", []):
             report.pop("timeline", None)

@@ -8,6 +8,7 @@ from bench.common.figures import pyplot, save
 from bench.common.page import Page
 from bench.train_step.arithmetic import Point, Row, crossover, paper_hours
 from bench.train_step.profile import GROUPS
+from lhcp.page import write_page
 
 _HEADS = (
     *("N", "kept", "k", "S", "dense s", "lighthouse s", "tokens/s dense", "tokens/s lighthouse"),
@@ -145,7 +146,7 @@ def write(document: dict[str, Any], folder: Path) -> None:
     device = card["device"].split()[-1].lower()
     stem = f"train_step_{device}_{document['date']}_{card['backend']}"
     (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(page(document, stem).markdown, encoding="utf-8")
+    write_page(folder / f"{stem}.md", page(document, stem).markdown)
     if len(points(document["rows"])) > 1:
         draw_speedup(document, folder / f"{stem}_speedup.png")
     if document["profiles"]:

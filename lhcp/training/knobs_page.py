@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lhcp.page import write_page
 from lhcp.training import retrieval_report
 from lhcp.training.knobs import BASE
 from lhcp.training.knobs_pictures import draw, draw_curves
@@ -159,5 +160,5 @@ def write(rows: dict[str, Row], folder: Path, shorts: Sequence[ShortResult] = ()
         retrieval_report.draw(models(rows, seed), folder / pictures[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(rows, shorts)) + "\n")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(rows, pictures, shorts), encoding="utf-8")
+    write_page(page, markdown(rows, pictures, shorts))
     return page

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lhcp.page import write_page
 from lhcp.training.recovery_pictures import Against, draw
 from lhcp.training.recovery_report import (
     SLOW,
@@ -238,5 +239,5 @@ def write(results: Sequence[ArmResult], folder: Path) -> Path:
         draw_selections(max(seen, key=lambda r: len(r.selections)).selections, folder / names[-1])
     (folder / f"{stem}.json").write_text(json.dumps(document(results)) + "\n")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(results, names), encoding="utf-8")
+    write_page(page, markdown(results, names))
     return page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.common.page import BY_HAND, Page
+from bench.common.page import Page
 
 
 def test_a_page_that_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,16 +33,3 @@ def test_a_wrong_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="32K: dq is off"):
         page.close(tmp_path / "out", [])
     assert "WRONG, no number: dq is off" in (tmp_path / "out.md").read_text()
-
-
-def test_what_people_wrote_stays(tmp_path: Path) -> None:
-    """Fails if a page that is written again loses what is below its mark, or keeps old numbers."""
-    path = tmp_path / "out.md"
-    for commit, by_hand in (("abc", "\n"), ("def", "\n\n## What it says\nIt holds.\n")):
-        Page("a title", {"commit": commit}, shown=False).close(path, [])
-        before, _, after = path.read_text().partition(BY_HAND)
-        assert commit in before and after == "\n"
-        path.write_text(before + BY_HAND + by_hand)
-    Page("a title", {"commit": "ghi"}, shown=False).close(path, [])
-    before, _, after = path.read_text().partition(BY_HAND)
-    assert "ghi" in before and "def" not in before and after == by_hand
