@@ -1,8 +1,8 @@
-"""Every choice that is left to lhcp: the one file that knows what "auto" is.
+"""Every choice that is left to lhcp: the one file that resolves "auto".
 
-Choices depend on static sizes, dtype, the device and its compute capability, the installed packages
-and torch's deterministic switch alone, so that ranks with equal inputs never differ; an explicit
-name is never replaced.
+Choices depend on static sizes, ranks, layout, dtype, whether there are documents, the device and
+its compute capability, the installed packages and torch's deterministic switch alone, so that ranks
+with equal inputs never differ; an explicit name is never replaced.
 """
 
 import logging
